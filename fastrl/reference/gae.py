@@ -1,0 +1,66 @@
+"""Generalised advantage estimation."""
+
+from torch import Tensor
+
+from fastrl.reference._trajectories import Trajectories
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    bootstrap_value: Tensor | None = None,
+    next_values: Tensor | None = None,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates, and the returns that they imply.
+
+        delta_t = r_t + c_t v_{t+1} - v_t
+        A_t = delta_t + c_t lambda_t k_t A_{t+1},    returns_t = A_t + v_t
+
+    where c_t = gamma_t (1 - terminated_t) and k_t = 1 - truncated_t.
+    A after the last step is 0. v_{t+1} is `values` one step later, then bootstrap_value.
+
+    Args:
+        rewards: [..., T] or packed [N]; rewards[t] follows the action at t.
+        values: shaped like rewards, v_t, the value of the state before the action at t.
+        gamma: discount per step, in [0, 1]; or shaped like rewards, and then gamma[t] discounts
+            what follows rewards[t].
+        gae_lambda: in [0, 1]; or shaped like rewards.
+        bootstrap_value: [...] (packed: [S]), value after the last step. Default 0.
+        next_values: shaped like rewards, v_{t+1} at every t, instead of bootstrap_value.
+        terminated: bool, the episode ended with step t: nothing follows. Wins over truncated.
+        truncated: bool, the row goes on with another episode, but v_{t+1} counts.
+        mask: bool, False = not a step: its inputs are ignored (NaN too), its output is 0, and
+            t + 1 means the next step that mask keeps.
+        cu_seqlens: [S + 1] int32, rewards are packed [N] and segments are independent.
+    Returns:
+        advantages: shaped like rewards, float32 (float64 if an input is); not normalised.
+        returns: the same shape and dtype, 0 where mask is False.
+    Raises:
+        ValueError: truncated without next_values, or next_values together with bootstrap_value.
+    Differentiable in: rewards, values, next_values, bootstrap_value, gamma, gae_lambda.
+    Reference: Schulman et al. 2016, arXiv:1506.02438, eq. 16.
+    """
+    steps = Trajectories(
+        "gae",
+        rewards,
+        values,
+        gamma=gamma,
+        bootstrap_value=bootstrap_value,
+        next_values=next_values,
+        terminated=terminated,
+        truncated=truncated,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+    )
+    v = steps.rows_of(values)
+    delta = steps.rewards + steps.continues * steps.values_after(v) - v
+    decay = steps.continues * steps.rows_of(gae_lambda) * steps.unbroken
+    advantages = steps.scan(delta, decay)
+    return steps.restore(advantages), steps.restore(advantages + v)

@@ -1,0 +1,207 @@
+import random
+
+import pytest
+import torch
+
+from fastrl.layout import PackedBatch, PackedLayout, pack_groups
+
+
+def layout_of(lengths, prefix):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    return PackedLayout(cu_seqlens, torch.tensor(prefix, dtype=torch.int32))
+
+
+def tokens(*numbers):
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def test_shared_prompt_by_hand():
+    # a prompt of 3 with completions of 2, 0 and 1; then a prompt of 2 alone
+    layout = layout_of([3, 2, 0, 1, 2], [-1, 0, 0, 0, -1])
+    assert (layout.num_tokens, layout.num_segments) == (8, 5)
+    assert layout.segment_ids.tolist() == [0, 0, 0, 1, 1, 3, 4, 4]
+    assert layout.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 0, 1]
+    assert layout.visible_until.tolist() == [6, 6, 6, 5, 5, 6, 8, 8]
+    assert layout.predecessor.tolist() == [-1, 0, 1, 2, 3, 2, -1, 6]
+
+
+def test_empty_segments_are_skipped_by_predecessor():
+    # an empty root, an empty turn below it, then two tokens; and an empty turn between two others
+    layout = layout_of([0, 0, 2, 0, 1], [-1, 0, 1, 2, 3])
+    assert layout.predecessor.tolist() == [-1, 0, 1]
+    assert layout.position_ids.tolist() == [0, 1, 2]
+
+
+def random_forest(seed):
+    """lengths and prefix of a depth-first forest, empty segments included."""
+    rng = random.Random(seed)
+    prefix, path = [], []
+    for s in range(rng.randint(1, 12)):
+        del path[rng.randint(0, len(path)) :]
+        prefix.append(path[-1] if path else -1)
+        path.append(s)
+    return [rng.choice([0, 1, 2, 3, 5]) for _ in prefix], prefix
+
+
+def ancestry(prefix, s):
+    """s and all that it continues, from the root."""
+    return [*ancestry(prefix, prefix[s]), s] if s >= 0 else []
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_forests_against_brute_force(seed):
+    lengths, prefix = random_forest(seed)
+    layout = layout_of(lengths, prefix)
+    n = layout.num_tokens
+    token = torch.arange(n)
+    visible = (token <= token[:, None]) & (token[:, None] < layout.visible_until)
+
+    segment_of = [s for s, length in enumerate(lengths) for _ in range(length)]
+    expected = torch.zeros(n, n, dtype=torch.bool)
+    for i in range(n):
+        above = ancestry(prefix, segment_of[i])
+        for j in range(i + 1):  # a segment's ancestors stand before it
+            expected[i, j] = segment_of[j] in above
+    assert (visible == expected).all()
+    assert layout.segment_ids.tolist() == segment_of
+    assert layout.position_ids.tolist() == (expected.sum(1) - 1).tolist()
+    before = [max((j for j in range(i) if expected[i, j]), default=-1) for i in range(n)]
+    assert layout.predecessor.tolist() == before
+
+
+def test_dtypes_device_and_repr():
+    layout = layout_of([2, 1], [-1, 0])
+    int32 = ["cu_seqlens", "prefix", "visible_until"]
+    int64 = ["position_ids", "segment_ids", "predecessor"]
+    assert all(getattr(layout, name).dtype == torch.int32 for name in int32)
+    assert all(getattr(layout, name).dtype == torch.int64 for name in int64)
+    moved = layout.to("meta")
+    assert all(getattr(moved, name).is_meta for name in int32 + int64)
+    assert moved.num_tokens == 3 and not layout.prefix.is_meta
+    assert repr(layout) == "PackedLayout(3 tokens in 2 segments, 1 roots, on cpu)"
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "prefix", "message"),
+    [
+        ([1, 2], [-1], r"expected cu_seqlens rising from 0, got \[1, 2\]"),
+        ([0, 3, 2], [-1, -1], r"expected cu_seqlens rising from 0, got \[0, 3, 2\]"),
+        ([0, 3], [-1, 0], r"expected cu_seqlens \[S \+ 1\] = \(3,\).*, got \(2,\)"),
+        ([0, 1, 2], [1, -1], "expected prefix in depth-first order.*segment 0 cannot continue 1"),
+        ([0, 1], [0], "segment 0 cannot continue 0"),
+        ([0, 1, 2, 3], [-1, -1, 0], "segment 2 cannot continue 0"),  # root 1 stands between
+        ([0, 1, 2, 3, 4], [-1, 0, 0, 1], "segment 3 cannot continue 1"),
+        ([0, 1, 2], [-1, -2], "segment 1 cannot continue -2"),
+    ],
+)
+def test_bad_layouts(cu_seqlens, prefix, message):
+    with pytest.raises(ValueError, match=f"PackedLayout: .*{message}"):
+        PackedLayout(torch.tensor(cu_seqlens), torch.tensor(prefix))
+
+
+def test_pack_groups_by_hand():
+    prompts = [tokens(10, 11, 12), tokens(20), tokens(30)]
+    completions = [[tokens(13, 14), tokens(), tokens(15)], [], [tokens(31)]]
+    batch = pack_groups(prompts, completions)
+    assert batch.token_ids.tolist() == [10, 11, 12, 13, 14, 15, 20, 30, 31]
+    assert batch.layout.prefix.tolist() == [-1, 0, 0, 0, -1, -1, 5]
+    assert batch.layout.cu_seqlens.tolist() == [0, 3, 5, 5, 6, 7, 8, 9]
+    assert batch.target_index.tolist() == [3, 4, 5, 8]
+    assert batch.target_ids.tolist() == [13, 14, 15, 31]
+    assert batch.predict_index.tolist() == [2, 3, 2, 7]
+    assert batch.completion_cu_seqlens.tolist() == [0, 2, 2, 3, 4]
+    assert batch.completion_cu_seqlens.dtype == torch.int32
+    assert batch.completion_segments.tolist() == [1, 2, 3, 6]
+    assert repr(batch).startswith("PackedBatch(4 targets, 4 completions, PackedLayout(9 tokens")
+
+
+def test_pack_groups_of_nothing():
+    batch = pack_groups([], [])
+    assert batch.layout.num_tokens == len(batch.target_ids) == 0
+    assert batch.completion_cu_seqlens.tolist() == [0]
+
+
+def test_pack_groups_bad_arguments():
+    with pytest.raises(ValueError, match="pack_groups: expected completions for each of the 1"):
+        pack_groups([tokens(1)], [])
+    with pytest.raises(ValueError, match=r"pack_groups: expected prompts\[1\] of at least one"):
+        pack_groups([tokens(1), tokens()], [[], []])
+    with pytest.raises(TypeError, match="of dtype int64, got torch.int32"):
+        pack_groups([tokens(1).int()], [[]])
+    with pytest.raises(ValueError, match=r"of one dimension each, got \(1, 2\)"):
+        pack_groups([tokens(1)], [[torch.zeros(1, 2, dtype=torch.int64)]])
+
+
+def test_from_segments_sorts_depth_first():
+    # in the caller's order: 0 leaf of 3, 1 root, 2 child of 1, 3 child of 1, 4 root
+    segments = [tokens(0, 1), tokens(10, 11), tokens(20), tokens(30, 31), tokens(40)]
+    batch = PackedBatch.from_segments(segments, [3, -1, 1, 1, -1])
+    assert batch.segment_order.tolist() == [1, 2, 3, 0, 4]
+    assert batch.layout.prefix.tolist() == [-1, 0, 0, 2, -1]
+    assert batch.token_ids.tolist() == [10, 11, 20, 30, 31, 0, 1, 40]
+    assert batch.target_ids.tolist() == [20, 30, 31, 0, 1]
+    assert batch.predict_index.tolist() == [1, 1, 3, 4, 5]
+    assert batch.completion_cu_seqlens.tolist() == [0, 1, 3, 5]
+    assert batch.completion_segments.tolist() == [1, 2, 3]
+
+
+def test_loss_mask_selects_targets():
+    segments = [tokens(10, 11, 12), tokens(20, 21, 22)]
+    masks = [torch.tensor([False, False, True]), torch.tensor([True, False, True])]
+    batch = PackedBatch.from_segments(segments, [-1, 0], masks)
+    assert batch.target_ids.tolist() == [12, 20, 22]
+    assert batch.predict_index.tolist() == [1, 2, 4]
+    assert batch.completion_cu_seqlens.tolist() == [0, 1, 3]  # a root with targets is one too
+    assert batch.completion_segments.tolist() == [0, 1]
+
+
+def test_shared_turns_weigh_the_sum_of_their_leaves():
+    # root 0, a turn shared by two leaves, and a leaf of the root itself
+    segments = [tokens(0), tokens(1, 2), tokens(3), tokens(4), tokens(5)]
+    batch = PackedBatch.from_segments(segments, [-1, 0, 1, 1, 0])
+    assert batch.target_ids.tolist() == [1, 2, 3, 4, 5]
+    assert batch.sum_over_leaves(torch.ones(3)).tolist() == [2, 2, 1, 1, 1]
+    got = batch.sum_over_leaves(torch.tensor([1.0, 10.0, float("nan")]))
+    assert got[:4].tolist() == [11, 11, 1, 10] and got[4].isnan()
+
+
+def test_shared_turns_get_the_gradient_of_unshared_copies():
+    """sum over leaves of weight * sum of f(token) along the leaf's path."""
+    lengths, prefix = [2, 3, 1, 0, 2, 2], [-1, 0, 1, 1, 3, 0]
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    x = torch.randn(bounds[-1], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)
+    leaves = [2, 4, 5]
+    copies = sum(
+        weight * x[bounds[s] : bounds[s + 1]].sin().sum()
+        for weight, leaf in zip(weights, leaves, strict=True)
+        for s in ancestry(prefix, leaf)[1:]
+    )
+    segments = [torch.arange(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    batch = PackedBatch.from_segments(segments, prefix)
+    shared = (batch.sum_over_leaves(weights) * x[batch.target_index].sin()).sum()
+    torch.testing.assert_close(shared, copies)
+    got, expected = (torch.autograd.grad(loss, x)[0] for loss in (shared, copies))
+    torch.testing.assert_close(got, expected)
+
+
+def test_from_segments_bad_arguments():
+    two = [tokens(1, 2), tokens(3)]
+    with pytest.raises(ValueError, match=r"from_segments: expected prefix \[2\] of segment numb"):
+        PackedBatch.from_segments(two, [-1, 2])
+    with pytest.raises(ValueError, match="from_segments: expected prefix that leads to a root"):
+        PackedBatch.from_segments(two, [1, 0])
+    masks = [torch.ones(2, dtype=torch.bool), torch.ones(1, dtype=torch.bool)]
+    with pytest.raises(ValueError, match="expected loss_mask False at the first token of a root"):
+        PackedBatch.from_segments(two, [-1, 0], masks)
+    with pytest.raises(
+        ValueError, match=r"loss_mask of lengths \[2, 1\] like token_ids, got \[2\]"
+    ):
+        PackedBatch.from_segments(two, [-1, 0], masks[:1])
+    with pytest.raises(TypeError, match="loss_mask of dtype bool"):
+        PackedBatch.from_segments(two, [-1, 0], [mask.int() for mask in masks])
+
+
+def test_batch_moves_with_its_layout():
+    batch = pack_groups([tokens(1)], [[tokens(2)]]).to("meta")
+    assert batch.token_ids.is_meta and batch.layout.prefix.is_meta and batch.target_index.is_meta
