@@ -1,0 +1,49 @@
+// The kernels for one instruction set, FASTRL_TARGET (or the compiler's default without it).
+//
+// Standard headers come first, outside the target region: an inline function of theirs compiled
+// here for AVX-512 could be the copy that the linker keeps for the whole module.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "kernels.h"
+
+#define FASTRL_STRING(x) #x
+#define FASTRL_NAME(x) FASTRL_STRING(x)
+#define FASTRL_PRAGMA(x) _Pragma(#x)
+
+#ifdef FASTRL_TARGET
+#ifdef __clang__
+#define FASTRL_ATTRIBUTE(t) \
+  FASTRL_PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
+FASTRL_ATTRIBUTE(FASTRL_TARGET)
+#else
+#define FASTRL_GCC_TARGET(t) FASTRL_PRAGMA(GCC target(t))
+#pragma GCC push_options
+FASTRL_GCC_TARGET(FASTRL_TARGET)
+#endif
+#endif
+
+// clang-format off: simd.h first
+#include "simd.h"
+#include "returns_kernel.h"
+#include "token_logprobs_kernel.h"
+// clang-format on
+
+#ifdef FASTRL_TARGET
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+namespace fastrl::FASTRL_SIMD {
+
+const KernelTable kTable = {
+    FASTRL_NAME(FASTRL_SIMD), kLogprobs<float>, kLogprobs<BFloat16>,
+    kLogprobs<Half>,          kReturns<float>,  kReturns<double>,
+};
+
+}  // namespace fastrl::FASTRL_SIMD

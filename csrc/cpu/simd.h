@@ -1,0 +1,155 @@
+// Vectors of floats in the compiler's own portable notation, at the width of one instruction set.
+//
+// Included once per instruction set (see kernels_*.cpp), inside that set's namespace and target
+// region: it must therefore include nothing itself. Lane order and the order of every sum are fixed
+// here and not left to the auto-vectoriser, so that a row gives the same bits at any address.
+#ifndef FASTRL_SIMD
+#error "include simd.h from a kernels_*.cpp, which defines FASTRL_SIMD and FASTRL_LANES"
+#endif
+
+namespace fastrl::FASTRL_SIMD {
+
+constexpr int kLanes = FASTRL_LANES;
+typedef float VecF __attribute__((vector_size(4 * FASTRL_LANES)));
+typedef int32_t VecI __attribute__((vector_size(4 * FASTRL_LANES)));
+typedef uint32_t VecU __attribute__((vector_size(4 * FASTRL_LANES)));
+typedef uint16_t VecU16 __attribute__((vector_size(2 * FASTRL_LANES)));
+
+// Doubles: half as many lanes in the same registers.
+constexpr int kDoubles = FASTRL_LANES / 2;
+typedef double VecD __attribute__((vector_size(4 * FASTRL_LANES)));
+typedef int64_t VecL __attribute__((vector_size(4 * FASTRL_LANES)));
+typedef float VecHalfF __attribute__((vector_size(2 * FASTRL_LANES)));
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+inline VecF splat(float x) { return x - VecF{}; }
+// Where a is NaN the second operand wins: max(x, m) skips NaN, at_least(d, lo) keeps it.
+inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
+inline VecF at_least(VecF d, VecF lo) { return d < lo ? lo : d; }
+
+inline VecF load(const float* p) {
+  VecF v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store(float* p, VecF v) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+inline VecU load_u16(const void* p) {
+  VecU16 v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, VecU);
+}
+inline void store_u16(void* p, VecU v) {
+  const VecU16 narrow = __builtin_convertvector(v, VecU16);
+  __builtin_memcpy(p, &narrow, sizeof(narrow));
+}
+
+inline VecF load(const BFloat16* p) { return bit_cast<VecF>(load_u16(p) << 16); }
+inline void store(BFloat16* p, VecF v) {
+  const VecU bits = bit_cast<VecU>(v);
+  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  store_u16(p, v == v ? rounded : VecU{} + 0x7fc0u);
+}
+
+// Half precision through integers: F16C is no part of every instruction set that we build for.
+inline VecF load(const Half* p) {
+  const VecU bits = load_u16(p);
+  const VecU magnitude = (bits & 0x7fffu) << 13;
+  // 2^112 moves the exponent's bias from 15 to 127 and turns subnormal halves into normal floats.
+  const VecF scaled = bit_cast<VecF>(magnitude) * 0x1p112f;
+  const VecU special = magnitude | 0x7f800000u;
+  const VecU value = magnitude >= 0x0f800000u ? special : bit_cast<VecU>(scaled);
+  return bit_cast<VecF>(value | ((bits & 0x8000u) << 16));
+}
+inline void store(Half* p, VecF v) {
+  const VecU bits = bit_cast<VecU>(v);
+  const VecU sign = (bits >> 16) & 0x8000u;
+  const VecU magnitude = bits & 0x7fffffffu;
+  const VecU normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 1/2 aligns a subnormal half with the last bits of the float, and the sum rounds it.
+  const VecU subnormal = bit_cast<VecU>(bit_cast<VecF>(magnitude) + 0.5f) - 0x3f000000u;
+  VecU half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? VecU{} + 0x7c00u : half;  // 65520 and more round to infinity
+  half = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : half;
+  store_u16(p, half | sign);
+}
+
+// exp(scale * d) for d <= 0: 2^n * 2^f with n whole and |f| <= 1/2, to 1.5e-7 relative.
+struct ScaledExp {
+  VecF lowest, hi, lo;
+
+  explicit ScaledExp(double scale) {
+    const double log2e_scale = std::fmin(scale * 1.4426950408889634, 1e38);
+    const float high = static_cast<float>(log2e_scale);
+    hi = splat(high);
+    lo = splat(static_cast<float>(log2e_scale - high));
+    lowest = splat(static_cast<float>(-127.0 / log2e_scale));
+  }
+
+  // Clamped so that exp() stays finite inside, -inf included, and is exactly 0 there; keeps NaN.
+  VecF clamp(VecF d) const { return at_least(d, lowest); }
+
+  VecF operator()(VecF clamped) const {
+    // Adding 1.5 * 2^23 rounds to a whole number in the low bits; 127 more is float's bias.
+    constexpr float kRound = 12582912.0f + 127.0f;
+    const VecF t = clamped * hi + kRound;
+    const VecF n = t - kRound;
+    const VecF f = clamped * lo + (clamped * hi - n);
+    VecF p = 0.0013390863f * f + 0.0096760319f;  // minimax on [-1/2, 1/2], 8e-8
+    p = p * f + 0.0555035711f;
+    p = p * f + 0.2402210749f;
+    p = p * f + 0.6931471880f;
+    p = p * f + 1.0f;
+    return p * bit_cast<VecF>(bit_cast<VecI>(t) << 23);  // n = -127 gives a factor of exactly 0
+  }
+};
+
+inline VecD load_doubles(const float* p) {
+  VecHalfF v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, VecD);
+}
+inline VecD load_doubles(const double* p) {
+  VecD v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store_doubles(float* p, VecD v) {
+  const VecHalfF narrow = __builtin_convertvector(v, VecHalfF);
+  __builtin_memcpy(p, &narrow, sizeof(narrow));
+}
+inline void store_doubles(double* p, VecD v) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+// Lane i of the result is lane i + S of v; what moves in at the end comes from `fill`.
+template <int S, int... I>
+inline VecD shift(VecD v, VecD fill, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(v, fill, (I + S)...);
+#else
+  return __builtin_shuffle(v, fill, VecL{(I + S)...});
+#endif
+}
+template <int S>
+inline VecD shift(VecD v, VecD fill) {
+  return shift<S>(v, fill, std::make_integer_sequence<int, kDoubles>());
+}
+
+inline double sum(VecF v) {
+  double total = 0.0;
+  for (int l = 0; l < kLanes; ++l) total += v[l];
+  return total;
+}
+inline float max_lane(VecF v) {
+  float m = v[0];
+  for (int l = 1; l < kLanes; ++l) m = v[l] > m ? v[l] : m;
+  return m;
+}
+
+}  // namespace fastrl::FASTRL_SIMD

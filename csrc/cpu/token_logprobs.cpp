@@ -1,0 +1,267 @@
+// token_logprobs on the CPU: rows, and stretches of a row when rows are few, over torch's threads.
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "kernels.h"
+#include "tensors.h"
+
+namespace fastrl {
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// Rows of a [..., V] tensor whose last axis is dense; leading axes may have any strides, so that
+// logits[:, :-1] needs no copy.
+struct Rows {
+  std::vector<int64_t> sizes, strides;
+  int64_t count = 1, vocab;
+
+  explicit Rows(const Tensor& logits) : sizes(shape_of(logits)) {
+    const auto s = logits.strides();
+    STD_TORCH_CHECK(!sizes.empty() && (sizes.back() <= 1 || s[sizes.size() - 1] == 1),
+                    "fastrl: logits must be dense along the vocabulary");
+    vocab = sizes.back();
+    sizes.pop_back();
+    strides.assign(s.begin(), s.begin() + sizes.size());
+    for (const int64_t size : sizes) count *= size;
+  }
+
+  int64_t offset(int64_t row) const {
+    int64_t at = 0;
+    for (size_t axis = sizes.size(); axis-- > 0;) {
+      at += row % sizes[axis] * strides[axis];
+      row /= sizes[axis];
+    }
+    return at;
+  }
+};
+
+void merge(RowState& s, const RowState& next, double scale) {
+  const double m = std::fmax(s.max, next.max);
+  RowState merged;
+  merged.max = m;
+  for (const RowState& part : {s, next}) {
+    if (part.max == m || part.count == 0) {  // count 0: nothing finite, but perhaps a NaN in rest
+      merged.rest += part.rest;
+      merged.count += part.count;
+      merged.weighted += part.weighted;
+    } else {
+      const double shrink = std::exp((part.max - m) * scale);
+      merged.rest += shrink * (part.rest + part.count);
+      merged.weighted += shrink * (part.weighted + (m - part.max) * (part.rest + part.count));
+    }
+  }
+  s = merged;
+}
+
+struct Forward {
+  const int64_t* token_ids;
+  double temperature;
+  int64_t ignore_index;
+  bool return_entropy;
+  float *logprobs, *entropy, *row_max, *log_total;
+
+  template <class T>
+  void finish(const T* logits, int64_t vocab, int64_t row, const RowState& s) const {
+    const int64_t id = token_ids[row];
+    const double total_log = std::log1p(s.rest + (s.count - 1.0));
+    const bool in_range = id >= 0 && id < vocab;  // a wild id gives NaN and is not read
+    const double logit = in_range ? value(logits[id]) : kNan;
+    // -inf everywhere is no distribution: NaN, as -inf - -inf gives it.
+    logprobs[row] = static_cast<float>((logit - s.max) / temperature - total_log);
+    if (return_entropy) {
+      const double mean_gap = s.weighted / (s.rest + s.count) / temperature;
+      entropy[row] = static_cast<float>(total_log + mean_gap);
+    }
+    row_max[row] = static_cast<float>(s.max);
+    log_total[row] = static_cast<float>(total_log);
+  }
+
+  void ignore(int64_t row) const {
+    logprobs[row] = row_max[row] = log_total[row] = 0.0f;
+    if (return_entropy) entropy[row] = 0.0f;
+  }
+
+  static double value(float x) { return x; }
+  static double value(BFloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, sizeof(f));
+    return f;
+  }
+  static double value(Half x) {
+    const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+    const double magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
+                             : exponent == 0 ? std::ldexp(fraction, -24)
+                                             : std::ldexp(1024 + fraction, exponent - 25);
+    return x.bits & 0x8000 ? -magnitude : magnitude;
+  }
+};
+
+template <class T>
+void forward(const T* logits, const Rows& rows, const LogprobKernels<T>& k, const Forward& f) {
+  const int64_t chunks = (rows.vocab + kVocabChunk - 1) / kVocabChunk;
+  const auto chunk_state = [&](const T* row, int64_t chunk) {
+    const int64_t start = chunk * kVocabChunk;
+    const int64_t n = std::min(kVocabChunk, rows.vocab - start);
+    return k.chunk_state(row + start, n, f.temperature, f.return_entropy);
+  };
+  const auto finish_row = [&](const T* row, int64_t r, auto&& state_of) {
+    RowState state = state_of(0);
+    for (int64_t c = 1; c < chunks; ++c) merge(state, state_of(c), 1.0 / f.temperature);
+    f.finish(row, rows.vocab, r, state);
+  };
+  const bool few = rows.count < 4 * int64_t{torch::stable::get_num_threads()} && chunks > 1;
+  if (!few) {
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, rows.vocab));
+    torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        if (f.token_ids[r] == f.ignore_index) {
+          f.ignore(r);
+          continue;
+        }
+        const T* row = logits + rows.offset(r);
+        finish_row(row, r, [&](int64_t c) { return chunk_state(row, c); });
+      }
+    });
+    return;
+  }
+  std::vector<RowState> states(rows.count * chunks);
+  torch::stable::parallel_for(0, rows.count * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t r = i / chunks;
+      if (f.token_ids[r] == f.ignore_index) continue;
+      states[i] = chunk_state(logits + rows.offset(r), i % chunks);
+    }
+  });
+  for (int64_t r = 0; r < rows.count; ++r) {
+    if (f.token_ids[r] == f.ignore_index) {
+      f.ignore(r);
+    } else {
+      finish_row(logits + rows.offset(r), r, [&](int64_t c) { return states[r * chunks + c]; });
+    }
+  }
+}
+
+template <class Body>
+void dispatch(const Tensor& logits, Body body) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return body(float{}, kernels().logprobs_f32);
+    case ScalarType::BFloat16:
+      return body(BFloat16{}, kernels().logprobs_bf16);
+    case ScalarType::Half:
+      return body(Half{}, kernels().logprobs_f16);
+    default:
+      STD_TORCH_CHECK(false, "token_logprobs: logits must be float32, bfloat16 or float16");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd_cpu(
+    const Tensor& logits, const Tensor& token_ids, double temperature, int64_t ignore_index,
+    bool return_entropy, bool /*inplace_backward: autograd's affair*/) {
+  const Rows rows(logits);
+  STD_TORCH_CHECK(rows.vocab > 0, "token_logprobs: the vocabulary is empty");
+  STD_TORCH_CHECK(token_ids.scalar_type() == ScalarType::Long && token_ids.is_contiguous() &&
+                      token_ids.numel() == rows.count,
+                  "token_logprobs: token_ids must be contiguous int64, one per row of logits");
+  const auto shape = shape_of(token_ids);
+  Tensor logprobs = empty_cpu(shape, ScalarType::Float);
+  Tensor entropy = empty_cpu(return_entropy ? shape : std::vector<int64_t>{0}, ScalarType::Float);
+  Tensor row_max = empty_cpu(shape, ScalarType::Float);
+  Tensor log_total = empty_cpu(shape, ScalarType::Float);
+  const Forward f{ptr<int64_t>(token_ids),
+                  temperature,
+                  ignore_index,
+                  return_entropy,
+                  mutable_ptr<float>(logprobs),
+                  mutable_ptr<float>(entropy),
+                  mutable_ptr<float>(row_max),
+                  mutable_ptr<float>(log_total)};
+  dispatch(logits,
+           [&](auto dtype, const auto& k) { forward(ptr<decltype(dtype)>(logits), rows, k, f); });
+  return {logprobs, entropy, row_max, log_total};
+}
+
+struct Saved {
+  const std::optional<Tensor>&grad_logprobs, &grad_entropy;
+  const Tensor& token_ids;
+  const std::optional<Tensor>& entropy;
+  const Tensor &row_max, &log_total;
+};
+
+void check_saved(const Saved& s, const Rows& rows) {
+  const auto check = [&](const Tensor& t, ScalarType dtype) {
+    STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous() && t.numel() == rows.count,
+                    "token_logprobs: the backward pass takes contiguous tensors, a number per row");
+  };
+  check(s.token_ids, ScalarType::Long);
+  for (const Tensor* t : {&s.row_max, &s.log_total}) check(*t, ScalarType::Float);
+  for (const auto* t : {&s.grad_logprobs, &s.grad_entropy, &s.entropy}) {
+    if (*t) check(**t, ScalarType::Float);
+  }
+  STD_TORCH_CHECK(!s.grad_entropy || s.entropy, "token_logprobs: the entropy was not computed");
+}
+
+void backward(const Tensor& logits, const Saved& s, double temperature, int64_t ignore_index,
+              const Rows& in, const Tensor& grad, const Rows& out) {
+  check_saved(s, in);
+  const auto* g = ptr<float>(s.grad_logprobs);
+  const auto* h = ptr<float>(s.grad_entropy);
+  const auto* entropy = ptr<float>(s.entropy);
+  const auto* ids = ptr<int64_t>(s.token_ids);
+  const auto *row_max = ptr<float>(s.row_max), *log_total = ptr<float>(s.log_total);
+  dispatch(logits, [&](auto dtype, const auto& k) {
+    using T = decltype(dtype);
+    const T* x = ptr<T>(logits);
+    T* d = mutable_ptr<T>(grad);
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, in.vocab));
+    torch::stable::parallel_for(0, in.count, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        T* const row = d + out.offset(r);
+        if (ids[r] == ignore_index) {
+          std::memset(static_cast<void*>(row), 0, in.vocab * sizeof(T));
+          continue;
+        }
+        const bool in_range = ids[r] >= 0 && ids[r] < in.vocab;
+        k.row_grad(x + in.offset(r), in.vocab,
+                   {in_range ? (g ? g[r] : 0.0) : kNan, h ? h[r] : 0.0, row_max[r], log_total[r],
+                    h ? entropy[r] : 0.0, temperature, in_range ? ids[r] : 0},
+                   row);
+      }
+    });
+  });
+}
+
+Tensor token_logprobs_bwd_cpu(const std::optional<Tensor>& grad_logprobs,
+                              const std::optional<Tensor>& grad_entropy, const Tensor& logits,
+                              const Tensor& token_ids, const std::optional<Tensor>& entropy,
+                              const Tensor& row_max, const Tensor& log_total, double temperature,
+                              int64_t ignore_index) {
+  const Rows rows(logits);
+  Tensor grad = empty_cpu(shape_of(logits), logits.scalar_type());
+  backward(logits, {grad_logprobs, grad_entropy, token_ids, entropy, row_max, log_total},
+           temperature, ignore_index, rows, grad, Rows(grad));
+  return grad;
+}
+
+void token_logprobs_bwd_inplace_cpu(const std::optional<Tensor>& grad_logprobs,
+                                    const std::optional<Tensor>& grad_entropy, Tensor logits,
+                                    const Tensor& token_ids, const std::optional<Tensor>& entropy,
+                                    const Tensor& row_max, const Tensor& log_total,
+                                    double temperature, int64_t ignore_index) {
+  const Rows rows(logits);
+  backward(logits, {grad_logprobs, grad_entropy, token_ids, entropy, row_max, log_total},
+           temperature, ignore_index, rows, logits, rows);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastrl, CPU, m) {
+  m.impl("token_logprobs_fwd", TORCH_BOX(&token_logprobs_fwd_cpu));
+  m.impl("token_logprobs_bwd", TORCH_BOX(&token_logprobs_bwd_cpu));
+  m.impl("token_logprobs_bwd_", TORCH_BOX(&token_logprobs_bwd_inplace_cpu));
+}
+
+}  // namespace fastrl

@@ -1,0 +1,195 @@
+// Log-softmax statistics of a row, and its gradient: the loops, at one instruction set's width.
+// Included by kernels_*.cpp after simd.h.
+
+namespace fastrl::FASTRL_SIMD {
+
+// 4 KB of floats: a block is read from memory once, for its maximum, and then again from L1.
+constexpr int64_t kBlock = 1024;
+constexpr int64_t kStep = 2 * kLanes;
+constexpr int64_t kPrefetch = 2048;  // elements ahead; the hardware stops at every 4 KB page
+
+// Through an integer: the address may lie behind the row, where a pointer may not be formed.
+template <class T>
+inline void prefetch(const T* x) {
+  const auto at = reinterpret_cast<uintptr_t>(x) + kPrefetch * sizeof(T);
+  __builtin_prefetch(reinterpret_cast<const void*>(at));
+  if constexpr (kStep * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const void*>(at + 64));
+}
+
+struct BlockSums {
+  VecF rest[2] = {}, count[2] = {}, weighted[2] = {};
+};
+
+// Sums one block against `m`, which no entry exceeds. Only a block that holds the maximum itself
+// pays for telling it from the rest.
+template <bool kHoldsMax, bool kEntropy, class T>
+inline void add_block(const T* x, int64_t n, VecF m, const ScaledExp& exp, BlockSums& sums) {
+  for (int64_t i = 0; i < n; i += kStep) {
+    for (int u = 0; u < 2; ++u) {
+      const VecF d = exp.clamp(load(x + i + u * kLanes) - m);
+      VecF e = exp(d);
+      if constexpr (kHoldsMax) {
+        const VecF zero{};
+        e = d == zero ? zero : e;
+        sums.count[u] += d == zero ? zero + 1.0f : zero;
+      }
+      sums.rest[u] += e;
+      if constexpr (kEntropy) sums.weighted[u] -= e * d;
+    }
+  }
+}
+
+template <class T>
+inline float block_max(const T* x, int64_t n) {
+  VecF m0 = splat(-__builtin_inff()), m1 = m0;
+  for (int64_t i = 0; i < n; i += kStep) {
+    prefetch(x + i);
+    m0 = max(load(x + i), m0);
+    m1 = max(load(x + i + kLanes), m1);
+  }
+  return max_lane(max(m0, m1));
+}
+
+inline void raise_max(RowState& s, double m, double scale) {
+  if (s.count > 0) {
+    const double shrink = std::exp((s.max - m) * scale);
+    s.weighted = shrink * (s.weighted + (m - s.max) * (s.rest + s.count));
+    s.rest = shrink * (s.rest + s.count);
+    s.count = 0.0;
+  }
+  s.max = m;
+}
+
+template <class T>
+inline bool has_nan(const T* x, int64_t n) {
+  VecI found{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const VecF v = load(x + i);
+    found |= v != v;
+  }
+  int32_t any = 0;
+  for (int l = 0; l < kLanes; ++l) any |= found[l];
+  return any != 0;
+}
+
+template <bool kEntropy, class T>
+inline void add_to_state(const T* x, int64_t n, double scale, const ScaledExp& exp, RowState& s) {
+  const float m = block_max(x, n);
+  const bool holds_max = m >= s.max;
+  if (m > s.max) raise_max(s, m, scale);
+  if (s.max == -__builtin_inf()) {  // nothing finite yet: -inf adds nothing, NaN must not vanish
+    if (has_nan(x, n)) s.rest = __builtin_nan("");
+    return;
+  }
+  BlockSums sums;
+  const VecF at = splat(static_cast<float>(s.max));
+  if (holds_max) {
+    add_block<true, kEntropy>(x, n, at, exp, sums);
+    s.count += sum(sums.count[0] + sums.count[1]);
+  } else {
+    add_block<false, kEntropy>(x, n, at, exp, sums);
+  }
+  s.rest += sum(sums.rest[0] + sums.rest[1]);
+  if constexpr (kEntropy) s.weighted += sum(sums.weighted[0] + sums.weighted[1]);
+}
+
+template <class T>
+constexpr T kMinusInf = T{};
+template <>
+constexpr float kMinusInf<float> = -__builtin_inff();
+template <>
+constexpr BFloat16 kMinusInf<BFloat16> = {0xff80};
+template <>
+constexpr Half kMinusInf<Half> = {0xfc00};
+
+template <bool kEntropy, class T>
+inline RowState sum_chunk(const T* x, int64_t n, double temperature) {
+  const double scale = 1.0 / temperature;
+  const ScaledExp exp(scale);
+  RowState state;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kBlock) {
+    const int64_t block = n - i < kBlock ? (n - i) / kStep * kStep : kBlock;
+    add_to_state<kEntropy>(x + i, block, scale, exp, state);
+    if (block < kBlock) {
+      i += block;
+      break;
+    }
+  }
+  if (i < n) {  // the tail, padded with what adds nothing: never a read past the row's end
+    T tail[kStep];
+    for (int64_t j = 0; j < kStep; ++j) tail[j] = i + j < n ? x[i + j] : kMinusInf<T>;
+    add_to_state<kEntropy>(tail, kStep, scale, exp, state);
+  }
+  return state;
+}
+
+template <class T>
+RowState chunk_state(const T* x, int64_t n, double temperature, bool entropy) {
+  return entropy ? sum_chunk<true>(x, n, temperature) : sum_chunk<false>(x, n, temperature);
+}
+
+// d = (delta_jt - p_j) g - h p_j (log p_j + H), over the temperature; the target's own entry comes
+// from "everything but the target" = -expm1(log p_t), or p -> 1 would cancel.
+template <bool kEntropy, class T>
+inline void grad_block(const T* x, int64_t n, VecF m, const ScaledExp& exp, VecF a, VecF b,
+                       T* out) {
+  for (int64_t i = 0; i < n; i += kStep) {
+    prefetch(x + i);
+    const VecF d0 = exp.clamp(load(x + i) - m), d1 = exp.clamp(load(x + i + kLanes) - m);
+    const VecF e0 = exp(d0), e1 = exp(d1);
+    store(out + i, kEntropy ? e0 * (b * d0 + a) : e0 * a);
+    store(out + i + kLanes, kEntropy ? e1 * (b * d1 + a) : e1 * a);
+  }
+}
+
+template <bool kEntropy, class T>
+inline void fill_grad(const T* x, int64_t n, VecF m, const ScaledExp& exp, VecF a, VecF b, T* out) {
+  const int64_t whole = n / kStep * kStep;
+  grad_block<kEntropy>(x, whole, m, exp, a, b, out);
+  if (whole == n) return;
+  T tail[kStep], grad[kStep];
+  for (int64_t j = 0; j < kStep; ++j) tail[j] = whole + j < n ? x[whole + j] : kMinusInf<T>;
+  grad_block<kEntropy>(tail, kStep, m, exp, a, b, grad);
+  __builtin_memcpy(out + whole, grad, (n - whole) * sizeof(T));
+}
+
+template <class T>
+inline double to_double(const T* x) {
+  T padded[kLanes] = {*x};
+  return load(padded)[0];
+}
+template <class T>
+inline void from_double(double value, T* x) {
+  T padded[kLanes];
+  store(padded, splat(static_cast<float>(value)));
+  *x = padded[0];
+}
+
+template <class T>
+void row_grad(const T* x, int64_t n, const TokenLogprobsGrad& row, T* grad) {
+  const double scale = 1.0 / row.temperature;
+  const ScaledExp exp(scale);
+  const double g = row.grad_logprob, h = row.grad_entropy;
+  const double target = to_double(x + row.token_id);  // before an in-place gradient covers it
+  const double inv_total = std::exp(-row.log_total);
+  const VecF m = splat(static_cast<float>(row.max));
+  const double a = -(g + h * (row.entropy - row.log_total)) * scale * inv_total;
+  const double b = -h * scale * scale * inv_total;
+  const VecF va = splat(static_cast<float>(a)), vb = splat(static_cast<float>(b));
+  if (h == 0.0) {
+    fill_grad<false>(x, n, m, exp, va, vb, grad);
+  } else {
+    fill_grad<true>(x, n, m, exp, va, vb, grad);
+  }
+  const double logprob = (target - row.max) * scale - row.log_total;
+  const double p = std::exp(logprob);
+  const double entropy_part = p > 0.0 ? h * p * (logprob + row.entropy) : 0.0;
+  const double grad_target = (-g * std::expm1(logprob) - entropy_part) * scale;
+  from_double(grad_target, grad + row.token_id);
+}
+
+template <class T>
+constexpr LogprobKernels<T> kLogprobs = {&chunk_state<T>, &row_grad<T>};
+
+}  // namespace fastrl::FASTRL_SIMD

@@ -1,0 +1,85 @@
+// The one list of ops, and the pybind11 module `fastrl._C`, which tells how it was built.
+//
+// The list knows nothing of Python; loading the module runs the static registrations.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace fastrl {
+#ifdef FASTRL_WITH_CUDA
+std::string cuda_architectures();  // csrc/cuda/architectures.cu
+#else
+std::string cuda_architectures() { return ""; }
+#endif
+}  // namespace fastrl
+
+STABLE_TORCH_LIBRARY(fastrl, m) {
+  m.def(
+      "token_logprobs_fwd(Tensor logits, Tensor token_ids, float temperature, int ignore_index, "
+      "bool return_entropy, bool inplace_backward) "
+      "-> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_total)");
+  m.def(
+      "token_logprobs_bwd(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, "
+      "Tensor token_ids, Tensor? entropy, Tensor row_max, Tensor log_total, float temperature, "
+      "int ignore_index) -> Tensor");
+  m.def(
+      "token_logprobs_bwd_(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, "
+      "Tensor token_ids, Tensor? entropy, Tensor row_max, Tensor log_total, float temperature, "
+      "int ignore_index) -> ()");
+  m.def(
+      "gae(Tensor rewards, Tensor? values, Tensor? bootstrap_value, Tensor? next_values, "
+      "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, "
+      "Tensor? gamma_per_step, Tensor? lambda_per_step, float gamma, float gae_lambda) "
+      "-> (Tensor advantages, Tensor returns)");
+  m.def(
+      "lambda_returns(Tensor rewards, Tensor? values, Tensor? bootstrap_value, "
+      "Tensor? next_values, Tensor? terminated, Tensor? truncated, Tensor? mask, "
+      "Tensor? cu_seqlens, Tensor? gamma_per_step, Tensor? lambda_per_step, float gamma, "
+      "float gae_lambda) -> Tensor");
+  m.def(
+      "discounted_returns(Tensor rewards, Tensor? bootstrap_value, Tensor? next_values, "
+      "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, "
+      "Tensor? gamma_per_step, float gamma) -> Tensor");
+  m.def(
+      "returns_bwd(Tensor grad, bool bootstraps_every_step, bool has_next_values, "
+      "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, "
+      "Tensor? gamma_per_step, Tensor? lambda_per_step, float gamma, float gae_lambda) "
+      "-> (Tensor grad_rewards, Tensor grad_next, Tensor grad_bootstrap)");
+}
+
+namespace {
+
+py::dict build_facts() {
+  py::dict facts;
+  py::list levels;
+  for (const fastrl::KernelTable* table :
+       {fastrl::kernels_avx512(), fastrl::kernels_avx2(), fastrl::kernels_plain()}) {
+    if (table) levels.append(table->name);
+  }
+#if defined(__clang__)
+  facts["compiler"] = __VERSION__;  // names itself
+#else
+  facts["compiler"] = "GCC " __VERSION__;
+#endif
+  facts["torch"] = TORCH_VERSION;
+  facts["torch_abi"] = "stable, torch >= 2.10";
+  facts["cuda_architectures"] = fastrl::cuda_architectures();
+  facts["simd_levels"] = levels;
+  return facts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Registers the ops torch.ops.fastrl.* and tells how this binary was built.";
+  m.def("build_facts", &build_facts, "What this binary was built with, and for.");
+  m.def("simd_level", [] { return fastrl::kernels().name; }, "The CPU kernels in use.");
+  m.def("select_simd_level", &fastrl::select_kernels, py::arg("name"),
+        "For tests: use another level from now on; False where this processor cannot run it.");
+}

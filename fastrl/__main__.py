@@ -1,0 +1,5 @@
+import sys
+
+from fastrl.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,28 @@
+"""`fastrl <command> ...`: finds the command's module and hands it the rest."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "info": "versions, what is available, and which implementation of each op runs where",
+    "train": "train a language model on a text with immediate rewards",
+}
+
+
+def usage() -> str:
+    lines = "\n".join(f"  {name:<8} {summary}" for name, summary in COMMANDS.items())
+    return f"usage: fastrl <command> [options]\n\n{lines}\n\n`fastrl <command> --help` tells more."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: the command's own; 2 for a command that does not exist."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"fastrl: expected a command ({known}), got {args[0]}.\n{usage()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"fastrl.cli.{args[0]}")
+    return module.main(args[1:])

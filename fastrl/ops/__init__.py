@@ -1,0 +1,48 @@
+"""What users call: the contract's functions, checked and fast, on the tensors' own device.
+
+The tensor's device chooses the implementation through torch's dispatcher; there is no flag and no
+silent fallback. `fastrl.reference` has the same names and signatures in plain PyTorch.
+"""
+
+from fastrl import reference
+from fastrl.ops._unavailable import unavailable
+from fastrl.ops.actor_critic_loss import actor_critic_loss
+from fastrl.ops.discounted_returns import discounted_returns
+from fastrl.ops.gae import gae
+from fastrl.ops.group_advantages import group_advantages
+from fastrl.ops.kl_penalty import kl_penalty
+from fastrl.ops.lambda_returns import lambda_returns
+from fastrl.ops.policy_gradient_loss import policy_gradient_loss
+from fastrl.ops.ppo_loss import ppo_loss
+from fastrl.ops.sample_tokens import sample_tokens
+from fastrl.ops.token_logprobs import token_logprobs
+from fastrl.ops.value_loss import value_loss
+from fastrl.ops.whiten import whiten
+
+attention = unavailable(reference.attention)
+linear_token_logprobs = unavailable(reference.linear_token_logprobs)
+linear_token_loss = unavailable(reference.linear_token_loss)
+n_step_returns = unavailable(reference.n_step_returns)
+retrace_returns = unavailable(reference.retrace_returns)
+vtrace = unavailable(reference.vtrace)
+
+__all__ = [
+    "actor_critic_loss",
+    "attention",
+    "discounted_returns",
+    "gae",
+    "group_advantages",
+    "kl_penalty",
+    "lambda_returns",
+    "linear_token_logprobs",
+    "linear_token_loss",
+    "n_step_returns",
+    "policy_gradient_loss",
+    "ppo_loss",
+    "retrace_returns",
+    "sample_tokens",
+    "token_logprobs",
+    "value_loss",
+    "vtrace",
+    "whiten",
+]

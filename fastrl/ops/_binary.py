@@ -1,0 +1,49 @@
+"""The compiled module `fastrl._C`: loading it registers the ops `torch.ops.fastrl.*`."""
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+module: ModuleType | None = None
+missing = ""
+try:
+    module = importlib.import_module("fastrl._C")
+except ImportError as error:  # an install without a compiler still has fastrl.reference
+    missing = str(error)
+
+# What runs an op with kernels of its own on which device. `_checks.implemented` refuses the others,
+# `fastrl info` prints it, and a test holds it against the dispatcher's own list.
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "discounted_returns": {"cpu": "C++"},
+    "gae": {"cpu": "C++"},
+    "lambda_returns": {"cpu": "C++"},
+    "token_logprobs": {"cpu": "C++"},
+}
+
+
+def op(name: str) -> Callable[..., Any]:
+    """torch.ops.fastrl.<name>; without the binary, a function that says how to build it."""
+    if module is not None:
+        return getattr(torch.ops.fastrl, name).default
+
+    def not_built(*args: object) -> None:
+        raise ImportError(
+            f"{name}: expected the compiled module fastrl._C, got none ({missing}). Build it with "
+            "`pip install --no-build-isolation .`, or use fastrl.reference, which needs none."
+        )
+
+    return not_built
+
+
+def register_fake(name: str, function: Callable[..., Any]) -> None:
+    """What shapes and dtypes the op gives, for torch.compile and meta tensors."""
+    if module is not None:
+        torch.library.register_fake(f"fastrl::{name}", function)
+
+
+def register_autograd(name: str, backward: Callable[..., Any], *, setup_context: Any) -> None:
+    if module is not None:
+        torch.library.register_autograd(f"fastrl::{name}", backward, setup_context=setup_context)

@@ -1,0 +1,132 @@
+"""Checks of what users pass, with one form of message:
+
+{op}: expected {argument} {property}, got {actual}. {remedy}
+
+Only what a device knows without being asked is checked there: shapes, dtypes, numbers. Checks of
+contents run on eager CPU tensors alone, since they would synchronise a GPU and break a graph.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastrl.ops._binary import IMPLEMENTATIONS
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def fail(op: str, expected: str, got: object, remedy: str) -> ValueError:
+    return ValueError(f"{op}: expected {expected}, got {got}. {remedy}")
+
+
+def wrong_type(op: str, expected: str, got: object, remedy: str) -> TypeError:
+    return TypeError(f"{op}: expected {expected}, got {got}. {remedy}")
+
+
+def shape(t: Tensor) -> str:
+    return str(tuple(t.shape))
+
+
+def tensor(op: str, name: str, x: object, dtypes: Iterable[torch.dtype], remedy: str) -> None:
+    if not isinstance(x, Tensor):
+        raise wrong_type(op, f"{name} as a tensor", type(x).__name__, remedy)
+    if x.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise wrong_type(op, f"{name} of dtype {names}", x.dtype, remedy)
+
+
+def float_tensor(op: str, name: str, x: object) -> None:
+    tensor(op, name, x, FLOATS, f"Pass {name} as a floating-point tensor.")
+
+
+def bool_tensor(op: str, name: str, x: object) -> None:
+    tensor(op, name, x, (torch.bool,), f"Use {name}.bool().")
+
+
+def same_shape(op: str, name: str, x: Tensor, like_name: str, like: Tensor, remedy: str) -> None:
+    if x.shape != like.shape:
+        raise fail(op, f"{name} {shape(like)} like {like_name}", shape(x), remedy)
+
+
+def same_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.device != like.device:
+        raise fail(op, f"{name} on {like.device} like {like_name}", x.device, "Move it there.")
+
+
+def like(op: str, name: str, x: object, like_name: str, like_tensor: Tensor) -> None:
+    """A floating-point tensor of the shape and on the device of another."""
+    float_tensor(op, name, x)
+    assert isinstance(x, Tensor)
+    same_shape(op, name, x, like_name, like_tensor, f"Pass one number per entry of {like_name}.")
+    same_device(op, name, x, like_name, like_tensor)
+
+
+def bool_like(op: str, name: str, x: object, like_name: str, like_tensor: Tensor) -> None:
+    bool_tensor(op, name, x)
+    assert isinstance(x, Tensor)
+    same_shape(op, name, x, like_name, like_tensor, f"Pass one bool per entry of {like_name}.")
+    same_device(op, name, x, like_name, like_tensor)
+
+
+def number(op: str, name: str, x: object, low: float, high: float, remedy: str) -> None:
+    """A real number in [low, high]; NaN is in no interval."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise wrong_type(op, f"{name} as a number", type(x).__name__, remedy)
+    if not low <= x <= high:
+        span = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise fail(op, f"{name} {span}", x, remedy)
+
+
+def positive(op: str, name: str, x: object, remedy: str) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise wrong_type(op, f"{name} as a number", type(x).__name__, remedy)
+    if not 0 < x < math.inf:
+        raise fail(op, f"{name} > 0 and finite", x, remedy)
+
+
+def whole(op: str, name: str, x: object, low: int) -> None:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise wrong_type(op, f"{name} as an int", type(x).__name__, f"Use int({name}).")
+    if x < low:
+        raise fail(op, f"{name} >= {low}", x, f"Pass {low} or more.")
+
+
+def one_of(op: str, name: str, x: object, choices: tuple[str, ...]) -> None:
+    if x not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise fail(op, f"{name} one of {listed}", repr(x), "Choose one of these.")
+
+
+def contents_are_known(*tensors: Tensor) -> bool:
+    """Whether looking into the tensors is free: eager, and on the CPU."""
+    return not torch.compiler.is_compiling() and all(t.device.type == "cpu" for t in tensors)
+
+
+def cu_seqlens(op: str, x: object, num_tokens: int, like_tensor: Tensor) -> None:
+    """int32 [S + 1], rising from 0 to the number of packed tokens."""
+    tensor(op, "cu_seqlens", x, (torch.int32,), "Use cu_seqlens.int().")
+    assert isinstance(x, Tensor)
+    same_device(op, "cu_seqlens", x, "rewards", like_tensor)
+    remedy = "Pass the S + 1 boundaries of the S segments."
+    if x.dim() != 1 or x.numel() == 0:
+        raise fail(op, "cu_seqlens [S + 1]", shape(x), remedy)
+    if contents_are_known(x):
+        bounds = x.tolist()
+        if bounds[0] != 0 or bounds[-1] != num_tokens:
+            ends = f"from {bounds[0]} to {bounds[-1]}"
+            raise fail(op, f"cu_seqlens from 0 to N = {num_tokens}", ends, remedy)
+        if any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise fail(op, "cu_seqlens that rise", bounds, remedy)
+
+
+def implemented(op: str, x: Tensor) -> None:
+    """Refuses a device that the op has no kernel for, instead of falling back."""
+    kind = x.device.type
+    devices = IMPLEMENTATIONS[op]
+    if kind not in devices and kind != "meta":
+        have = " or ".join(devices) or "no device yet"
+        raise NotImplementedError(
+            f"{op}: expected tensors on {have}, got {kind}. Use fastrl.reference.{op} there."
+        )

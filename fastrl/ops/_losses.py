@@ -1,0 +1,44 @@
+"""Checks that the losses share."""
+
+from torch import Tensor
+
+from fastrl.ops import _checks
+
+REDUCTIONS = ("token_mean", "sequence_mean", "sequence_mean_token_sum", "none")
+
+
+def check(
+    op: str,
+    name: str,
+    x: Tensor,
+    like: dict[str, Tensor | None],
+    *,
+    loss_mask: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+    by_sequence: bool = False,
+) -> None:
+    """x is the loss's first argument, `name`; each tensor in `like` has its shape and device."""
+    _checks.float_tensor(op, name, x)
+    for other, tensor in like.items():
+        if tensor is not None:
+            _checks.like(op, other, tensor, name, x)
+    if loss_mask is not None:
+        _checks.bool_like(op, "loss_mask", loss_mask, name, x)
+    _checks.one_of(op, "reduction", reduction, REDUCTIONS)
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        _checks.positive(op, "normalizer", normalizer, "Pass the number of tokens or sequences.")
+    if cu_seqlens is not None:
+        if x.dim() != 1:
+            raise _checks.fail(
+                op, f"packed {name} [N] with cu_seqlens", _checks.shape(x), "Flatten them."
+            )
+        _checks.cu_seqlens(op, cu_seqlens, x.numel(), x)
+    elif x.dim() < 2 and (by_sequence or reduction.startswith("sequence")):
+        raise _checks.fail(
+            op,
+            f"{name} [B, T], or packed [N] with cu_seqlens, where sequences count",
+            _checks.shape(x),
+            f"Pass cu_seqlens, or {name}[None] for one sequence.",
+        )

@@ -1,0 +1,204 @@
+"""Log-probabilities and entropy of given tokens in one pass over the logits, exact for p -> 1."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastrl import reference
+from fastrl.ops import _binary, _checks
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_fwd = _binary.op("token_logprobs_fwd")
+_bwd = _binary.op("token_logprobs_bwd")
+_bwd_inplace = _binary.op("token_logprobs_bwd_")
+
+
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+    kept: tuple[Tensor, Tensor] | None = None,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each row's token under softmax(logits / temperature), and the entropy.
+
+        log p_y = (x_y - m) / T - log(total),    m = max_j x_j,  total = sum_j exp((x_j - m) / T)
+        entropy = log(total) + sum_j p_j (m - x_j) / T
+
+    The maximum stays out of the sum (log1p of the rest), so log-prob, entropy and gradient keep a
+    relative error of 1e-6 up to p = 1 - 1e-7, where log_softmax in float32 has lost every digit.
+    A row whose token id is ignore_index gives 0 for both and no gradient, whatever its logits are.
+    Logits that are NaN, +inf, or -inf in all of a row give NaN for that row. A row's result depends
+    neither on the rest of the batch nor on the number of threads.
+
+    Args:
+        logits: [..., V] float32, bfloat16 or float16; -inf excludes a token. Leading axes may have
+            any strides; the vocabulary axis is copied if it is not dense.
+        token_ids: [...] int64.
+        temperature: T > 0.
+        ignore_index: the id of rows that do not count.
+        return_entropy: return the entropy as well.
+        inplace_backward: the backward pass writes the gradient over `logits`, which nothing may
+            read afterwards: no memory beside it. Has no effect under torch.compile, which plans
+            memory itself.
+        kept: (ids int64 [K], cu_seqlens int32 [rows + 1]): row i is renormalised over the ids in
+            ids[cu_seqlens[i]:cu_seqlens[i + 1]]. Computed by fastrl.reference.
+        group, vocab_start: logits are this rank's slice of the vocabulary, which starts at
+            vocab_start. Computed by fastrl.reference, which gathers the logits.
+    Returns:
+        logprobs: [...] float32, nats.
+        entropy: [...] float32, nats, if return_entropy.
+    Raises:
+        ValueError: shapes disagree, or temperature is not positive; on eager CPU tensors also an id
+            outside [0, V) that is not ignore_index. Elsewhere such an id gives NaN: looking would
+            synchronise.
+        TypeError: another dtype (float64: fastrl.reference.token_logprobs).
+        NotImplementedError: a device without a kernel.
+    Differentiable in: logits.
+    """
+    _check(logits, token_ids, temperature, ignore_index, kept, group, vocab_start)
+    if kept is not None or group is not None:
+        return reference.token_logprobs(
+            logits, token_ids, temperature=temperature, ignore_index=ignore_index,
+            return_entropy=return_entropy, kept=kept, group=group, vocab_start=vocab_start,
+        )  # fmt: skip
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    logprobs, entropy, _, _ = _fwd(
+        logits, token_ids.contiguous(), temperature, ignore_index, return_entropy, inplace
+    )
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+def _check(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    ignore_index: int,
+    kept: Any,
+    group: Any,
+    vocab_start: int | None,
+) -> None:
+    op = "token_logprobs"
+    remedy = "Use fastrl.reference.token_logprobs for float64; cast other dtypes."
+    _checks.tensor(op, "logits", logits, _DTYPES, remedy)
+    _checks.tensor(op, "token_ids", token_ids, (torch.int64,), "Use token_ids.long().")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise _checks.fail(op, "logits [..., V], V >= 1", _checks.shape(logits), "Pass logits.")
+    if token_ids.shape != logits.shape[:-1]:
+        raise _checks.fail(
+            op,
+            f"token_ids {tuple(logits.shape[:-1])} like the leading axes of logits",
+            _checks.shape(token_ids),
+            "Pass one id per row of logits.",
+        )
+    _checks.same_device(op, "token_ids", token_ids, "logits", logits)
+    _checks.positive(op, "temperature", temperature, "sample_tokens knows greedy, as 0.")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise _checks.wrong_type(
+            op, "ignore_index as an int", type(ignore_index).__name__, "Pass an id, such as -100."
+        )
+    if vocab_start is not None and group is None:
+        raise _checks.fail(op, "group with vocab_start", "None", "Pass the process group.")
+    if kept is not None:
+        _check_kept(op, kept, logits)
+    if group is None:
+        _checks.implemented(op, logits)
+        _check_ids(op, token_ids, logits.shape[-1], ignore_index)
+
+
+def _check_ids(op: str, token_ids: Tensor, vocab: int, ignore_index: int) -> None:
+    if token_ids.numel() == 0 or not _checks.contents_are_known(token_ids):
+        return
+    low, high = (int(x) for x in token_ids.aminmax())
+    if low >= 0 and high < vocab:
+        return
+    wrong = ((token_ids < 0) | (token_ids >= vocab)) & (token_ids != ignore_index)
+    if bool(wrong.any()):
+        raise _checks.fail(
+            op,
+            f"token_ids in [0, {vocab}) or ignore_index = {ignore_index}",
+            int(token_ids[wrong][0]),
+            "Mark tokens that do not count with ignore_index.",
+        )
+
+
+def _check_kept(op: str, kept: Any, logits: Tensor) -> None:
+    if not isinstance(kept, tuple) or len(kept) != 2:
+        raise _checks.wrong_type(
+            op, "kept as (ids, cu_seqlens)", type(kept).__name__, "sample_tokens returns it so."
+        )
+    ids, bounds = kept
+    _checks.tensor(op, "kept ids", ids, (torch.int64,), "Use ids.long().")
+    _checks.cu_seqlens(op, bounds, ids.numel(), logits)
+    rows = logits.shape[:-1].numel()
+    if bounds.numel() != rows + 1:
+        raise _checks.fail(
+            op, f"kept cu_seqlens [{rows + 1}]", _checks.shape(bounds), "Pass one set per row."
+        )
+    if ids.numel() and _checks.contents_are_known(ids):
+        low, high = (int(x) for x in ids.aminmax())
+        if low < 0 or high >= logits.shape[-1]:
+            raise _checks.fail(
+                op,
+                f"kept ids in [0, {logits.shape[-1]})",
+                low if low < 0 else high,
+                "Pass ids of the vocabulary.",
+            )
+
+
+def _fwd_fake(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    ignore_index: int,
+    return_entropy: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, row max, log total: [...] float32 each."""
+    rows = token_ids.new_empty(token_ids.shape, dtype=torch.float32)
+    entropy = torch.empty_like(rows) if return_entropy else rows.new_empty(0)
+    return rows, entropy, torch.empty_like(rows), torch.empty_like(rows)
+
+
+def _bwd_fake(grad_logprobs: Any, grad_entropy: Any, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, token_ids, *ctx.numbers, return_entropy, ctx.inplace = inputs
+    _, entropy, row_max, log_total = output
+    saved_entropy = entropy if return_entropy else None
+    ctx.save_for_backward(logits, token_ids, saved_entropy, row_max, log_total)
+    ctx.mark_non_differentiable(row_max, log_total)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> Any:
+    logits, token_ids, entropy, row_max, log_total = ctx.saved_tensors
+    g = None if grad_logprobs is None else grad_logprobs.contiguous()
+    h = None if grad_entropy is None or entropy is None else grad_entropy.contiguous()
+    if g is None and h is None:
+        return (None,) * 6
+    saved = (g, h, logits, token_ids, entropy, row_max, log_total, *ctx.numbers)
+    if ctx.inplace:
+        _bwd_inplace(*saved)
+        # So that autograd refuses, loudly, to use the logits as logits again.
+        torch.autograd.graph.increment_version(logits)
+        return logits, *(None,) * 5
+    return _bwd(*saved), *(None,) * 5
+
+
+_binary.register_fake("token_logprobs_fwd", _fwd_fake)
+_binary.register_fake("token_logprobs_bwd", _bwd_fake)
+_binary.register_fake("token_logprobs_bwd_", lambda *_: None)
+_binary.register_autograd("token_logprobs_fwd", _backward, setup_context=_setup_context)

@@ -1,0 +1,55 @@
+"""Builds fastrl._C; everything else about the package stands in pyproject.toml."""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import pybind11
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+ROOT = Path(__file__).parent
+STABLE_ABI = "0x020a000000000000"  # torch 2.10: one binary for it and all that follow
+
+
+def require_compiler() -> None:
+    name = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(name) is None:
+        raise SystemExit(
+            f"fastrl: expected a C++ compiler, found no {name}. Install g++ (Debian and Ubuntu: "
+            "apt-get install g++) or clang, or set CXX."
+        )
+
+
+def extension():
+    with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
+    cxx = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+    cxx += ["-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    nvcc = ["-O3", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    sources = ["csrc/registration.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    if with_cuda:
+        sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+    kind = CUDAExtension if with_cuda else CppExtension
+    built = kind(
+        "fastrl._C",
+        sources,
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        define_macros=[("FASTRL_WITH_CUDA", None)] if with_cuda else [],
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc} if with_cuda else cxx,
+        depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),
+    )
+    built.libraries.remove("torch_python")  # nothing of torch's Python side is called
+    return built
+
+
+if platform.system() != "Linux":
+    raise SystemExit(
+        f"fastrl: expected Linux, got {platform.system()}. Other systems are untested."
+    )
+require_compiler()
+
+setup(
+    ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)}
+)

@@ -1,0 +1,271 @@
+import math
+
+import pytest
+import torch
+from budget import assert_within_budget
+
+import fastrl
+from fastrl import _C, reference
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+# One column; odd and prime; one vector of any width and its neighbours; a block; more than one
+# stretch of the vocabulary, with a tail.
+VOCABULARIES = [1, 2, 7, 16, 31, 33, 1024, 1025, 2049, 16384, 40001]
+
+
+@pytest.fixture(params=_C.build_facts()["simd_levels"])
+def simd_level(request):
+    before = _C.simd_level()
+    if not _C.select_simd_level(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    assert _C.select_simd_level(before)
+
+
+def run(function, logits, token_ids, g, h, **options):
+    logits = logits.detach().clone().requires_grad_()
+    logprobs, entropy = function(logits, token_ids, return_entropy=True, **options)
+    (logprobs * g + entropy * h).sum().backward()
+    return logprobs.detach(), entropy.detach(), logits.grad
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_error_budget(simd_level, dtype, vocab):
+    logits = (3 * torch.randn(6, vocab)).to(dtype)
+    logits[1] -= 1e4 if dtype == torch.float32 else 100.0  # all very negative
+    logits[2, torch.randperm(vocab)[: vocab // 2]] = -math.inf
+    logits[3] = 2.0  # every entry is the maximum
+    token_ids = torch.randint(vocab, (6,))
+    token_ids[2] = logits[2].argmax()
+    token_ids[5] = -100
+    g, h = torch.randn(6), torch.randn(6)
+    options = {"temperature": 0.7}
+    ours = run(fastrl.token_logprobs, logits, token_ids, g, h, **options)
+    eager = run(reference.token_logprobs, logits, token_ids, g, h, **options)
+    truth = run(
+        reference.token_logprobs, logits.double(), token_ids, g.double(), h.double(), **options
+    )
+    for actual, plain, exact in zip(ours, eager, truth, strict=True):
+        assert_within_budget(actual, plain, exact, dtype if actual is ours[2] else torch.float32)
+
+
+@pytest.mark.parametrize("log10_rest", [-1, -3, -5, -7, -8])
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+def test_likely_and_unlikely_tokens_keep_their_digits(simd_level, log10_rest, offset):
+    """p = 1 - 10^k: relative error, where log_softmax in float32 loses every digit."""
+    vocab = 5000
+    logits = torch.full((2, vocab), math.log(10.0**log10_rest / (vocab - 1)))
+    logits[:, 17] = math.log1p(-(10.0**log10_rest))
+    logits = logits + offset
+    token_ids = torch.tensor([17, 3])
+    for g, h in ((1.0, 0.0), (0.0, 1.0)):
+        ours = run(fastrl.token_logprobs, logits, token_ids, g, h)
+        truth = run(reference.token_logprobs, logits.double(), token_ids, g, h)
+        for actual, exact in zip(ours, truth, strict=True):
+            error = (actual.double() - exact).abs() / exact.abs()
+            assert error.max() <= 1e-5
+
+
+def test_a_row_alone_is_bitwise_the_row_in_a_batch(simd_level):
+    logits, token_ids = torch.randn(9, 40001), torch.randint(40001, (9,))
+    options = {"return_entropy": True, "temperature": 0.9}
+    together = fastrl.token_logprobs(logits, token_ids, **options)
+    for row in range(9):
+        alone = fastrl.token_logprobs(logits[row].clone(), token_ids[row], **options)
+        assert all(torch.equal(a, t[row]) for a, t in zip(alone, together, strict=True))
+
+
+def test_threads_and_alignment_do_not_change_a_bit():
+    logits, token_ids = torch.randn(3, 50001), torch.randint(50001, (3,))
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(fastrl.token_logprobs, logits, token_ids, 1.0, 0.5))
+    torch.set_num_threads(threads)
+    shifted = torch.empty(3 * 50001 + 1)[1:].view(3, 50001).copy_(logits)
+    results.append(run(fastrl.token_logprobs, shifted, token_ids, 1.0, 0.5))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_strided_leading_axes_and_columns():
+    logits = torch.randn(4, 6, 300)
+    token_ids = torch.randint(100, (4, 5))
+    for view in (
+        logits[:, :-1, :100],
+        logits[:, 1:, ::3],
+        logits[:, ::2, :100][:, [0, 1, 2, 0, 1]],
+    ):
+        ours = run(fastrl.token_logprobs, view, token_ids, 1.0, 1.0)
+        direct = fastrl.token_logprobs(view, token_ids)
+        copied = run(fastrl.token_logprobs, view.contiguous(), token_ids, 1.0, 1.0)
+        assert torch.equal(direct, copied[0])
+        assert all(torch.equal(a, b) for a, b in zip(ours, copied, strict=True))
+
+
+def test_gradient_of_a_view_reaches_its_base():
+    base = torch.randn(3, 5, 40, requires_grad=True)
+    token_ids = torch.randint(40, (3, 4))
+    fastrl.token_logprobs(base[:, :-1], token_ids).sum().backward()
+    ours, base.grad = base.grad, None
+    reference.token_logprobs(base[:, :-1], token_ids).sum().backward()
+    torch.testing.assert_close(ours, base.grad)
+    assert not base.grad[:, -1].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_inplace_backward_writes_the_gradient_over_the_logits(dtype):
+    x = torch.randn(5, 333).to(dtype).requires_grad_()
+    token_ids = torch.randint(333, (5,))
+    token_ids[2] = -100
+    grads = []
+    for inplace in (False, True):
+        logits = x * 1.0
+        logprobs, entropy = fastrl.token_logprobs(
+            logits, token_ids, return_entropy=True, inplace_backward=inplace
+        )
+        (2 * logprobs + entropy).sum().backward()
+        grads.append((x.grad, logits.detach()))
+        x.grad = None
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert torch.equal(grads[1][1], grads[1][0])  # the logits are the gradient now
+    assert not torch.equal(grads[0][1], grads[0][0])
+
+
+def test_inplace_backward_is_loud_where_the_logits_are_needed_again():
+    x = torch.randn(2, 9, requires_grad=True)
+    logits = x * 1.0
+    loss = fastrl.token_logprobs(logits, torch.tensor([1, 2]), inplace_backward=True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_entropy_alone_and_logprob_alone():
+    logits, token_ids = torch.randn(4, 70), torch.randint(70, (4,))
+    for pick in (0, 1):
+        x, y = logits.clone().requires_grad_(), logits.double().requires_grad_()
+        fastrl.token_logprobs(x, token_ids, return_entropy=True)[pick].sum().backward()
+        reference.token_logprobs(y, token_ids, return_entropy=True)[pick].sum().backward()
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_ignored_rows_may_hold_anything():
+    logits = torch.randn(4, 50)
+    logits[1], logits[3] = math.nan, -math.inf
+    token_ids = torch.tensor([3, -1, 4, -1])
+    out = run(fastrl.token_logprobs, logits, token_ids, 1.0, 1.0, ignore_index=-1)
+    assert not out[0][[1, 3]].any() and not out[1][[1, 3]].any() and not out[2][[1, 3]].any()
+    assert all(x.isfinite().all() for x in out)
+
+
+def test_rows_without_a_distribution_are_nan_and_leave_the_others_alone():
+    logits = torch.randn(5, 2500)
+    logits[0, 3], logits[1, 2400], logits[2] = math.nan, math.inf, -math.inf
+    logits[3, :2000] = -math.inf
+    logits[3, 7] = math.nan  # NaN before anything finite
+    out = run(fastrl.token_logprobs, logits, torch.full((5,), 9), 1.0, 1.0)
+    for x in out:
+        assert x[:4].isnan().all() if x.dim() == 1 else x[:4].isnan().any(1).all()
+        assert x[4].isfinite().all()
+
+
+def test_empty_batches():
+    logits = torch.randn(0, 30, requires_grad=True)
+    logprobs = fastrl.token_logprobs(logits, torch.empty(0, dtype=torch.int64))
+    logprobs.sum().backward()
+    assert logprobs.shape == (0,) and logits.grad.shape == (0, 30)
+    out = fastrl.token_logprobs(torch.randn(2, 0, 5), torch.empty(2, 0, dtype=torch.int64))
+    assert out.shape == (2, 0)
+
+
+def test_all_rows_ignored_and_a_fresh_output_is_written_in_full():
+    logits = torch.randn(3, 11, requires_grad=True)
+    logprobs, entropy = fastrl.token_logprobs(logits, torch.full((3,), -100), return_entropy=True)
+    (logprobs + entropy).sum().backward()
+    assert not logprobs.any() and not entropy.any() and not logits.grad.any()
+
+
+def test_kept_renormalises():
+    logits = torch.randn(2, 8, requires_grad=True)
+    kept = torch.tensor([1, 3, 0, 2, 5]), torch.tensor([0, 2, 5], dtype=torch.int32)
+    logprobs = fastrl.token_logprobs(logits, torch.tensor([3, 7]), kept=kept)
+    expected = logits[0, 3] - logits[0, [1, 3]].logsumexp(0)
+    torch.testing.assert_close(logprobs[0], expected)
+    assert logprobs[1] == -math.inf
+
+
+@pytest.mark.parametrize("return_entropy", [False, True])
+def test_opcheck(return_entropy):
+    logits = torch.randn(3, 40, requires_grad=True)
+    token_ids = torch.tensor([1, -100, 39])
+    arguments = (logits, token_ids, 0.8, -100, return_entropy, False)
+    torch.library.opcheck(torch.ops.fastrl.token_logprobs_fwd.default, arguments)
+    _, entropy, row_max, log_total = torch.ops.fastrl.token_logprobs_fwd(*arguments)
+    saved = (entropy if return_entropy else None, row_max, log_total)
+    grads = (torch.randn(3), torch.randn(3) if return_entropy else None)
+    x = logits.detach()
+    backward = (*grads, x, token_ids, *(s if s is None else s.detach() for s in saved), 0.8, -100)
+    torch.library.opcheck(torch.ops.fastrl.token_logprobs_bwd.default, backward)
+    torch.library.opcheck(torch.ops.fastrl.token_logprobs_bwd_.default, backward)
+
+
+# The in-place form through Inductor, whose mutation analysis is what could go wrong.
+@pytest.mark.parametrize("inplace, backend", [(False, "aot_eager"), (True, "inductor")])
+def test_compiles_without_a_break_or_a_recompile(inplace, backend):
+    def loss(x, token_ids):
+        logprobs, entropy = fastrl.token_logprobs(
+            x * 2.0, token_ids, return_entropy=True, inplace_backward=inplace
+        )
+        return (logprobs - 0.1 * entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (3, 5):
+        x = torch.randn(rows, 40, requires_grad=True)
+        token_ids = torch.randint(40, (rows,))
+        with torch._dynamo.config.patch(error_on_recompile=rows != 3):
+            compiled(x, token_ids).backward()
+        ours, x.grad = x.grad, None
+        loss(x, token_ids).backward()
+        torch.testing.assert_close(ours, x.grad)
+
+
+def test_out_of_range_ids():
+    logits = torch.randn(2, 5)
+    with pytest.raises(ValueError, match=r"token_ids in \[0, 5\) or ignore_index = -100, got 5"):
+        fastrl.token_logprobs(logits, torch.tensor([1, 5]))
+    with pytest.raises(ValueError, match="got -1"):
+        fastrl.token_logprobs(logits, torch.tensor([-100, -1]))
+    # Where looking would synchronise or break a graph, such an id gives NaN and is not read.
+    compiled = torch.compile(fastrl.token_logprobs, fullgraph=True, backend="aot_eager")
+    out = compiled(logits, torch.tensor([1, 2**40]))
+    assert out[0].isfinite() and out[1].isnan()
+
+
+IDS = torch.zeros(2, dtype=torch.int64)
+BAD = [
+    (dict(logits=torch.zeros(2, 3, dtype=torch.float64)), TypeError, "got torch.float64"),
+    (dict(logits=[1.0]), TypeError, "logits as a tensor, got list"),
+    (dict(token_ids=IDS.int()), TypeError, "token_ids of dtype int64, got torch.int32"),
+    (dict(token_ids=IDS[:1]), ValueError, r"token_ids \(2,\) like the leading axes"),
+    (dict(logits=torch.zeros(2, 0)), ValueError, "V >= 1"),
+    (dict(temperature=0.0), ValueError, "temperature > 0 and finite, got 0.0"),
+    (dict(temperature=-1.0), ValueError, "temperature > 0"),
+    (dict(temperature=math.nan), ValueError, "temperature > 0"),
+    (dict(temperature="1"), TypeError, "temperature as a number, got str"),
+    (dict(ignore_index=None), TypeError, "ignore_index as an int"),
+    (dict(kept=IDS), TypeError, "kept as"),
+    (dict(kept=(IDS + 7, torch.tensor([0, 1, 2]).int())), ValueError, r"kept ids in \[0, 3\)"),
+    (dict(kept=(IDS, torch.tensor([0, 1, 3]).int())), ValueError, "cu_seqlens from 0 to N = 2"),
+    (dict(vocab_start=3), ValueError, "group with vocab_start"),
+]
+
+
+@pytest.mark.parametrize("arguments, error, message", BAD)
+def test_bad_arguments(arguments, error, message):
+    good = {"logits": torch.zeros(2, 3), "token_ids": IDS}
+    with pytest.raises(error, match=message) as caught:
+        fastrl.token_logprobs(**(good | arguments))
+    assert str(caught.value).startswith("token_logprobs: expected ")

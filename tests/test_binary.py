@@ -1,0 +1,140 @@
+"""The compiled module: its ABI, its facts, and what happens where it is missing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastrl
+from fastrl import _C
+from fastrl.ops import _binary
+
+ROOT = Path(fastrl.__file__).parent.parent
+CUDA_FILES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+def undefined_symbols(library: str) -> list[str]:
+    out = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", "--demangle", library],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [line.split(maxsplit=1)[1] for line in out.stdout.splitlines()]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_only_the_stable_abi_is_used():
+    symbols = undefined_symbols(_C.__file__)
+    assert not [s for s in symbols if re.search(r"\b(at|c10|torch)::", s)]
+    assert [s for s in symbols if s.startswith("aoti_torch_") or s.startswith("torch_")]
+
+
+def test_build_facts():
+    facts = _C.build_facts()
+    assert facts["simd_levels"][-1] == "plain"
+    assert _C.simd_level() in facts["simd_levels"]
+    assert not _C.select_simd_level("mmx")
+
+
+def test_info_names_what_the_dispatcher_has():
+    """IMPLEMENTATIONS is what `fastrl info` prints and what the checks obey."""
+    for name, devices in _binary.IMPLEMENTATIONS.items():
+        schema = f"fastrl::{name}" + ("_fwd" if name == "token_logprobs" else "")
+        for device in ("CPU", "CUDA"):
+            has = torch._C._dispatch_has_kernel_for_dispatch_key(schema, device)
+            assert has == (device.lower() in devices)
+
+
+WITHOUT_BINARY = """
+import sys
+sys.modules["fastrl._C"] = None  # import raises ImportError
+import torch, fastrl
+from fastrl.cli.main import main
+x = torch.zeros(1, 3)
+assert fastrl.reference.gae(x, x, gamma=0.9, gae_lambda=0.9)[0].shape == (1, 3)
+assert main(["info"]) == 0
+try:
+    fastrl.gae(x, x, gamma=0.9, gae_lambda=0.9)
+except ImportError as error:
+    print("REFUSED", error)
+"""
+
+
+def test_without_the_binary_the_reference_and_info_work():
+    out = subprocess.run(
+        [sys.executable, "-c", WITHOUT_BINARY], capture_output=True, text=True, check=True
+    )
+    assert "fastrl._C              missing" in out.stdout
+    assert "REFUSED gae: expected the compiled module fastrl._C, got none" in out.stdout
+    assert "pip install --no-build-isolation" in out.stdout
+
+
+def test_info_lists_every_op(capsys):
+    from fastrl.cli.main import main
+
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for name in fastrl.ops.__all__:
+        assert re.search(rf"^  {name} .*fastrl.reference.{name}|^  {name} .*cpu: C\+\+", out, re.M)
+    assert torch.__version__ in out
+
+
+def test_the_command_line_refuses_what_it_does_not_know(capsys):
+    from fastrl.cli.main import main
+
+    assert main(["fly"]) == 2
+    assert "got fly" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("source", CUDA_FILES, ids=lambda p: p.name)
+def test_cuda_sources_compile(source, tmp_path):
+    """For every architecture that we ship, warnings as errors, without a CUDA build of torch."""
+    include = Path(torch.__file__).parent / "include"
+    architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
+    command = ["nvcc", "-c", str(source), "-o", str(tmp_path / "out.o"), "-std=c++17", "-O3"]
+    command += ["-Werror", "all-warnings", STABLE_ABI, f"-I{include}", f"-I{ROOT / 'csrc'}"]
+    out = subprocess.run([*command, *architectures], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+
+
+def test_there_is_a_cuda_source_to_compile():
+    assert CUDA_FILES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0"])
+def test_the_same_binary_loads_under_other_torch_versions(version, tmp_path):
+    """A throw-away environment with that torch, and this very file."""
+    environment = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    python = environment / "bin" / "python"
+    flags = os.environ.get("PIP_FLAGS", "").split()
+    install = [python, "-m", "pip", "install", "--quiet", *flags]
+    subprocess.run([*install, f"torch=={version}", "numpy"], check=True)
+    package = tmp_path / "fastrl"
+    shutil.copytree(ROOT / "fastrl", package)
+    shutil.copy(_C.__file__, package)
+    script = (
+        "import torch, fastrl; x = torch.randn(2, 9, requires_grad=True);"
+        "a, r = fastrl.gae(x, x, gamma=0.9, gae_lambda=0.8); a.sum().backward();"
+        "b, _ = fastrl.reference.gae(x, x, gamma=0.9, gae_lambda=0.8);"
+        "torch.testing.assert_close(a, b);"
+        "ids = torch.tensor([1, 2]); y = fastrl.token_logprobs(x, ids); y.sum().backward();"
+        "torch.testing.assert_close(y, fastrl.reference.token_logprobs(x, ids));"
+        "print(torch.__version__, fastrl._C.__file__)"
+    )
+    out = subprocess.run(
+        [python, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.startswith(version) and str(tmp_path) in out.stdout
