@@ -1,0 +1,18 @@
+"""Trainers: policy gradient and actor-critic with immediate rewards."""
+
+from fastrl.trainers.actor_critic import ActorCriticTrainer
+from fastrl.trainers.checkpoint import load_model
+from fastrl.trainers.config import ActorCriticConfig, PolicyGradientConfig
+from fastrl.trainers.health import TrainingDivergedError
+from fastrl.trainers.policy_gradient import PolicyGradientTrainer
+from fastrl.trainers.scoring import RewardFunctionError
+
+__all__ = [
+    "ActorCriticConfig",
+    "ActorCriticTrainer",
+    "PolicyGradientConfig",
+    "PolicyGradientTrainer",
+    "RewardFunctionError",
+    "TrainingDivergedError",
+    "load_model",
+]

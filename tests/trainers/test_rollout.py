@@ -1,0 +1,139 @@
+"""generate: the policy's own distribution, each prompt read once, no work on finished rows."""
+
+import pytest
+import torch
+
+import fastrl.reference as ops
+from fastrl.models import LSTMLanguageModel
+from fastrl.rollout import completion_seeds, generate
+
+V = 6
+EOS = 5
+PROMPTS = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([0, 0, 1, 2, 3])]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return LSTMLanguageModel(V, 8, 16, 2)
+
+
+def sample(model, prompts=PROMPTS, keys=None, count=4, length=12, **options):
+    keys = torch.arange(len(prompts)) if keys is None else torch.tensor(keys)
+    seeds = completion_seeds(0, 0, keys, count)
+    options = {"eos_token_id": EOS, "ops": ops, **options}
+    return generate(
+        model, prompts, completions_per_prompt=count, max_new_tokens=length, seeds=seeds, **options
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logprobs_are_those_of_a_forward_pass(model, temperature):
+    rollout = sample(model, temperature=temperature)
+    logprobs = rollout.logprobs.split(rollout.lengths.tolist())
+    for index, (ids, got) in enumerate(zip(rollout.completion_ids, logprobs, strict=True)):
+        prompt = PROMPTS[rollout.group_ids[index]]
+        logits, _ = model(torch.cat([prompt, ids])[None])
+        log_p = (logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        expected = log_p.gather(1, ids[:, None])[:, 0]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_eos_is_a_completions_last_token_and_only_that(model):
+    rollout = sample(model)
+    assert rollout.ended.any() and not rollout.ended.all()
+    for ids, ended in zip(rollout.completion_ids, rollout.ended.tolist(), strict=True):
+        assert (ids[:-1] != EOS).all()
+        assert (ids[-1] == EOS) == ended
+        assert ended or len(ids) == 12
+
+
+def test_without_eos_all_have_the_full_length(model):
+    rollout = sample(model, eos_token_id=None)
+    assert rollout.lengths.tolist() == [12] * 12
+    assert not rollout.ended.any()
+    assert (rollout.token_ids == EOS).any()
+
+
+def test_packed_fields_agree(model):
+    rollout = sample(model)
+    assert rollout.cu_seqlens.dtype == torch.int32
+    assert rollout.cu_seqlens[0] == 0 and rollout.cu_seqlens[-1] == rollout.token_ids.numel()
+    assert rollout.group_ids.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert torch.equal(torch.cat(rollout.completion_ids), rollout.token_ids)
+    assert rollout.logprobs.shape == rollout.token_ids.shape
+
+
+def test_a_completion_does_not_depend_on_its_batch(model):
+    whole = sample(model)
+    ids, logprobs = whole.completion_ids, whole.logprobs.split(whole.lengths.tolist())
+    for index, prompt in enumerate(PROMPTS):
+        torch.manual_seed(index)  # nor on torch's generator
+        alone = sample(model, [prompt], keys=[index])
+        rows = range(4 * index, 4 * index + 4)
+        assert torch.equal(alone.token_ids, torch.cat([ids[row] for row in rows]))
+        expected = torch.cat([logprobs[row] for row in rows])
+        torch.testing.assert_close(alone.logprobs, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_completions_of_a_prompt_differ(model):
+    rollout = sample(model, PROMPTS[:1], count=16, eos_token_id=None)
+    assert len({tuple(ids.tolist()) for ids in rollout.completion_ids}) == 16
+
+
+def test_finished_rows_leave_the_batch_and_prompts_are_read_once(model):
+    read = []
+    model.embedding.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    rollout = sample(model)
+    lengths = rollout.lengths
+    assert read[0] == sum(map(len, PROMPTS))
+    # The token at step t is read only by the rows that go on after it.
+    assert read[1:] == [int((lengths > step).sum()) for step in range(1, int(lengths.max()))]
+
+
+def test_greedy_takes_the_likeliest_token(model):
+    rollout = sample(model, temperature=0.0, eos_token_id=None, count=1)
+    for prompt, ids in zip(PROMPTS, rollout.completion_ids, strict=True):
+        logits, _ = model(torch.cat([prompt, ids])[None])
+        assert torch.equal(logits[0, len(prompt) - 1 : -1].argmax(-1), ids)
+
+
+def test_first_tokens_follow_the_policy(model):
+    count = 4000
+    rollout = sample(model, PROMPTS[:1], count=count, length=1)
+    p = model(PROMPTS[0][None])[0][0, -1].softmax(-1)
+    observed = torch.bincount(rollout.token_ids, minlength=V)
+    chi_square = ((observed - count * p).square() / (count * p)).sum()
+    assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
+
+
+def test_seeds_are_distinct_and_belong_to_their_key():
+    seeds = completion_seeds(3, 0, torch.arange(1000), 8)
+    assert seeds.unique().numel() == 8000
+    assert (seeds >= 0).all()
+    assert torch.equal(completion_seeds(3, 0, torch.tensor([7]), 8), seeds[56:64])
+    assert torch.equal(completion_seeds(3, 0, torch.tensor([7]), 2), seeds[56:58])
+    others = [completion_seeds(4, 0, torch.arange(1000), 8)]
+    others.append(completion_seeds(3, 1, torch.arange(1000), 8))
+    assert torch.cat([seeds, *others]).unique().numel() == 24000
+
+
+@pytest.mark.parametrize(
+    "prompts, error, message",
+    [
+        ([], ValueError, "expected prompts, got none"),
+        ([torch.tensor([], dtype=torch.int64)], ValueError, r"P_g >= 1, got \(0,\) at 0"),
+        ([torch.tensor([[1]])], ValueError, r"got \(1, 1\) at 0"),
+        ([torch.tensor([1.0])], TypeError, "expected prompts int64, got torch.float32"),
+    ],
+)
+def test_prompts_are_checked(model, prompts, error, message):
+    with pytest.raises(error, match=message):
+        sample(model, prompts)
+
+
+def test_seeds_and_length_are_checked(model):
+    with pytest.raises(ValueError, match=r"expected seeds \[C\] = \(3,\).*got \(2,\)"):
+        generate(model, PROMPTS, max_new_tokens=1, seeds=torch.tensor([1, 2]), ops=ops)
+    with pytest.raises(ValueError, match="expected max_new_tokens >= 1, got 0"):
+        sample(model, length=0)
