@@ -27,6 +27,7 @@ struct TokenLogprobsGrad {
   double max, log_total, entropy;
   double temperature;
   int64_t token_id;
+  bool stream;  // the gradient is too large to stay in a cache
 };
 
 // One trajectory, or a row of a batch of them: `length` steps behind each pointer.
@@ -69,7 +70,7 @@ struct KernelTable {
 
 // A row is summed in stretches of this many columns, whoever computes them: the result depends
 // neither on the number of threads nor on the rest of the batch.
-constexpr int64_t kVocabChunk = 16384;
+constexpr int64_t kVocabChunk = 32768;
 
 const KernelTable* kernels_avx512();  // null where this build has none for the processor's family
 const KernelTable* kernels_avx2();

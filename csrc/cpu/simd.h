@@ -32,7 +32,7 @@ inline To bit_cast(const From& from) {
 inline VecF splat(float x) { return x - VecF{}; }
 // Where a is NaN the second operand wins: max(x, m) skips NaN, at_least(d, lo) keeps it.
 inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
-inline VecF at_least(VecF d, VecF lo) { return d < lo ? lo : d; }
+inline VecF at_least(VecF d, VecF lo) { return lo > d ? lo : d; }
 
 inline VecF load(const float* p) {
   VecF v;
@@ -40,6 +40,27 @@ inline VecF load(const float* p) {
   return v;
 }
 inline void store(float* p, VecF v) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+// Past the caches: memory that is written in full and not read soon need not be read first. p must
+// be aligned to the vector.
+inline void stream(float* p, VecF v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, reinterpret_cast<VecF*>(p));
+#elif defined(__x86_64__) && FASTRL_LANES == 16
+  _mm512_stream_ps(p, bit_cast<__m512>(v));
+#elif defined(__x86_64__) && FASTRL_LANES == 8
+  _mm256_stream_ps(p, bit_cast<__m256>(v));
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, bit_cast<__m128>(v));
+#else
+  store(p, v);
+#endif
+}
+inline void end_of_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();  // streamed stores are not ordered with those that follow
+#endif
+}
 
 inline VecU load_u16(const void* p) {
   VecU16 v;
@@ -141,15 +162,32 @@ inline VecD shift(VecD v, VecD fill) {
   return shift<S>(v, fill, std::make_integer_sequence<int, kDoubles>());
 }
 
-inline double sum(VecF v) {
-  double total = 0.0;
-  for (int l = 0; l < kLanes; ++l) total += v[l];
-  return total;
-}
+// A lane of doubles for each lane of floats: what many blocks add up to.
+struct WideSum {
+  VecD low = {}, high = {};
+
+  void add(VecF v) {
+    VecHalfF halves[2];
+    __builtin_memcpy(halves, &v, sizeof(v));
+    low += __builtin_convertvector(halves[0], VecD);
+    high += __builtin_convertvector(halves[1], VecD);
+  }
+  double total() const {
+    const VecD both = low + high;
+    double sum = 0.0;
+    for (int l = 0; l < kDoubles; ++l) sum += both[l];
+    return sum;
+  }
+};
+
 inline float max_lane(VecF v) {
-  float m = v[0];
-  for (int l = 1; l < kLanes; ++l) m = v[l] > m ? v[l] : m;
-  return m;
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l)
+      lanes[l] = lanes[l] > lanes[l + width] ? lanes[l] : lanes[l + width];
+  }
+  return lanes[0];
 }
 
 }  // namespace fastrl::FASTRL_SIMD

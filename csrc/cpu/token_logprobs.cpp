@@ -9,6 +9,9 @@
 namespace fastrl {
 namespace {
 
+constexpr int64_t kCachedBytes = 64
+                                 << 20;  // a gradient larger than this is written past the caches
+
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 // Rows of a [..., V] tensor whose last axis is dense; leading axes may have any strides, so that
@@ -216,6 +219,7 @@ void backward(const Tensor& logits, const Saved& s, double temperature, int64_t 
     using T = decltype(dtype);
     const T* x = ptr<T>(logits);
     T* d = mutable_ptr<T>(grad);
+    const bool stream = x != d && in.count * in.vocab * int64_t{sizeof(T)} > kCachedBytes;
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, in.vocab));
     torch::stable::parallel_for(0, in.count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
@@ -227,7 +231,7 @@ void backward(const Tensor& logits, const Saved& s, double temperature, int64_t 
         const bool in_range = ids[r] >= 0 && ids[r] < in.vocab;
         k.row_grad(x + in.offset(r), in.vocab,
                    {in_range ? (g ? g[r] : 0.0) : kNan, h ? h[r] : 0.0, row_max[r], log_total[r],
-                    h ? entropy[r] : 0.0, temperature, in_range ? ids[r] : 0},
+                    h ? entropy[r] : 0.0, temperature, in_range ? ids[r] : 0, stream},
                    row);
       }
     });

@@ -3,8 +3,8 @@
 
 namespace fastrl::FASTRL_SIMD {
 
-// 4 KB of floats: a block is read from memory once, for its maximum, and then again from L1.
-constexpr int64_t kBlock = 1024;
+// 8 KB of floats: a block is read from memory once, for its maximum, and then again from L1.
+constexpr int64_t kBlock = 2048;
 constexpr int64_t kStep = 2 * kLanes;
 constexpr int64_t kPrefetch = 2048;  // elements ahead; the hardware stops at every 4 KB page
 
@@ -25,6 +25,7 @@ struct BlockSums {
 template <bool kHoldsMax, bool kEntropy, class T>
 inline void add_block(const T* x, int64_t n, VecF m, const ScaledExp& exp, BlockSums& sums) {
   for (int64_t i = 0; i < n; i += kStep) {
+    prefetch(x + i);
     for (int u = 0; u < 2; ++u) {
       const VecF d = exp.clamp(load(x + i + u * kLanes) - m);
       VecF e = exp(d);
@@ -43,22 +44,32 @@ template <class T>
 inline float block_max(const T* x, int64_t n) {
   VecF m0 = splat(-__builtin_inff()), m1 = m0;
   for (int64_t i = 0; i < n; i += kStep) {
-    prefetch(x + i);
     m0 = max(load(x + i), m0);
     m1 = max(load(x + i + kLanes), m1);
   }
   return max_lane(max(m0, m1));
 }
 
-inline void raise_max(RowState& s, double m, double scale) {
-  if (s.count > 0) {
-    const double shrink = std::exp((s.max - m) * scale);
-    s.weighted = shrink * (s.weighted + (m - s.max) * (s.rest + s.count));
-    s.rest = shrink * (s.rest + s.count);
-    s.count = 0.0;
+// RowState of a chunk, each sum still spread over lanes.
+struct ChunkState {
+  float max = -__builtin_inff();
+  WideSum rest, count, weighted;
+
+  void raise_max(float m, double scale) {
+    if (max != -__builtin_inff()) {
+      const double gap = static_cast<double>(m) - max, shrink = std::exp(-gap * scale);
+      shift(rest.low, count.low, weighted.low, gap, shrink);
+      shift(rest.high, count.high, weighted.high, gap, shrink);
+    }
+    max = m;
   }
-  s.max = m;
-}
+  static void shift(VecD& rest, VecD& count, VecD& weighted, double gap, double shrink) {
+    rest += count;
+    count = VecD{};
+    weighted = shrink * (weighted + gap * rest);
+    rest *= shrink;
+  }
+};
 
 template <class T>
 inline bool has_nan(const T* x, int64_t n) {
@@ -73,24 +84,23 @@ inline bool has_nan(const T* x, int64_t n) {
 }
 
 template <bool kEntropy, class T>
-inline void add_to_state(const T* x, int64_t n, double scale, const ScaledExp& exp, RowState& s) {
+inline void add_to_state(const T* x, int64_t n, double scale, const ScaledExp& exp, ChunkState& s) {
   const float m = block_max(x, n);
   const bool holds_max = m >= s.max;
-  if (m > s.max) raise_max(s, m, scale);
-  if (s.max == -__builtin_inf()) {  // nothing finite yet: -inf adds nothing, NaN must not vanish
-    if (has_nan(x, n)) s.rest = __builtin_nan("");
+  if (m > s.max) s.raise_max(m, scale);
+  if (s.max == -__builtin_inff()) {  // nothing finite yet: -inf adds nothing, NaN must not vanish
+    if (has_nan(x, n)) s.rest.low += __builtin_nan("");
     return;
   }
   BlockSums sums;
-  const VecF at = splat(static_cast<float>(s.max));
   if (holds_max) {
-    add_block<true, kEntropy>(x, n, at, exp, sums);
-    s.count += sum(sums.count[0] + sums.count[1]);
+    add_block<true, kEntropy>(x, n, splat(s.max), exp, sums);
+    s.count.add(sums.count[0] + sums.count[1]);
   } else {
-    add_block<false, kEntropy>(x, n, at, exp, sums);
+    add_block<false, kEntropy>(x, n, splat(s.max), exp, sums);
   }
-  s.rest += sum(sums.rest[0] + sums.rest[1]);
-  if constexpr (kEntropy) s.weighted += sum(sums.weighted[0] + sums.weighted[1]);
+  s.rest.add(sums.rest[0] + sums.rest[1]);
+  if constexpr (kEntropy) s.weighted.add(sums.weighted[0] + sums.weighted[1]);
 }
 
 template <class T>
@@ -106,7 +116,7 @@ template <bool kEntropy, class T>
 inline RowState sum_chunk(const T* x, int64_t n, double temperature) {
   const double scale = 1.0 / temperature;
   const ScaledExp exp(scale);
-  RowState state;
+  ChunkState state;
   int64_t i = 0;
   for (; i + kStep <= n; i += kBlock) {
     const int64_t block = n - i < kBlock ? (n - i) / kStep * kStep : kBlock;
@@ -121,7 +131,7 @@ inline RowState sum_chunk(const T* x, int64_t n, double temperature) {
     for (int64_t j = 0; j < kStep; ++j) tail[j] = i + j < n ? x[i + j] : kMinusInf<T>;
     add_to_state<kEntropy>(tail, kStep, scale, exp, state);
   }
-  return state;
+  return {state.max, state.rest.total(), state.count.total(), state.weighted.total()};
 }
 
 template <class T>
@@ -131,26 +141,42 @@ RowState chunk_state(const T* x, int64_t n, double temperature, bool entropy) {
 
 // d = (delta_jt - p_j) g - h p_j (log p_j + H), over the temperature; the target's own entry comes
 // from "everything but the target" = -expm1(log p_t), or p -> 1 would cancel.
-template <bool kEntropy, class T>
+template <bool kEntropy, bool kStream, class T>
 inline void grad_block(const T* x, int64_t n, VecF m, const ScaledExp& exp, VecF a, VecF b,
                        T* out) {
   for (int64_t i = 0; i < n; i += kStep) {
     prefetch(x + i);
-    const VecF d0 = exp.clamp(load(x + i) - m), d1 = exp.clamp(load(x + i + kLanes) - m);
-    const VecF e0 = exp(d0), e1 = exp(d1);
-    store(out + i, kEntropy ? e0 * (b * d0 + a) : e0 * a);
-    store(out + i + kLanes, kEntropy ? e1 * (b * d1 + a) : e1 * a);
+    for (int u = 0; u < 2; ++u) {
+      const int64_t at = i + u * kLanes;
+      const VecF d = exp.clamp(load(x + at) - m);
+      const VecF grad = exp(d) * (kEntropy ? b * d + a : a);
+      if constexpr (kStream) {
+        stream(out + at, grad);
+      } else {
+        store(out + at, grad);
+      }
+    }
   }
 }
 
 template <bool kEntropy, class T>
-inline void fill_grad(const T* x, int64_t n, VecF m, const ScaledExp& exp, VecF a, VecF b, T* out) {
+inline void fill_grad(const T* x, int64_t n, VecF m, const ScaledExp& exp, VecF a, VecF b,
+                      [[maybe_unused]] bool streamed, T* out) {
   const int64_t whole = n / kStep * kStep;
-  grad_block<kEntropy>(x, whole, m, exp, a, b, out);
+  if constexpr (std::is_same_v<T, float>) {
+    if (streamed && reinterpret_cast<uintptr_t>(out) % sizeof(VecF) == 0) {
+      grad_block<kEntropy, true>(x, whole, m, exp, a, b, out);
+      end_of_stream();
+    } else {
+      grad_block<kEntropy, false>(x, whole, m, exp, a, b, out);
+    }
+  } else {
+    grad_block<kEntropy, false>(x, whole, m, exp, a, b, out);
+  }
   if (whole == n) return;
   T tail[kStep], grad[kStep];
   for (int64_t j = 0; j < kStep; ++j) tail[j] = whole + j < n ? x[whole + j] : kMinusInf<T>;
-  grad_block<kEntropy>(tail, kStep, m, exp, a, b, grad);
+  grad_block<kEntropy, false>(tail, kStep, m, exp, a, b, grad);
   __builtin_memcpy(out + whole, grad, (n - whole) * sizeof(T));
 }
 
@@ -178,9 +204,9 @@ void row_grad(const T* x, int64_t n, const TokenLogprobsGrad& row, T* grad) {
   const double b = -h * scale * scale * inv_total;
   const VecF va = splat(static_cast<float>(a)), vb = splat(static_cast<float>(b));
   if (h == 0.0) {
-    fill_grad<false>(x, n, m, exp, va, vb, grad);
+    fill_grad<false>(x, n, m, exp, va, vb, row.stream, grad);
   } else {
-    fill_grad<true>(x, n, m, exp, va, vb, grad);
+    fill_grad<true>(x, n, m, exp, va, vb, row.stream, grad);
   }
   const double logprob = (target - row.max) * scale - row.log_total;
   const double p = std::exp(logprob);

@@ -11,33 +11,10 @@ from fastrl.ops import _binary, _checks
 _returns_bwd = _binary.op("returns_bwd")
 
 
-_FLOATS = (
-    "rewards",
-    "values",
-    "bootstrap_value",
-    "next_values",
-    "gamma_per_step",
-    "lambda_per_step",
-)
-_OTHERS = ("terminated", "truncated", "mask", "cu_seqlens")
-
-
-@dataclass
-class Steps:
-    """Checked arguments in the order of the op schemas: contiguous, of one dtype."""
-
-    rewards: Tensor
-    values: Tensor | None
-    bootstrap_value: Tensor | None
-    next_values: Tensor | None
-    terminated: Tensor | None
-    truncated: Tensor | None
-    mask: Tensor | None
-    cu_seqlens: Tensor | None
-    gamma_per_step: Tensor | None
-    lambda_per_step: Tensor | None
-    gamma: float
-    gae_lambda: float
+# The arguments that the op schemas share, in their order: rewards, values, bootstrap_value,
+# next_values, terminated, truncated, mask, cu_seqlens, gamma_per_step, lambda_per_step, gamma,
+# gae_lambda.
+Steps = tuple[Any, ...]
 
 
 def _discount(op: str, name: str, x: float | Tensor, rewards: Tensor, mask: Tensor | None) -> float:
@@ -96,22 +73,22 @@ def check(
         _checks.cu_seqlens(op, cu_seqlens, rewards.numel(), rewards)
     if bootstrap_value is not None:
         _check_bootstrap(op, bootstrap_value, next_values, rewards, cu_seqlens)
-    return _normalise(
-        Steps(
-            rewards,
-            values,
-            bootstrap_value,
-            next_values,
-            terminated,
-            truncated,
-            mask,
-            cu_seqlens,
-            gamma if isinstance(gamma, Tensor) else None,
-            gae_lambda if isinstance(gae_lambda, Tensor) else None,
-            _discount(op, "gamma", gamma, rewards, mask),
-            _discount(op, "gae_lambda", gae_lambda, rewards, mask),
-        )
+    numbers = (
+        _discount(op, "gamma", gamma, rewards, mask),
+        _discount(op, "gae_lambda", gae_lambda, rewards, mask),
     )
+    gamma_per_step = gamma if isinstance(gamma, Tensor) else None
+    lambda_per_step = gae_lambda if isinstance(gae_lambda, Tensor) else None
+    floats = (rewards, values, bootstrap_value, next_values, gamma_per_step, lambda_per_step)
+    is_double = any(x is not None and x.dtype is torch.float64 for x in floats)
+    dtype = torch.float64 if is_double else torch.float32
+    r, v, b, n, g, k = (x if x is None else _dense(x, dtype) for x in floats)
+    flags = (terminated, truncated, mask, cu_seqlens)
+    return (r, v, b, n, *(x if x is None else x.contiguous() for x in flags), g, k, *numbers)
+
+
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x if x.dtype is dtype else x.to(dtype)).contiguous()
 
 
 def _check_values(op: str, name: str, x: Tensor, rewards: Tensor) -> None:
@@ -144,20 +121,6 @@ def _check_bootstrap(
             _checks.shape(x),
             f"Pass one value per {what}, that of the state after its last step.",
         )
-
-
-def _normalise(s: Steps) -> Steps:
-    given = [x for name in _FLOATS if (x := getattr(s, name)) is not None]
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
-    for name in _FLOATS:
-        x = getattr(s, name)
-        if x is not None and (x.dtype != dtype or not x.is_contiguous()):
-            setattr(s, name, x.to(dtype).contiguous())
-    for name in _OTHERS:
-        x = getattr(s, name)
-        if x is not None and not x.is_contiguous():
-            setattr(s, name, x.contiguous())
-    return s
 
 
 def save(

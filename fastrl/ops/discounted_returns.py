@@ -22,14 +22,12 @@ def discounted_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    s = _returns.check(
+    steps = _returns.check(
         "discounted_returns", rewards, None, gamma, 1.0, bootstrap_value, next_values, terminated,
         truncated, mask, cu_seqlens,
     )  # fmt: skip
-    return _discounted_returns(
-        s.rewards, s.bootstrap_value, s.next_values, s.terminated, s.truncated, s.mask,
-        s.cu_seqlens, s.gamma_per_step, s.gamma,
-    )  # fmt: skip
+    rewards, _, *others, _, number, _ = steps  # no values, and no lambda
+    return _discounted_returns(rewards, *others, number)
 
 
 discounted_returns.__doc__ = reference.discounted_returns.__doc__

@@ -28,7 +28,7 @@ def gae(
         "gae", rewards, values, gamma, gae_lambda, bootstrap_value, next_values, terminated,
         truncated, mask, cu_seqlens,
     )  # fmt: skip
-    return _gae(*vars(steps).values())
+    return _gae(*steps)
 
 
 gae.__doc__ = reference.gae.__doc__

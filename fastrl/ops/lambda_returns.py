@@ -28,7 +28,7 @@ def lambda_returns(
         "lambda_returns", rewards, values, gamma, gae_lambda, bootstrap_value, next_values,
         terminated, truncated, mask, cu_seqlens,
     )  # fmt: skip
-    return _lambda_returns(*vars(steps).values())
+    return _lambda_returns(*steps)
 
 
 lambda_returns.__doc__ = reference.lambda_returns.__doc__
