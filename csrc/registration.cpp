@@ -26,11 +26,13 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
       "-> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_total)");
   m.def(
       "token_logprobs_bwd(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, "
-      "Tensor token_ids, Tensor? entropy, Tensor row_max, Tensor log_total, float temperature, "
+      "Tensor token_ids, Tensor logprobs, Tensor? entropy, Tensor row_max, Tensor log_total, float "
+      "temperature, "
       "int ignore_index) -> Tensor");
   m.def(
       "token_logprobs_bwd_(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, "
-      "Tensor token_ids, Tensor? entropy, Tensor row_max, Tensor log_total, float temperature, "
+      "Tensor token_ids, Tensor logprobs, Tensor? entropy, Tensor row_max, Tensor log_total, float "
+      "temperature, "
       "int ignore_index) -> ()");
   m.def(
       "gae(Tensor rewards, Tensor? values, Tensor? bootstrap_value, Tensor? next_values, "

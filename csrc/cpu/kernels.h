@@ -24,7 +24,7 @@ struct RowState {
 
 struct TokenLogprobsGrad {
   double grad_logprob, grad_entropy;
-  double max, log_total, entropy;
+  double logprob, max, log_total, entropy;  // as the forward pass gave them
   double temperature;
   int64_t token_id;
   bool stream;  // the gradient is too large to stay in a cache

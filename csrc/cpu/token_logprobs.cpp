@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd_cpu(
 
 struct Saved {
   const std::optional<Tensor>&grad_logprobs, &grad_entropy;
-  const Tensor& token_ids;
+  const Tensor &token_ids, &logprobs;
   const std::optional<Tensor>& entropy;
   const Tensor &row_max, &log_total;
 };
@@ -200,7 +200,7 @@ void check_saved(const Saved& s, const Rows& rows) {
                     "token_logprobs: the backward pass takes contiguous tensors, a number per row");
   };
   check(s.token_ids, ScalarType::Long);
-  for (const Tensor* t : {&s.row_max, &s.log_total}) check(*t, ScalarType::Float);
+  for (const Tensor* t : {&s.logprobs, &s.row_max, &s.log_total}) check(*t, ScalarType::Float);
   for (const auto* t : {&s.grad_logprobs, &s.grad_entropy, &s.entropy}) {
     if (*t) check(**t, ScalarType::Float);
   }
@@ -214,6 +214,7 @@ void backward(const Tensor& logits, const Saved& s, double temperature, int64_t 
   const auto* h = ptr<float>(s.grad_entropy);
   const auto* entropy = ptr<float>(s.entropy);
   const auto* ids = ptr<int64_t>(s.token_ids);
+  const auto* logprobs = ptr<float>(s.logprobs);
   const auto *row_max = ptr<float>(s.row_max), *log_total = ptr<float>(s.log_total);
   dispatch(logits, [&](auto dtype, const auto& k) {
     using T = decltype(dtype);
@@ -230,8 +231,8 @@ void backward(const Tensor& logits, const Saved& s, double temperature, int64_t 
         }
         const bool in_range = ids[r] >= 0 && ids[r] < in.vocab;
         k.row_grad(x + in.offset(r), in.vocab,
-                   {in_range ? (g ? g[r] : 0.0) : kNan, h ? h[r] : 0.0, row_max[r], log_total[r],
-                    h ? entropy[r] : 0.0, temperature, in_range ? ids[r] : 0, stream},
+                   {in_range ? (g ? g[r] : 0.0) : kNan, h ? h[r] : 0.0, logprobs[r], row_max[r],
+                    log_total[r], h ? entropy[r] : 0.0, temperature, in_range ? ids[r] : 0, stream},
                    row);
       }
     });
@@ -240,23 +241,24 @@ void backward(const Tensor& logits, const Saved& s, double temperature, int64_t 
 
 Tensor token_logprobs_bwd_cpu(const std::optional<Tensor>& grad_logprobs,
                               const std::optional<Tensor>& grad_entropy, const Tensor& logits,
-                              const Tensor& token_ids, const std::optional<Tensor>& entropy,
-                              const Tensor& row_max, const Tensor& log_total, double temperature,
-                              int64_t ignore_index) {
+                              const Tensor& token_ids, const Tensor& logprobs,
+                              const std::optional<Tensor>& entropy, const Tensor& row_max,
+                              const Tensor& log_total, double temperature, int64_t ignore_index) {
   const Rows rows(logits);
   Tensor grad = empty_cpu(shape_of(logits), logits.scalar_type());
-  backward(logits, {grad_logprobs, grad_entropy, token_ids, entropy, row_max, log_total},
+  backward(logits, {grad_logprobs, grad_entropy, token_ids, logprobs, entropy, row_max, log_total},
            temperature, ignore_index, rows, grad, Rows(grad));
   return grad;
 }
 
 void token_logprobs_bwd_inplace_cpu(const std::optional<Tensor>& grad_logprobs,
                                     const std::optional<Tensor>& grad_entropy, Tensor logits,
-                                    const Tensor& token_ids, const std::optional<Tensor>& entropy,
-                                    const Tensor& row_max, const Tensor& log_total,
-                                    double temperature, int64_t ignore_index) {
+                                    const Tensor& token_ids, const Tensor& logprobs,
+                                    const std::optional<Tensor>& entropy, const Tensor& row_max,
+                                    const Tensor& log_total, double temperature,
+                                    int64_t ignore_index) {
   const Rows rows(logits);
-  backward(logits, {grad_logprobs, grad_entropy, token_ids, entropy, row_max, log_total},
+  backward(logits, {grad_logprobs, grad_entropy, token_ids, logprobs, entropy, row_max, log_total},
            temperature, ignore_index, rows, logits, rows);
 }
 

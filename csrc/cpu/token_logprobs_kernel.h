@@ -181,11 +181,6 @@ inline void fill_grad(const T* x, int64_t n, VecF m, const ScaledExp& exp, VecF 
 }
 
 template <class T>
-inline double to_double(const T* x) {
-  T padded[kLanes] = {*x};
-  return load(padded)[0];
-}
-template <class T>
 inline void from_double(double value, T* x) {
   T padded[kLanes];
   store(padded, splat(static_cast<float>(value)));
@@ -197,7 +192,6 @@ void row_grad(const T* x, int64_t n, const TokenLogprobsGrad& row, T* grad) {
   const double scale = 1.0 / row.temperature;
   const ScaledExp exp(scale);
   const double g = row.grad_logprob, h = row.grad_entropy;
-  const double target = to_double(x + row.token_id);  // before an in-place gradient covers it
   const double inv_total = std::exp(-row.log_total);
   const VecF m = splat(static_cast<float>(row.max));
   const double a = -(g + h * (row.entropy - row.log_total)) * scale * inv_total;
@@ -208,8 +202,7 @@ void row_grad(const T* x, int64_t n, const TokenLogprobsGrad& row, T* grad) {
   } else {
     fill_grad<true>(x, n, m, exp, va, vb, row.stream, grad);
   }
-  const double logprob = (target - row.max) * scale - row.log_total;
-  const double p = std::exp(logprob);
+  const double logprob = row.logprob, p = std::exp(logprob);
   const double entropy_part = p > 0.0 ? h * p * (logprob + row.entropy) : 0.0;
   const double grad_target = (-g * std::expm1(logprob) - entropy_part) * scale;
   from_double(grad_target, grad + row.token_id);

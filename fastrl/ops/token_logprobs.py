@@ -176,20 +176,20 @@ def _bwd_fake(grad_logprobs: Any, grad_entropy: Any, logits: Tensor, *_: Any) ->
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, token_ids, *ctx.numbers, return_entropy, ctx.inplace = inputs
-    _, entropy, row_max, log_total = output
+    logprobs, entropy, row_max, log_total = output
     saved_entropy = entropy if return_entropy else None
-    ctx.save_for_backward(logits, token_ids, saved_entropy, row_max, log_total)
+    ctx.save_for_backward(logits, token_ids, logprobs, saved_entropy, row_max, log_total)
     ctx.mark_non_differentiable(row_max, log_total)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> Any:
-    logits, token_ids, entropy, row_max, log_total = ctx.saved_tensors
+    logits, token_ids, logprobs, entropy, row_max, log_total = ctx.saved_tensors
     g = None if grad_logprobs is None else grad_logprobs.contiguous()
     h = None if grad_entropy is None or entropy is None else grad_entropy.contiguous()
     if g is None and h is None:
         return (None,) * 6
-    saved = (g, h, logits, token_ids, entropy, row_max, log_total, *ctx.numbers)
+    saved = (g, h, logits, token_ids, logprobs, entropy, row_max, log_total, *ctx.numbers)
     if ctx.inplace:
         _bwd_inplace(*saved)
         # So that autograd refuses, loudly, to use the logits as logits again.
