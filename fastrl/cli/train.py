@@ -1,0 +1,243 @@
+"""`fastrl train`: a language model of a text, trained with immediate rewards."""
+
+import hashlib
+import importlib.util
+import json
+import sys
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # these need the extra packages, whose absence main reports first
+    from rich.console import Console
+    from tokenizers import Tokenizer
+    from torch import device as Device
+
+    from fastrl.cli.training.corpus import Splits
+    from fastrl.cli.training.interruption import StopRequest
+    from fastrl.cli.training.run_folder import RunFolder
+    from fastrl.cli.training.settings import TrainSettings
+    from fastrl.cli.training.stages import Run
+
+EXTRAS = ("tokenizers", "safetensors", "rich", "matplotlib", "tyro")
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0 finished, 1 training broke down, 2 bad input, 128 + n stopped by signal n."""
+    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        return _fail(
+            f"train: expected the packages {', '.join(EXTRAS)}, got no {', '.join(missing)}. "
+            'Install them with: pip install "fastrl[train]"'
+        )
+    import tyro
+
+    from fastrl.cli.training.corpus import CorpusError
+    from fastrl.cli.training.interruption import StopRequest
+    from fastrl.cli.training.run_folder import RunFolderError
+    from fastrl.cli.training.settings import SettingsError, TrainSettings
+
+    stop = StopRequest()
+    try:
+        settings = tyro.cli(TrainSettings, args=argv, prog="fastrl train")
+        settings.check()
+        with stop.listening():
+            return _train(settings, stop)
+    except SystemExit as error:  # of tyro: --help, or an option that it does not know
+        return error.code if isinstance(error.code, int) else 2
+    except (CorpusError, RunFolderError, SettingsError) as error:
+        return _fail(str(error))
+    except FloatingPointError as error:
+        return _fail(str(error), status=1)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        return _fail(f"train: expected to read and write the run's files, got {error}.", status=1)
+    except KeyboardInterrupt:  # the second one: the first waits for the step to end
+        return _fail("train: stopped at once. The last checkpoint stands: --resume the run.", 130)
+
+
+def _train(settings: "TrainSettings", stop: "StopRequest") -> int:
+    from rich.console import Console
+
+    from fastrl.cli.training.interruption import Interrupted
+    from fastrl.cli.training.learning_curve import learning_curve
+    from fastrl.cli.training.report import show_report
+    from fastrl.cli.training.run_folder import write_atomically
+    from fastrl.cli.training.stages import STEP_TIMING
+
+    console = Console(highlight=False)
+    with ExitStack() as stack:
+        run = _prepared_run(settings, stop, console, stack)
+        folder = run.folder
+        try:
+            if STEP_TIMING in run.results:
+                console.print(
+                    f"The run in {folder.path} is finished; this is its result.",
+                    markup=False,
+                    soft_wrap=True,
+                )
+            else:
+                run.go_on()
+        except Interrupted as error:
+            print(
+                f"\nStopped by {error} in {run.stage}. Everything is saved; go on with: "
+                f"fastrl train --resume {folder.path}",
+                file=sys.stderr,
+            )
+            return 128 + error.signal_number
+        write_atomically(folder.curve, learning_curve(run.log.records, run.results))
+        show_report(console, run.results, run.data)
+        console.print(
+            f"\nThe run, its learning curve and its checkpoints are in {folder.path}",
+            markup=False,
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _prepared_run(
+    settings: "TrainSettings", stop: "StopRequest", console: "Console", stack: ExitStack
+) -> "Run":
+    """A run that is new, or stands where it was left; its folder is locked until `stack` ends."""
+    import torch
+
+    import fastrl.ops
+    import fastrl.reference
+    from fastrl.cli.training.run_folder import MetricsLog, RunFolder
+    from fastrl.cli.training.stages import Run
+    from fastrl.cli.training.text_data import prepare
+    from fastrl.rewards import ContinuationReward
+
+    torch.set_num_threads(settings.threads)
+    device = _device(settings.device)
+    if settings.resume is not None:
+        folder = RunFolder.open(settings.resume)
+        stack.enter_context(folder.lock())
+        config = folder.read_json(folder.config)
+        settings = settings.resumed(config.get("settings"))
+    splits = _load_splits(settings)
+    facts = _facts(splits)
+    tokenizer = None
+    if settings.resume is not None:
+        _check_text(folder, config.get("corpus"), facts)
+        tokenizer = _read_tokenizer(folder)
+    tokenizer = tokenizer or _train_tokenizer(splits, settings)
+    data = prepare(splits, tokenizer, settings)
+    if settings.resume is None:  # nothing is written before the input is known to be good
+        folder = RunFolder.create(settings.output or _default_folder())
+        stack.enter_context(folder.lock())
+        folder.write_json(folder.config, {"settings": settings.to_json(), "corpus": facts})
+    if not folder.tokenizer.exists():
+        folder.write_json(folder.tokenizer, json.loads(tokenizer.to_str()))
+
+    console.print(
+        f"{splits.name}: {facts['characters']['train']:,} characters to train on, "
+        f"{facts['characters']['held_out']:,} held out; {tokenizer.get_vocab_size()} tokens; "
+        f"run folder {folder.path}",
+        markup=False,
+        soft_wrap=True,
+    )
+    reward = ContinuationReward(
+        data.token_bytes,
+        splits.train,
+        repetition_penalty=settings.repetition_penalty,
+        strangeness_penalty=settings.strangeness_penalty,
+    )
+    return Run(
+        settings=settings,
+        data=data,
+        reward=reward,
+        folder=folder,
+        log=MetricsLog(folder.metrics),
+        results=folder.read_json(folder.results) if folder.results.exists() else {},
+        ops=fastrl.ops if settings.ops == "fastrl" else fastrl.reference,
+        device=device,
+        console=console,
+        stop=stop,
+    )
+
+
+def _load_splits(settings: "TrainSettings") -> "Splits":
+    from fastrl.cli.training.corpus import load_splits
+
+    return load_splits(
+        settings.corpus,
+        seed=settings.seed,
+        held_out_fraction=settings.held_out_fraction,
+        max_characters=settings.max_characters,
+    )
+
+
+def _facts(splits: "Splits") -> dict[str, Any]:
+    """What config.json says of the text; a resume needs the very same."""
+    parts = {
+        "train": splits.train,
+        "validation": splits.validation,
+        "held_out": splits.held_out,
+    }
+    text = json.dumps(parts, ensure_ascii=False)
+    return {
+        "name": splits.name,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "characters": {name: sum(map(len, blocks)) for name, blocks in parts.items()},
+    }
+
+
+def _check_text(folder: "RunFolder", saved: Any, facts: dict[str, Any]) -> None:
+    from fastrl.cli.training.run_folder import RunFolderError
+
+    if saved != facts:
+        raise RunFolderError(
+            f"train: expected the text that the run in {folder.path} was started with, got "
+            f"another under the name {facts['name']}. Put the old text back (with the default "
+            "corpus: use the same Python and fastrl), or start a new run."
+        )
+
+
+def _train_tokenizer(splits: "Splits", settings: "TrainSettings") -> "Tokenizer":
+    from fastrl.cli.training.text_data import train_tokenizer
+
+    return train_tokenizer(splits.train, settings.vocab_size)
+
+
+def _read_tokenizer(folder: "RunFolder") -> "Tokenizer | None":
+    """None where the run was interrupted before it was written."""
+    from tokenizers import Tokenizer
+
+    from fastrl.cli.training.run_folder import RunFolderError
+
+    if not folder.tokenizer.exists():
+        return None
+    document = json.dumps(folder.read_json(folder.tokenizer))
+    try:
+        return Tokenizer.from_str(document)
+    except Exception as error:  # the library raises Exception itself
+        raise RunFolderError(
+            f"train: expected {folder.tokenizer} as this run wrote it, got {error}. Delete the "
+            "file to have it made again, and resume again."
+        ) from error
+
+
+def _default_folder() -> Path:
+    return Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _device(name: str) -> "Device":
+    import torch
+
+    from fastrl.cli.training.settings import SettingsError
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise SettingsError(
+            f"train: expected --device auto, cpu or an available cuda, got {name}. "
+            "Leave it out to take what there is."
+        )
+    return torch.device(name)
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(message, file=sys.stderr)
+    return status

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM end a run between two steps, with everything saved."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """The run was asked to stop.
+
+    Args:
+        signal_number: SIGINT or SIGTERM.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+class StopRequest:
+    """Remembers that a signal came."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came."""
+        if self.signal_number is not None:
+            raise Interrupted(self.signal_number)
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Catch signals; a second one stops at once, as it would have without us."""
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self.signal_number = number
+            for each, handler in previous.items():
+                signal.signal(each, handler)
+
+        for number in previous:
+            signal.signal(number, on_signal)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
