@@ -1,4 +1,4 @@
-// Fresh memory of many megabytes costs more in page faults than in arithmetic: ask for 2 MB
+// Fresh memory of hundreds of megabytes costs more in page faults than in arithmetic: ask for 2 MB
 // pages where the system gives them on request. A hint: nothing depends on its being granted.
 #pragma once
 
@@ -13,10 +13,14 @@ namespace fastrl {
 
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // What malloc always maps anew. Smaller blocks it hands out again, pages and all: advice costs
+  // there, and gains nothing.
+  constexpr size_t kAlwaysFresh = size_t{32} << 20;
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  if (bytes <= kAlwaysFresh) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (end >= begin + 2 * kHuge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 

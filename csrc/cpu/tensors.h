@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -32,9 +33,20 @@ inline T* mutable_ptr(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// The C function behind torch::stable::empty, without its trip through the dispatcher.
 inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
-  Tensor t = torch::stable::empty(shape, dtype, std::nullopt,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t d = shape.size(); d-- > 1;)
+    strides[d - 1] = strides[d] * std::max<int64_t>(1, shape[d]);
+  const int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Double   ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float16();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
+                                                         shape.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  const Tensor t(handle);
   advise_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
   return t;
 }

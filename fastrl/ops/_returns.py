@@ -11,7 +11,8 @@ from fastrl.ops import _binary, _checks
 _returns_bwd = _binary.op("returns_bwd")
 
 
-# The arguments that the op schemas share, in their order: rewards, values, bootstrap_value,
+# A call on a small batch is made of these checks: what is usual is looked at first, and messages are
+# formed when they are needed. The arguments that the op schemas share, in their order: rewards, values, bootstrap_value,
 # next_values, terminated, truncated, mask, cu_seqlens, gamma_per_step, lambda_per_step, gamma,
 # gae_lambda.
 Steps = tuple[Any, ...]
@@ -19,6 +20,8 @@ Steps = tuple[Any, ...]
 
 def _discount(op: str, name: str, x: float | Tensor, rewards: Tensor, mask: Tensor | None) -> float:
     """The number, or 1.0 where there is one per step."""
+    if type(x) is float and 0.0 <= x <= 1.0:
+        return x
     remedy = f"{name} is a share of what follows: pass a number from 0 to 1."
     if not isinstance(x, Tensor):
         _checks.number(op, name, x, 0.0, 1.0, remedy)
@@ -52,12 +55,16 @@ def check(
     _checks.implemented(op, rewards)
     if rewards.dim() == 0:
         raise _checks.fail(op, "rewards [..., T]", "()", "Pass a time axis.")
-    for name, x in (("values", values), ("next_values", next_values)):
-        if x is not None:
-            _check_values(op, name, x, rewards)
-    for name, x in (("terminated", terminated), ("truncated", truncated), ("mask", mask)):
-        if x is not None:
-            _checks.bool_like(op, name, x, "rewards", rewards)
+    if values is not None:
+        _check_values(op, "values", values, rewards)
+    if next_values is not None:
+        _check_values(op, "next_values", next_values, rewards)
+    if terminated is not None:
+        _checks.bool_like(op, "terminated", terminated, "rewards", rewards)
+    if truncated is not None:
+        _checks.bool_like(op, "truncated", truncated, "rewards", rewards)
+    if mask is not None:
+        _checks.bool_like(op, "mask", mask, "rewards", rewards)
     if truncated is not None and next_values is None:
         raise _checks.fail(
             op,
@@ -73,30 +80,43 @@ def check(
         _checks.cu_seqlens(op, cu_seqlens, rewards.numel(), rewards)
     if bootstrap_value is not None:
         _check_bootstrap(op, bootstrap_value, next_values, rewards, cu_seqlens)
-    numbers = (
-        _discount(op, "gamma", gamma, rewards, mask),
-        _discount(op, "gae_lambda", gae_lambda, rewards, mask),
-    )
+    number = _discount(op, "gamma", gamma, rewards, mask)
+    lambda_number = _discount(op, "gae_lambda", gae_lambda, rewards, mask)
     gamma_per_step = gamma if isinstance(gamma, Tensor) else None
     lambda_per_step = gae_lambda if isinstance(gae_lambda, Tensor) else None
-    floats = (rewards, values, bootstrap_value, next_values, gamma_per_step, lambda_per_step)
-    is_double = any(x is not None and x.dtype is torch.float64 for x in floats)
-    dtype = torch.float64 if is_double else torch.float32
-    r, v, b, n, g, k = (x if x is None else _dense(x, dtype) for x in floats)
-    flags = (terminated, truncated, mask, cu_seqlens)
-    return (r, v, b, n, *(x if x is None else x.contiguous() for x in flags), g, k, *numbers)
+    dtype = torch.float32
+    for x in (rewards, values, bootstrap_value, next_values, gamma_per_step, lambda_per_step):
+        if x is not None and x.dtype is torch.float64:
+            dtype = torch.float64
+    return (
+        _dense(rewards, dtype),
+        _dense(values, dtype),
+        _dense(bootstrap_value, dtype),
+        _dense(next_values, dtype),
+        _dense(terminated, torch.bool),
+        _dense(truncated, torch.bool),
+        _dense(mask, torch.bool),
+        _dense(cu_seqlens, torch.int32),
+        _dense(gamma_per_step, dtype),
+        _dense(lambda_per_step, dtype),
+        number,
+        lambda_number,
+    )
 
 
-def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if x is None:
+        return None
     return (x if x.dtype is dtype else x.to(dtype)).contiguous()
 
 
 def _check_values(op: str, name: str, x: Tensor, rewards: Tensor) -> None:
     _checks.float_tensor(op, name, x)
-    remedy = "Pass one value per reward."
-    if x.shape[:-1] == rewards.shape[:-1] and x.shape[-1:] == (rewards.shape[-1] + 1,):
-        remedy = "Pass the last column as bootstrap_value."
-    _checks.same_shape(op, name, x, "rewards", rewards, remedy)
+    if x.shape != rewards.shape:
+        remedy = "Pass one value per reward."
+        if x.shape[:-1] == rewards.shape[:-1] and x.shape[-1:] == (rewards.shape[-1] + 1,):
+            remedy = "Pass the last column as bootstrap_value."
+        _checks.same_shape(op, name, x, "rewards", rewards, remedy)
     _checks.same_device(op, name, x, "rewards", rewards)
 
 
