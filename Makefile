@@ -28,7 +28,7 @@ test-all: $(VENV)/.built
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 bench: $(VENV)/.peers
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-disable-gc -p bench.report $(PYTEST_FLAGS)
+	$(BIN)/fastrl bench $(BENCH_FLAGS)
 
 # The torch that was asked for decides; where it brings its own Triton, that one stays.
 $(VENV)/.torch: constraints.txt | check-tools

@@ -13,7 +13,7 @@
 #include <optional>
 #include <vector>
 
-#include "pages.h"
+#include "large_memory.h"
 
 namespace fastrl {
 
@@ -36,19 +36,24 @@ inline T* mutable_ptr(const Tensor& t) {
 // The C function behind torch::stable::empty, without its trip through the dispatcher.
 inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t d = shape.size(); d-- > 1;)
-    strides[d - 1] = strides[d] * std::max<int64_t>(1, shape[d]);
+  size_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  for (size_t d = shape.size(); d-- > 0;) {
+    if (d + 1 < shape.size()) strides[d] = strides[d + 1] * std::max<int64_t>(1, shape[d + 1]);
+    bytes *= shape[d];
+  }
   const int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
                        : dtype == ScalarType::Double   ? aoti_torch_dtype_float64()
                        : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                        : aoti_torch_dtype_float16();
+  if (bytes > kLarge) {
+    const Tensor large = large_empty(shape, strides, type, bytes);
+    if (large.defined()) return large;
+  }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
                                                          shape.data(), strides.data(), type,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
-  const Tensor t(handle);
-  advise_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
-  return t;
+  return Tensor(handle);
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& t) {

@@ -6,7 +6,7 @@ namespace fastrl::FASTRL_SIMD {
 // 8 KB of floats: a block is read from memory once, for its maximum, and then again from L1.
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kStep = 2 * kLanes;
-constexpr int64_t kPrefetch = 2048;  // elements ahead; the hardware stops at every 4 KB page
+constexpr int64_t kPrefetch = 4096;  // elements ahead; the hardware stops at every 4 KB page
 
 // Through an integer: the address may lie behind the row, where a pointer may not be formed.
 template <class T>

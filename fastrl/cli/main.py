@@ -6,6 +6,7 @@ import sys
 COMMANDS = {
     "info": "versions, what is available, and which implementation of each op runs where",
     "train": "train a language model on a text with immediate rewards",
+    "bench": "time the ops beside other libraries, correctness first",
 }
 
 

@@ -11,10 +11,8 @@ from fastrl.ops import _binary, _checks
 _returns_bwd = _binary.op("returns_bwd")
 
 
-# A call on a small batch is made of these checks: what is usual is looked at first, and messages are
-# formed when they are needed. The arguments that the op schemas share, in their order: rewards, values, bootstrap_value,
-# next_values, terminated, truncated, mask, cu_seqlens, gamma_per_step, lambda_per_step, gamma,
-# gae_lambda.
+# What the op schemas share, in their order: rewards, values, bootstrap_value, next_values,
+# terminated, truncated, mask, cu_seqlens, gamma_per_step, lambda_per_step, gamma, gae_lambda.
 Steps = tuple[Any, ...]
 
 
@@ -51,6 +49,8 @@ def check(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Steps:
+    """The arguments, dense and of one dtype. A call on a small batch is mostly this: what is usual
+    is looked at first, and messages are formed when they are needed."""
     _checks.float_tensor(op, "rewards", rewards)
     _checks.implemented(op, rewards)
     if rewards.dim() == 0:

@@ -1,0 +1,10 @@
+"""gae beside its peers: cases.py lists the cases, README.md explains the figures."""
+
+import pytest
+
+from bench.cases import CASES
+
+
+@pytest.mark.parametrize("case", CASES["gae"], ids=lambda case: case.name)
+def test_gae(run_case, case):
+    run_case(case)

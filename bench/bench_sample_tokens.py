@@ -1,0 +1,10 @@
+"""sample_tokens beside its peers: cases.py lists the cases, README.md explains the figures."""
+
+import pytest
+
+from bench.cases import CASES
+
+
+@pytest.mark.parametrize("case", CASES["sample_tokens"], ids=lambda case: case.name)
+def test_sample_tokens(run_case, case):
+    run_case(case)

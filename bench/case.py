@@ -1,0 +1,122 @@
+"""What a benchmark case is, and what must be known of an op to run it."""
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = dict[str, Any]  # what an op is called with, by name
+Outputs = tuple[Tensor, ...]
+# From a case and its arguments to a call without arguments, ready to be timed.
+Implementation = Callable[["Case", Arguments], Callable[[], Outputs]]
+
+MODES = ("forward", "backward", "both")
+
+
+class Unavailable(Exception):
+    """This peer cannot run this case here; the message is the reason that the table shows."""
+
+
+class WrongResult(Exception):
+    """Our op failed the error budget: there is nothing to time."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound that a figure must keep, for the entries whose name matches `entry` (a glob)."""
+
+    entry: str
+    figure: str  # "ratio", "share_of_copy", "time_us" or "extra_memory_mib"
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def matches(self, name: str) -> bool:
+        return fnmatch.fnmatchcase(name, self.entry)
+
+    @property
+    def text(self) -> str:
+        sign, bound = (">=", self.at_least) if self.at_most is None else ("<=", self.at_most)
+        assert bound is not None
+        return {
+            "ratio": f"{sign} {bound:g}x",
+            "share_of_copy": f"{sign} {bound:.0%} of copy",
+            "time_us": f"{sign} {bound:g} us",
+            "extra_memory_mib": f"{sign} {bound:.0f} MiB",
+        }[self.figure]
+
+    def holds(self, value: float) -> bool:
+        return (self.at_least is None or value >= self.at_least) and (
+            self.at_most is None or value <= self.at_most
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one op, and why it is here."""
+
+    op: str
+    shape: tuple[int, ...]
+    reason: str
+    dtype: torch.dtype = torch.float32
+    mode: str = "forward"
+    inputs: tuple[str, ...] = ()  # optional arguments that this case passes
+    options: Mapping[str, Any] = field(default_factory=dict)  # numbers and switches
+    in_place: bool = False  # time inplace_backward=True as well
+    quick: bool = False
+    targets: tuple[Target, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"{self.op}: expected mode in {MODES}, got {self.mode}. Choose one.")
+
+    @property
+    def name(self) -> str:
+        """Unique, and stable: results are compared by it."""
+        details = [*self.inputs, *(_option(k, v) for k, v in self.options.items())]
+        dtype = str(self.dtype).removeprefix("torch.")
+        return ", ".join([f"{self.op} {list(self.shape)} {dtype} {self.mode}", *details])
+
+
+def _option(name: str, value: Any) -> str:
+    return name if value is True else f"{name}={value}"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How the cases of an op are fed, counted and held against the truth.
+
+    make: the arguments of a case, from a fixed seed.
+    count_bytes: each input read once and each output written once, in bytes.
+    learned: the arguments that the modes with a backward pass differentiate.
+    pieces: row ranges that the gate can look at one after the other; None is the whole.
+    truth: what `outputs` should have been, in float64.
+    """
+
+    make: Callable[[Case, torch.device], Arguments]
+    count_bytes: Callable[[Case, Arguments], int]
+    learned: tuple[str, ...]
+    pieces: Callable[[Case], Iterator[slice | None]]
+    truth: Callable[[Case, Arguments, Outputs], Outputs]
+
+
+def call_by_name(namespace: Any, case: Case, arguments: Arguments, **options: Any) -> Outputs:
+    """The op of that name in fastrl.ops, fastrl.reference or a stand-in, as a tuple."""
+    outputs = getattr(namespace, case.op)(**arguments, **case.options, **options)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def cut(arguments: Arguments, rows: slice | None) -> Arguments:
+    """The arguments of those rows alone."""
+    if rows is None:
+        return arguments
+    return {k: v[rows] if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def double(arguments: Arguments) -> Arguments:
+    return {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in arguments.items()
+    }

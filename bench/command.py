@@ -1,0 +1,123 @@
+"""What `fastrl bench` does: run the cases, show, keep, draw and compare the results."""
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import cases, results, table
+from bench.compare import compare
+from bench.environment import describe
+from bench.results import ResultFileError, Results
+from bench.run import Bench
+from bench.timing import FULL, QUICK
+
+USAGE_ERROR = 2
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="fastrl bench",
+        description="Time the ops beside other libraries, each correct before it is timed.",
+        epilog="Exit status: 1 if a result is wrong or --compare finds a figure worse, else 0.",
+    )
+    p.add_argument("op", nargs="*", help=f"of {', '.join(cases.CASES)} (default: all)")
+    p.add_argument("--device", default="cpu", help="cpu, or cuda[:i]")
+    p.add_argument("--quick", action="store_true", help="fewer cases, fewer rounds")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the results")
+    p.add_argument("--compare", type=Path, metavar="FILE", help="with the results of another run")
+    p.add_argument(
+        "--threshold", type=float, default=0.1, metavar="X",
+        help="how much worse is too much for --compare: 0.1 is a tenth (default)",
+    )  # fmt: skip
+    p.add_argument("--plot", type=Path, metavar="FOLDER", help="write pictures (PNG)")
+    p.add_argument(
+        "--results", type=Path, metavar="FILE", help="show this file's results; measure nothing"
+    )
+    return p
+
+
+def main(argv: list[str]) -> int:
+    try:
+        options = parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return _main(options)
+    except (ValueError, ResultFileError) as error:
+        print(error, file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _main(options: argparse.Namespace) -> int:
+    if not options.threshold > 0:
+        raise ValueError(
+            f"bench: expected threshold > 0, got {options.threshold:g}. 0.1 is a tenth."
+        )
+    # Both before the minutes of measuring: a file that cannot be read, a package that is missing.
+    old = None if options.compare is None else results.load(options.compare)
+    plot = None if options.plot is None else _import_plot()
+    if options.results is None:
+        found = measure(options.op, options.device, quick=options.quick)
+    else:
+        found = results.load(options.results)
+    table.show(found)
+    if options.json is not None:
+        results.save(found, options.json)
+    if plot is not None:
+        for path in plot.draw(found, options.plot):
+            print(f"Wrote {path}")
+    status = 1 if found.wrong else 0
+    if old is not None:
+        status = max(status, _compare(old, found, options.threshold))
+    return status
+
+
+def measure(ops: list[str], device_name: str, *, quick: bool) -> Results:
+    chosen = cases.select(ops, quick=quick)
+    device = _device(device_name)
+    found = Results(describe(device), quick)
+    bench = Bench(device, QUICK if quick else FULL)
+    for i, case in enumerate(chosen, start=1):
+        print(f"[{i}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
+        found.cases.append(bench.run(case))
+        gc.collect()  # the next case wants the gigabytes of this one
+    return found
+
+
+def _device(name: str) -> torch.device:
+    remedy = "Leave --device out for the CPU."
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"bench: expected device cpu or cuda, got {name}. {remedy}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"bench: expected device cpu or cuda, got {name}. {remedy}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"bench: expected a CUDA device that torch finds, got none. {remedy}")
+    return device
+
+
+def _import_plot():
+    try:
+        from bench import plot
+    except ImportError as error:
+        raise ValueError(
+            f"bench: expected matplotlib for --plot, got {error}. pip install matplotlib"
+        ) from error
+    return plot
+
+
+def _compare(old: Results, new: Results, threshold: float) -> int:
+    changes = compare(old, new, threshold)
+    if not changes:
+        raise ValueError(
+            "bench: expected a case in both files of --compare, got none. "
+            "Run the same ops, both with --quick or both without."
+        )
+    if old.environment.get("cpu") != new.environment.get("cpu"):
+        print(f"The old file is from another processor: {old.environment.get('cpu')}")
+    table.show_changes(changes, threshold)
+    return 1 if any(change.is_worse for change in changes) else 0

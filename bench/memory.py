@@ -1,0 +1,40 @@
+"""Peak extra memory of a call: what the process held at its worst, beyond what it held before.
+
+Linux keeps the high-water mark of a process's resident memory and resets it on request, so the
+figure covers everything that the call touches: tensors, malloc, numpy, a compiler's buffers. It
+counts pages, and is good to about a megabyte.
+"""
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_RESET_HIGH_WATER = "5"
+
+
+def can_measure() -> bool:
+    return "VmHWM" in _STATUS.read_text() if _STATUS.exists() and _CLEAR.exists() else False
+
+
+def peak_extra_mib(call: Callable[[], Any]) -> float:
+    """Call once before: what is loaded or compiled on first use is not the call's memory."""
+    gc.collect()
+    # Pages that malloc has kept free would be used again without a trace.
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR.write_text(_RESET_HIGH_WATER)
+    before = _high_water_kib()
+    outputs = call()
+    peak = _high_water_kib()
+    del outputs
+    return max(0, peak - before) / 1024
+
+
+def _high_water_kib() -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    raise OSError("bench: expected VmHWM in /proc/self/status, got none. Use Linux for memory.")

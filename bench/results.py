@@ -1,0 +1,105 @@
+"""The figures of a run: what is recorded, in which units, and its JSON form."""
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+class ResultFileError(Exception):
+    """The file is missing or holds no results."""
+
+
+@dataclass
+class Entry:
+    """One implementation on one case. `ratio`: its time over ours, the median over rounds."""
+
+    name: str
+    version: str
+    rounds: int
+    launches: int
+    time_us: dict[str, float]  # "p20", "p50", "p80"
+    gb_s: float
+    share_of_copy: float
+    ratio: float
+    error: float
+    extra_memory_mib: float | None  # None: cannot be measured here
+    targets: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class CaseResult:
+    """`wrong` says why our op failed the gate; then nothing was timed."""
+
+    op: str
+    name: str
+    reason: str
+    shape: list[int]
+    dtype: str
+    mode: str
+    counted_bytes: int
+    copy_gb_s: float | None = None
+    eager_error: float | None = None
+    entries: list[Entry] = field(default_factory=list)
+    missing: list[dict[str, str]] = field(default_factory=list)  # "name", "version", "reason"
+    wrong: str | None = None
+
+    @property
+    def ours(self) -> Entry | None:
+        return next((e for e in self.entries if e.name == "fastrl"), None)
+
+
+@dataclass
+class Results:
+    environment: dict[str, Any]
+    quick: bool
+    cases: list[CaseResult] = field(default_factory=list)
+
+    @property
+    def copy_gb_s(self) -> float | None:
+        known = [c.copy_gb_s for c in self.cases if c.copy_gb_s is not None]
+        return statistics.median(known) if known else None
+
+    @property
+    def wrong(self) -> list[CaseResult]:
+        return [c for c in self.cases if c.wrong is not None]
+
+
+def save(results: Results, path: Path) -> None:
+    text = json.dumps({"format": FORMAT, **asdict(results)}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def load(path: Path) -> Results:
+    """Raises ResultFileError."""
+    remedy = "Write one with `fastrl bench --json FILE`."
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise ResultFileError(
+            f"bench: expected a result file, got {path} ({error.strerror}). {remedy}"
+        ) from error
+    except ValueError as error:
+        raise ResultFileError(f"bench: expected JSON in {path}, got {error}. {remedy}") from error
+    found = data.pop("format", None) if isinstance(data, dict) else None
+    if found != FORMAT:
+        raise ResultFileError(
+            f"bench: expected a result file of format {FORMAT}, got format {found} in {path}. "
+            f"{remedy}"
+        )
+    try:
+        cases = [_case(case) for case in data.pop("cases")]
+        return Results(**data, cases=cases)
+    except (TypeError, KeyError) as error:
+        raise ResultFileError(
+            f"bench: expected the fields of a result file in {path}, got {error}. {remedy}"
+        ) from error
+
+
+def _case(data: dict[str, Any]) -> CaseResult:
+    entries = [Entry(**entry) for entry in data.pop("entries")]
+    return CaseResult(**data, entries=entries)

@@ -1,0 +1,186 @@
+import copy
+import importlib
+import json
+import sys
+
+import pytest
+
+import fastrl
+from bench import command, results, table
+from bench.compare import compare
+from bench.results import CaseResult, Entry, Results
+from fastrl.cli.bench import main
+
+
+def entry(name, ratio, version="1.0", **changes):
+    figures = {
+        "rounds": 5, "launches": 1, "time_us": {"p20": 9.0, "p50": 10.0 * ratio, "p80": 12.0},
+        "gb_s": 4.0, "share_of_copy": 0.5 / ratio, "ratio": ratio, "error": 1e-7,
+        "extra_memory_mib": 16.0,
+    }  # fmt: skip
+    return Entry(name=name, version=version, **(figures | changes))
+
+
+@pytest.fixture
+def found():
+    ours = entry("fastrl", 1.0, targets=[{"text": ">= 50% of copy", "reached": False}])
+    case = CaseResult(
+        "gae", "gae [8, 8] float32 forward", "small", [8, 8], "float32", "forward", 168,
+        copy_gb_s=8.0, eager_error=2e-7,
+        entries=[ours, entry("fastrl.reference", 30.0), entry("numba loop", 0.8)],
+        missing=[{"name": "torchrl", "version": "not installed", "reason": "not installed: pip"}],
+    )  # fmt: skip
+    environment = {
+        "cpu": "A processor", "gpu": None, "threads": 2, "cores": 2, "simd": "avx2",
+        "torch": "2.13.0", "python": "3.11", "commit": "unknown", "date": "today",
+        "peers": {"numba": "0.68.1"}, "load_1min": 0.0,
+    }  # fmt: skip
+    return Results(environment, True, [case])
+
+
+def slower(found, factor):
+    """As if our op alone took `factor` times as long."""
+    slow = copy.deepcopy(found)
+    for each in slow.cases[0].entries:
+        if each.name == "fastrl":
+            each.time_us["p50"] *= factor
+            each.share_of_copy /= factor
+        else:
+            each.ratio /= factor
+    return slow
+
+
+@pytest.fixture
+def saved(found, tmp_path):
+    def save(name, what=found):
+        results.save(what, tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+def test_json_round_trip(found, saved, tmp_path):
+    assert results.load(tmp_path / saved("a.json")) == found
+
+
+def test_equal_files_pass_and_a_planted_slow_down_does_not(found, saved, capsys):
+    old, slow = saved("old.json"), saved("slow.json", slower(found, 1.3))
+    assert main(["--results", old, "--compare", old]) == 0
+    assert main(["--results", slow, "--compare", old]) == 1
+    assert "worse" in capsys.readouterr().out
+    assert main(["--results", slow, "--compare", old, "--threshold", "0.5"]) == 0
+    assert main(["--results", old, "--compare", slow]) == 0
+
+
+def test_one_noisy_peer_is_no_slow_down(found):
+    noisy = copy.deepcopy(found)
+    noisy.cases[0].entries[2].ratio /= 2
+    assert not any(change.is_worse for change in compare(found, noisy, 0.1))
+
+
+@pytest.mark.parametrize(("figure", "value"), [("extra_memory_mib", 32.0), ("error", 1e-5)])
+def test_more_memory_and_a_larger_error_are_worse(found, figure, value):
+    new = copy.deepcopy(found)
+    setattr(new.cases[0].entries[0], figure, value)
+    assert [c.is_worse for c in compare(found, new, 0.1)].count(True) == 1
+
+
+def test_a_wrong_result_fails_the_run_and_the_comparison(found, saved):
+    wrong = copy.deepcopy(found)
+    wrong.cases[0].entries, wrong.cases[0].wrong = [], "gae: expected output 0"
+    assert main(["--results", saved("wrong.json", wrong)]) == 1
+    assert any(change.is_worse for change in compare(found, wrong, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "expected a result file"), ("{", "expected JSON"), ("{}", "expected a result file of"),
+     ('{"format": 1, "cases": [{}]}', "expected the fields")],
+)  # fmt: skip
+def test_bad_files_are_clear_errors(tmp_path, capsys, text, message):
+    path = tmp_path / "bad.json"
+    if text is not None:
+        path.write_text(text)
+    assert main(["--compare", str(path), "gae"]) == 2
+    assert f"bench: {message}" in capsys.readouterr().err
+
+
+def test_nothing_in_common_is_an_error(found, saved, capsys):
+    other = copy.deepcopy(found)
+    other.cases[0].name = "gae [9, 9] float32 forward"
+    status = main(["--results", saved("a.json"), "--compare", saved("b.json", other)])
+    assert status == 2 and "expected a case in both files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nonesuch"], "expected op in gae,"),
+        (["--threshold", "0"], "expected threshold > 0, got 0"),
+        (["--device", "teapot"], "expected device cpu or cuda, got teapot"),
+    ],
+)
+def test_bad_arguments_are_clear_errors(capsys, argv, message):
+    assert main(argv) == 2
+    assert f"bench: {message}" in capsys.readouterr().err
+
+
+def shown(found, capsys):
+    table.show(found)
+    return capsys.readouterr().out
+
+
+def test_the_same_table_with_rich_and_without(found, capsys, monkeypatch):
+    with_rich = shown(found, capsys)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    plain = shown(found, capsys)
+    assert with_rich.split() == plain.split()
+    for text in (
+        "numba loop 1.0", "0.80x (faster)", "30.00x", ">= 50% of copy: MISSED",
+        "torchrl not installed: not run, not installed: pip", "Faster than we: numba loop",
+        "Targets reached: 0 of 1",
+    ):  # fmt: skip
+        assert text in plain
+    assert max(map(len, plain.splitlines())) <= 170
+
+
+def test_plots_are_written(found, saved, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert main(["--results", saved("a.json"), "--plot", str(tmp_path / "plots")]) == 0
+    for name in ("roofline.png", "speedup.png"):
+        assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_writes_json_with_its_environment(tmp_path, monkeypatch, capsys):
+    from bench import cases
+    from bench.case import Case
+
+    small = Case("gae", (2, 8), "small", options={"gamma": 0.9, "gae_lambda": 1.0}, quick=True)
+    monkeypatch.setitem(cases.CASES, "gae", [small])
+    monkeypatch.setattr(command, "Bench", _quick_bench)
+    assert main(["gae", "--quick", "--json", str(tmp_path / "r.json")]) == 0
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert data["environment"]["torch"] and data["environment"]["commit"]
+    names = [each["name"] for each in data["cases"][0]["entries"]]
+    assert names == ["fastrl", "fastrl.reference"]
+
+
+def _quick_bench(device, budget):
+    from bench.peers import REFERENCE
+    from bench.run import Bench
+    from bench.timing import Budget
+
+    class NoCopy:
+        bytes = 8
+
+        def __call__(self):
+            pass
+
+    tiny = Budget(seconds=0.001, least_rounds=2, most_rounds=2)
+    return Bench(device, tiny, peers_of=lambda op: [REFERENCE], copy=NoCopy())
+
+
+def test_without_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fastrl, "__file__", str(tmp_path / "fastrl" / "__init__.py"))
+    assert importlib.import_module("fastrl.cli.bench").main([]) == 2
+    assert "need a checkout" in capsys.readouterr().err

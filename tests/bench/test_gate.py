@@ -1,0 +1,131 @@
+"""The gate: a planted error is caught before anything is timed."""
+
+import types
+
+import pytest
+import torch
+
+import fastrl
+from bench import gate
+from bench.case import Case, Unavailable
+from bench.peers import Peer
+from bench.run import Bench
+from bench.timing import Budget
+from bench.workloads import WORKLOADS
+
+CPU = torch.device("cpu")
+TINY = Budget(seconds=0.001, least_rounds=2, most_rounds=3, turn_seconds=1e-5)
+GAE = Case("gae", (4, 40), "small", options={"gamma": 0.99, "gae_lambda": 0.95})
+LOGPROBS = Case("token_logprobs", (8, 1000), "small", mode="both")
+SAMPLE = Case("sample_tokens", (4, 100), "small", inputs=("seeds",))
+
+
+class SmallCopy:
+    bytes = 8
+
+    def __call__(self):
+        torch.ones(1).clone()
+
+
+def bench(ops=fastrl.ops, peers=()):
+    return Bench(CPU, TINY, ops=ops, peers_of=lambda op: list(peers), copy=SmallCopy())
+
+
+def skips_last_block(**arguments):
+    advantages, returns = fastrl.gae(**arguments)
+    advantages[:, -16:] = 0
+    return advantages, returns
+
+
+def skips_last_row(logits, token_ids, **options):
+    logprobs = fastrl.token_logprobs(logits[:-1], token_ids[:-1], **options)
+    return torch.cat([logprobs, torch.zeros(1)])
+
+
+class _GradientOfOneBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[:, -100:] = 0
+        return grad
+
+
+def gradient_skips_last_block(logits, token_ids, **options):
+    return fastrl.token_logprobs(_GradientOfOneBlock.apply(logits), token_ids, **options)
+
+
+def draws_other_ids(logits, **options):
+    token_ids, logprobs = fastrl.sample_tokens(logits, **options)
+    return token_ids.flip(0), logprobs
+
+
+@pytest.mark.parametrize(
+    ("case", "planted"),
+    [
+        (GAE, skips_last_block),
+        (LOGPROBS, skips_last_row),
+        (LOGPROBS, gradient_skips_last_block),
+        (SAMPLE, draws_other_ids),
+    ],
+)
+def test_a_planted_error_is_caught_and_not_timed(case, planted):
+    result = bench(types.SimpleNamespace(**{case.op: planted})).run(case)
+    assert result.wrong is not None and result.wrong.startswith(f"{case.op}: expected output")
+    assert result.entries == []
+
+
+@pytest.mark.parametrize("case", [GAE, LOGPROBS, SAMPLE], ids=lambda case: case.op)
+def test_the_right_op_passes_and_is_timed(case):
+    result = bench().run(case)
+    assert result.wrong is None
+    ours = result.ours
+    assert ours is not None and ours.ratio == 1.0 and 0 < ours.time_us["p20"] <= ours.time_us["p80"]
+    assert ours.error < 1e-5
+
+
+def test_the_gate_looks_at_the_first_and_the_last_rows_of_a_large_matrix():
+    case = Case("token_logprobs", (1001, 151936), "large")
+    pieces = list(WORKLOADS[case.op].pieces(case))
+    assert pieces[0].start == 0 and pieces[-1].stop == 1001 and len(pieces) == 8
+
+
+def test_nan_is_an_infinite_error_unless_the_truth_is_nan_too():
+    errors = gate.Errors()
+    errors.add(0, torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0]).double())
+    assert errors.worst == torch.inf
+
+
+def raises(reason):
+    def build(case, arguments):
+        raise reason
+
+    return build
+
+
+def test_a_missing_peer_is_listed_with_its_reason():
+    peers = [
+        Peer("gone", "no-such-distribution", raises(AssertionError)),
+        Peer("unable", "torch", raises(Unavailable("has no mask"))),
+        Peer("broken", "torch", raises(RuntimeError("no kernel\nand more"))),
+        Peer("another", "torch", lambda case, a: lambda: (2 * fastrl.gae(**a, **case.options)[0],)),
+    ]
+    result = bench(peers=peers).run(GAE)
+    reasons = {m["name"]: m["reason"] for m in result.missing}
+    assert reasons["gone"] == "not installed: pip install no-such-distribution"
+    assert reasons["unable"] == "has no mask"
+    assert reasons["broken"] == "raised RuntimeError: no kernel"
+    assert reasons["another"].startswith("computes something else here: off by")
+    assert [entry.name for entry in result.entries] == ["fastrl"]
+
+
+def test_a_device_without_a_kernel_is_listed_too():
+    def no_kernel(**arguments):
+        raise NotImplementedError("gae: expected a CPU tensor")
+
+    result = bench(types.SimpleNamespace(gae=no_kernel)).run(GAE)
+    assert result.entries == [] and result.wrong is None
+    assert result.missing[0]["reason"] == "gae: expected a CPU tensor"
