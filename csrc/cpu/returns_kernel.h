@@ -82,13 +82,30 @@ inline void compose(VecD& a, VecD& b) {
   }
 }
 
+// What a block will be written to. Its lines are claimed while the block is scanned, which touches
+// no memory: a store that first waits for its line costs more than the recursion.
+template <class T>
+struct Outputs {
+  T* first;
+  T* second = nullptr;
+
+  void claim(int64_t i) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (i % kLine != 0) return;
+    __builtin_prefetch(first + i, 1);
+    if (second) __builtin_prefetch(second + i, 1);
+  }
+  Outputs from(int64_t start) const { return {first + start, second ? second + start : nullptr}; }
+};
+
 // x_i = b_i + a_i x_{i+1} over the block, in place of b. The sum is carried in double, and the
 // chain from one vector to the next is a single multiply-add. Short blocks end on a few plain
 // steps.
 template <class T>
-inline double scan_block(const double* a, T* b, int64_t n, double x) {
+inline double scan_block(const double* a, T* b, int64_t n, const Outputs<T>& outputs, double x) {
   int64_t i = n;
   for (; i >= kDoubles; i -= kDoubles) {
+    outputs.claim(i - kDoubles);
     VecD va = load_doubles(a + i - kDoubles), vb = load_doubles(b + i - kDoubles);
     compose<1>(va, vb);
     const VecD scanned = vb + va * x;
@@ -119,7 +136,7 @@ inline void for_each_block_backwards(int64_t length, Body body) {
 
 // A_t = delta_t + c_t lambda_t k_t A_{t+1}, delta_t = r_t + c_t v_{t+1} - v_t; write(start, n, A).
 template <class T, class Write>
-inline void for_each_advantage(const Trajectory<T>& row, Write write) {
+inline void for_each_advantage(const Trajectory<T>& row, const Outputs<T>& outputs, Write write) {
   Block<T> s;
   T after = end_value(row);
   double advantage = 0.0;
@@ -132,7 +149,7 @@ inline void for_each_advantage(const Trajectory<T>& row, Write write) {
       s.b[i] = r[i] + (s.c[i] == T(0) ? T(0) : s.c[i] * s.v_next[i]) - v[i];
     }
     skip_masked(row, start, n, s);
-    advantage = scan_block(s.a, s.b, n, advantage);
+    advantage = scan_block(s.a, s.b, n, outputs.from(start), advantage);
     write(start, n, s.b);
   });
 }
@@ -145,7 +162,8 @@ inline void zero_masked(const Trajectory<T>& row, int64_t start, int64_t n, T* o
 
 template <class T>
 void gae(const Trajectory<T>& row, T* advantages, T* returns) {
-  for_each_advantage(row, [&](int64_t start, int64_t n, const T* advantage) {
+  const Outputs<T> outputs{advantages, returns};
+  for_each_advantage(row, outputs, [&](int64_t start, int64_t n, const T* advantage) {
     std::memcpy(advantages + start, advantage, n * sizeof(T));
     for (int64_t i = 0; i < n; ++i) returns[start + i] = advantage[i] + row.values[start + i];
     zero_masked(row, start, n, advantages);
@@ -155,7 +173,7 @@ void gae(const Trajectory<T>& row, T* advantages, T* returns) {
 
 template <class T>
 void lambda_returns(const Trajectory<T>& row, T* returns) {
-  for_each_advantage(row, [&](int64_t start, int64_t n, const T* advantage) {
+  for_each_advantage(row, Outputs<T>{returns}, [&](int64_t start, int64_t n, const T* advantage) {
     for (int64_t i = 0; i < n; ++i) returns[start + i] = advantage[i] + row.values[start + i];
     zero_masked(row, start, n, returns);
   });
@@ -189,7 +207,7 @@ void discounted_returns(const Trajectory<T>& row, T* returns) {
       }
     }
     skip_masked(row, start, n, s);
-    x = scan_block(s.a, s.b, n, x);
+    x = scan_block(s.a, s.b, n, Outputs<T>{returns + start}, x);
     std::memcpy(returns + start, s.b, n * sizeof(T));
     zero_masked(row, start, n, returns);
   });

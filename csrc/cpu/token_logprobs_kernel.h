@@ -16,6 +16,9 @@ inline void prefetch(const T* x) {
   if constexpr (kStep * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const void*>(at + 64));
 }
 
+// Both passes over a block prefetch, each its share, so that memory is never idle.
+inline bool prefetched_with_max(int64_t i) { return i / kStep % 4 == 0; }
+
 struct BlockSums {
   VecF rest[2] = {}, count[2] = {}, weighted[2] = {};
 };
@@ -25,7 +28,7 @@ struct BlockSums {
 template <bool kHoldsMax, bool kEntropy, class T>
 inline void add_block(const T* x, int64_t n, VecF m, const ScaledExp& exp, BlockSums& sums) {
   for (int64_t i = 0; i < n; i += kStep) {
-    prefetch(x + i);
+    if (!prefetched_with_max(i)) prefetch(x + i);
     for (int u = 0; u < 2; ++u) {
       const VecF d = exp.clamp(load(x + i + u * kLanes) - m);
       VecF e = exp(d);
@@ -44,6 +47,7 @@ template <class T>
 inline float block_max(const T* x, int64_t n) {
   VecF m0 = splat(-__builtin_inff()), m1 = m0;
   for (int64_t i = 0; i < n; i += kStep) {
+    if (prefetched_with_max(i)) prefetch(x + i);
     m0 = max(load(x + i), m0);
     m1 = max(load(x + i + kLanes), m1);
   }

@@ -25,10 +25,13 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 }
 
 
-def op(name: str) -> Callable[..., Any]:
-    """torch.ops.fastrl.<name>; without the binary, a function that says how to build it."""
+def op(name: str, *, differentiable: int | None = None) -> Callable[..., Any]:
+    """torch.ops.fastrl.<name>; without the binary, a function that says how to build it.
+
+    differentiable: how many of its first arguments may require grad; None: all.
+    """
     if module is not None:
-        return _short_cut(getattr(torch.ops.fastrl, name).default)
+        return _short_cut(getattr(torch.ops.fastrl, name).default, differentiable)
 
     def not_built(*args: object) -> None:
         raise ImportError(
@@ -39,14 +42,14 @@ def op(name: str) -> Callable[..., Any]:
     return not_built
 
 
-def _short_cut(overload: Callable[..., Any]) -> Callable[..., Any]:
+def _short_cut(overload: Callable[..., Any], differentiable: int | None) -> Callable[..., Any]:
     """The op, past the autograd formula's Python (half of a small call's time) where there is
     nothing to differentiate; torch's own wrapper makes the same step, only later."""
 
     def call(*args: Any) -> Any:
         if (
             torch.compiler.is_compiling()
-            or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+            or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:differentiable]))
             or forward_ad._current_level >= 0
         ):
             return overload(*args)

@@ -52,18 +52,24 @@ def check(
     """The arguments, dense and of one dtype. A call on a small batch is mostly this: what is usual
     is looked at first, and messages are formed when they are needed."""
     _checks.float_tensor(op, "rewards", rewards)
-    _checks.implemented(op, rewards)
-    if rewards.dim() == 0:
+    if not rewards.is_cpu:
+        _checks.implemented(op, rewards)
+    shape, device = rewards.shape, rewards.device
+    if not shape:
         raise _checks.fail(op, "rewards [..., T]", "()", "Pass a time axis.")
-    if values is not None:
+
+    def fits(x: object) -> bool:
+        return isinstance(x, Tensor) and x.shape == shape and x.device == device
+
+    if values is not None and not (fits(values) and values.dtype in _checks.FLOATS):
         _check_values(op, "values", values, rewards)
-    if next_values is not None:
+    if next_values is not None and not (fits(next_values) and next_values.dtype in _checks.FLOATS):
         _check_values(op, "next_values", next_values, rewards)
-    if terminated is not None:
+    if terminated is not None and not (fits(terminated) and terminated.dtype is torch.bool):
         _checks.bool_like(op, "terminated", terminated, "rewards", rewards)
-    if truncated is not None:
+    if truncated is not None and not (fits(truncated) and truncated.dtype is torch.bool):
         _checks.bool_like(op, "truncated", truncated, "rewards", rewards)
-    if mask is not None:
+    if mask is not None and not (fits(mask) and mask.dtype is torch.bool):
         _checks.bool_like(op, "mask", mask, "rewards", rewards)
     if truncated is not None and next_values is None:
         raise _checks.fail(
@@ -88,25 +94,19 @@ def check(
     for x in (rewards, values, bootstrap_value, next_values, gamma_per_step, lambda_per_step):
         if x is not None and x.dtype is torch.float64:
             dtype = torch.float64
+    floats = (rewards, values, bootstrap_value, next_values)
+    flags = (terminated, truncated, mask, cu_seqlens)
     return (
-        _dense(rewards, dtype),
-        _dense(values, dtype),
-        _dense(bootstrap_value, dtype),
-        _dense(next_values, dtype),
-        _dense(terminated, torch.bool),
-        _dense(truncated, torch.bool),
-        _dense(mask, torch.bool),
-        _dense(cu_seqlens, torch.int32),
-        _dense(gamma_per_step, dtype),
-        _dense(lambda_per_step, dtype),
+        *[x if x is None else _dense(x, dtype) for x in floats],
+        *[x if x is None else x.contiguous() for x in flags],
+        gamma_per_step if gamma_per_step is None else _dense(gamma_per_step, dtype),
+        lambda_per_step if lambda_per_step is None else _dense(lambda_per_step, dtype),
         number,
         lambda_number,
     )
 
 
-def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if x is None:
-        return None
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x if x.dtype is dtype else x.to(dtype)).contiguous()
 
 

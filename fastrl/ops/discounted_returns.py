@@ -8,7 +8,7 @@ from torch import Tensor
 from fastrl import reference
 from fastrl.ops import _binary, _returns
 
-_discounted_returns = _binary.op("discounted_returns")
+_discounted_returns = _binary.op("discounted_returns", differentiable=3)
 
 
 def discounted_returns(

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastrl import reference
 from fastrl.ops import _binary, _returns
 
-_gae = _binary.op("gae")
+_gae = _binary.op("gae", differentiable=4)
 
 
 def gae(

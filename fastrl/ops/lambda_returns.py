@@ -8,7 +8,7 @@ from torch import Tensor
 from fastrl import reference
 from fastrl.ops import _binary, _returns
 
-_lambda_returns = _binary.op("lambda_returns")
+_lambda_returns = _binary.op("lambda_returns", differentiable=4)
 
 
 def lambda_returns(

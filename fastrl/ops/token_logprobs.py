@@ -11,7 +11,7 @@ from fastrl.ops import _binary, _checks
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_fwd = _binary.op("token_logprobs_fwd")
+_fwd = _binary.op("token_logprobs_fwd", differentiable=1)
 _bwd = _binary.op("token_logprobs_bwd")
 _bwd_inplace = _binary.op("token_logprobs_bwd_")
 
