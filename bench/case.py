@@ -102,10 +102,22 @@ class Workload:
     truth: Callable[[Case, Arguments, Outputs], Outputs]
 
 
+def bound(
+    namespace: Any, case: Case, arguments: Arguments, **options: Any
+) -> Callable[[], Outputs]:
+    """A call of the op of that name in fastrl.ops, fastrl.reference or a stand-in, made ready: what
+    is timed is the op, not the look-up of its arguments. It gives a tuple."""
+    function, given = getattr(namespace, case.op), {**arguments, **case.options, **options}
+
+    def call() -> Outputs:
+        outputs = function(**given)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    return call
+
+
 def call_by_name(namespace: Any, case: Case, arguments: Arguments, **options: Any) -> Outputs:
-    """The op of that name in fastrl.ops, fastrl.reference or a stand-in, as a tuple."""
-    outputs = getattr(namespace, case.op)(**arguments, **case.options, **options)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    return bound(namespace, case, arguments, **options)()
 
 
 def cut(arguments: Arguments, rows: slice | None) -> Arguments:

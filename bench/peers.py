@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.case import Arguments, Case, Implementation, Outputs, Unavailable, call_by_name
+from bench.case import Arguments, Case, Implementation, Outputs, Unavailable, bound
 from fastrl import reference
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
@@ -55,7 +55,7 @@ def pinned(package: str) -> str:
 
 
 def eager(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
-    return lambda: call_by_name(reference, case, arguments)
+    return bound(reference, case, arguments)
 
 
 def compiled(function: Callable[[], Any]) -> Callable[[], Outputs]:
@@ -143,7 +143,7 @@ def _next_values(arguments: Arguments) -> Tensor:
 def _compiled_returns(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
     if case.shape[-1] > 64 or "cu_seqlens" in case.inputs:
         raise Unavailable("unrolls the loop over time: compiling would take minutes")
-    return compiled(lambda: call_by_name(reference, case, arguments))
+    return compiled(bound(reference, case, arguments))
 
 
 # Log-probabilities

@@ -17,7 +17,7 @@ from bench.case import (
     Unavailable,
     Workload,
     WrongResult,
-    call_by_name,
+    bound,
 )
 from bench.ceiling import Copy
 from bench.peers import Peer
@@ -121,9 +121,7 @@ class _Field:
         restore: Callable[[], None] | None,
         options: dict[str, Any],
     ) -> tuple[float, float]:
-        def call() -> Outputs:
-            return call_by_name(self._bench.ops, self._case, arguments, **options)
-
+        call = bound(self._bench.ops, self._case, arguments, **options)
         outputs = gate.run_once(call, self._case, self._leaves(arguments), self._upstream)
         errors = gate.check(self._case, self._workload, outputs, self._arguments, self._upstream)
         del outputs
@@ -170,13 +168,14 @@ class _Field:
         device = self._bench.device
         extra = None
         with torch.set_grad_enabled(self._case.mode != "forward"):
-            contestant.ready()
-            start = time.perf_counter()
             if device.type == "cpu" and memory.can_measure():
+                contestant.ready()
                 extra = memory.peak_extra_mib(contestant.call)
-            else:
-                contestant.call()
-                synchronize(device)
+            contestant.ready()
+            # By itself: measuring memory takes longer than a small call does.
+            start = time.perf_counter()
+            contestant.call()
+            synchronize(device)
             contestant.plan(self._bench.budget, device, time.perf_counter() - start)
         self.contestants[name] = contestant
         self._facts[name] = (version, error, extra)

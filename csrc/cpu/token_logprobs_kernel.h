@@ -8,12 +8,18 @@ constexpr int64_t kBlock = 2048;
 constexpr int64_t kStep = 2 * kLanes;
 constexpr int64_t kPrefetch = 4096;  // elements ahead; the hardware stops at every 4 KB page
 
+// Fetches what stands kPrefetch elements behind x[i], and once a page the address of one two pages
+// further: finding a page takes as long as reading from it.
 // Through an integer: the address may lie behind the row, where a pointer may not be formed.
 template <class T>
-inline void prefetch(const T* x) {
-  const auto at = reinterpret_cast<uintptr_t>(x) + kPrefetch * sizeof(T);
+inline void prefetch(const T* x, int64_t i) {
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(x) + (i + kPrefetch) * sizeof(T);
   __builtin_prefetch(reinterpret_cast<const void*>(at));
   if constexpr (kStep * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const void*>(at + 64));
+  if (i * sizeof(T) % kPage == 0) {
+    __builtin_prefetch(reinterpret_cast<const void*>(at + 2 * kPage));
+  }
 }
 
 // Both passes over a block prefetch, each its share, so that memory is never idle.
@@ -28,7 +34,7 @@ struct BlockSums {
 template <bool kHoldsMax, bool kEntropy, class T>
 inline void add_block(const T* x, int64_t n, VecF m, const ScaledExp& exp, BlockSums& sums) {
   for (int64_t i = 0; i < n; i += kStep) {
-    if (!prefetched_with_max(i)) prefetch(x + i);
+    if (!prefetched_with_max(i)) prefetch(x, i);
     for (int u = 0; u < 2; ++u) {
       const VecF d = exp.clamp(load(x + i + u * kLanes) - m);
       VecF e = exp(d);
@@ -47,7 +53,7 @@ template <class T>
 inline float block_max(const T* x, int64_t n) {
   VecF m0 = splat(-__builtin_inff()), m1 = m0;
   for (int64_t i = 0; i < n; i += kStep) {
-    if (prefetched_with_max(i)) prefetch(x + i);
+    if (prefetched_with_max(i)) prefetch(x, i);
     m0 = max(load(x + i), m0);
     m1 = max(load(x + i + kLanes), m1);
   }
@@ -149,7 +155,7 @@ template <bool kEntropy, bool kStream, class T>
 inline void grad_block(const T* x, int64_t n, VecF m, const ScaledExp& exp, VecF a, VecF b,
                        T* out) {
   for (int64_t i = 0; i < n; i += kStep) {
-    prefetch(x + i);
+    prefetch(x, i);
     for (int u = 0; u < 2; ++u) {
       const int64_t at = i + u * kLanes;
       const VecF d = exp.clamp(load(x + at) - m);

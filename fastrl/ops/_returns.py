@@ -18,8 +18,6 @@ Steps = tuple[Any, ...]
 
 def _discount(op: str, name: str, x: float | Tensor, rewards: Tensor, mask: Tensor | None) -> float:
     """The number, or 1.0 where there is one per step."""
-    if type(x) is float and 0.0 <= x <= 1.0:
-        return x
     remedy = f"{name} is a share of what follows: pass a number from 0 to 1."
     if not isinstance(x, Tensor):
         _checks.number(op, name, x, 0.0, 1.0, remedy)
@@ -49,28 +47,31 @@ def check(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Steps:
-    """The arguments, dense and of one dtype. A call on a small batch is mostly this: what is usual
-    is looked at first, and messages are formed when they are needed."""
-    _checks.float_tensor(op, "rewards", rewards)
-    if not rewards.is_cpu:
-        _checks.implemented(op, rewards)
-    shape, device = rewards.shape, rewards.device
-    if not shape:
-        raise _checks.fail(op, "rewards [..., T]", "()", "Pass a time axis.")
+    """The arguments, dense and of one dtype.
 
-    def fits(x: object) -> bool:
-        return isinstance(x, Tensor) and x.shape == shape and x.device == device
-
-    if values is not None and not (fits(values) and values.dtype in _checks.FLOATS):
-        _check_values(op, "values", values, rewards)
-    if next_values is not None and not (fits(next_values) and next_values.dtype in _checks.FLOATS):
-        _check_values(op, "next_values", next_values, rewards)
-    if terminated is not None and not (fits(terminated) and terminated.dtype is torch.bool):
-        _checks.bool_like(op, "terminated", terminated, "rewards", rewards)
-    if truncated is not None and not (fits(truncated) and truncated.dtype is torch.bool):
-        _checks.bool_like(op, "truncated", truncated, "rewards", rewards)
-    if mask is not None and not (fits(mask) and mask.dtype is torch.bool):
-        _checks.bool_like(op, "mask", mask, "rewards", rewards)
+    A call on a small batch is mostly this, so what is usual is seen at a glance and in one frame;
+    the functions below look closer, and say what is wrong.
+    """
+    floats, shape, device = _checks.FLOATS, None, None
+    if isinstance(rewards, Tensor):
+        shape, device = rewards.shape, rewards.device
+    if not (shape and rewards.is_cpu and rewards.dtype in floats):
+        _check_rewards(op, rewards)
+    for name, x in (("values", values), ("next_values", next_values)):
+        if x is None or (
+            isinstance(x, Tensor) and x.shape == shape and x.device == device and x.dtype in floats
+        ):
+            continue
+        _check_values(op, name, x, rewards)
+    for name, x in (("terminated", terminated), ("truncated", truncated), ("mask", mask)):
+        if x is None or (
+            isinstance(x, Tensor)
+            and x.shape == shape
+            and x.device == device
+            and x.dtype is torch.bool
+        ):
+            continue
+        _checks.bool_like(op, name, x, "rewards", rewards)
     if truncated is not None and next_values is None:
         raise _checks.fail(
             op,
@@ -86,28 +87,36 @@ def check(
         _checks.cu_seqlens(op, cu_seqlens, rewards.numel(), rewards)
     if bootstrap_value is not None:
         _check_bootstrap(op, bootstrap_value, next_values, rewards, cu_seqlens)
-    number = _discount(op, "gamma", gamma, rewards, mask)
-    lambda_number = _discount(op, "gae_lambda", gae_lambda, rewards, mask)
-    gamma_per_step = gamma if isinstance(gamma, Tensor) else None
-    lambda_per_step = gae_lambda if isinstance(gae_lambda, Tensor) else None
+    number = gamma
+    if not (type(gamma) is float and 0.0 <= gamma <= 1.0):
+        number = _discount(op, "gamma", gamma, rewards, mask)
+    lambda_number = gae_lambda
+    if not (type(gae_lambda) is float and 0.0 <= gae_lambda <= 1.0):
+        lambda_number = _discount(op, "gae_lambda", gae_lambda, rewards, mask)
+    per_step = [x if isinstance(x, Tensor) else None for x in (gamma, gae_lambda)]
+    numbers: list[Tensor | None] = [rewards, values, bootstrap_value, next_values]
+    flags = [terminated, truncated, mask, cu_seqlens]
+    steps = numbers + flags + per_step
     dtype = torch.float32
-    for x in (rewards, values, bootstrap_value, next_values, gamma_per_step, lambda_per_step):
+    for x in steps:
         if x is not None and x.dtype is torch.float64:
             dtype = torch.float64
-    floats = (rewards, values, bootstrap_value, next_values)
-    flags = (terminated, truncated, mask, cu_seqlens)
-    return (
-        *[x if x is None else _dense(x, dtype) for x in floats],
-        *[x if x is None else x.contiguous() for x in flags],
-        gamma_per_step if gamma_per_step is None else _dense(gamma_per_step, dtype),
-        lambda_per_step if lambda_per_step is None else _dense(lambda_per_step, dtype),
-        number,
-        lambda_number,
-    )
+    for i, x in enumerate(steps):
+        if x is None or (x.is_contiguous() and (x.dtype is dtype or x.dtype not in floats)):
+            continue
+        steps[i] = _dense(x, dtype)
+    return (*steps, number, lambda_number)
 
 
 def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return (x if x.dtype is dtype else x.to(dtype)).contiguous()
+    return (x.to(dtype) if x.dtype in _checks.FLOATS else x).contiguous()
+
+
+def _check_rewards(op: str, rewards: Tensor) -> None:
+    _checks.float_tensor(op, "rewards", rewards)
+    _checks.implemented(op, rewards)
+    if rewards.dim() == 0:
+        raise _checks.fail(op, "rewards [..., T]", "()", "Pass a time axis.")
 
 
 def _check_values(op: str, name: str, x: Tensor, rewards: Tensor) -> None:
