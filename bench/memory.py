@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastrl import _C
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_HIGH_WATER = "5"
@@ -23,8 +25,9 @@ def can_measure() -> bool:
 def peak_extra_mib(call: Callable[[], Any]) -> float:
     """Call once before: what is loaded or compiled on first use is not the call's memory."""
     gc.collect()
-    # Pages that malloc has kept free would be used again without a trace.
+    # Pages that malloc, or we, have kept free would be used again without a trace.
     ctypes.CDLL(None).malloc_trim(0)
+    _C.release_memory()
     _CLEAR.write_text(_RESET_HIGH_WATER)
     before = _high_water_kib()
     outputs = call()

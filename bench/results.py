@@ -15,7 +15,7 @@ class ResultFileError(Exception):
 
 @dataclass
 class Entry:
-    """One implementation on one case. `ratio`: its time over ours, the median over rounds."""
+    """One implementation on one case. `ratio`: its p50 over ours."""
 
     name: str
     version: str

@@ -181,7 +181,7 @@ class _Field:
         self._facts[name] = (version, error, extra)
 
     def record(self) -> None:
-        ours = self.contestants["fastrl"].times
+        ours = statistics.median(self.contestants["fastrl"].times.values())
         assert self._result.copy_gb_s is not None
         for name, contestant in self.contestants.items():
             version, error, extra = self._facts[name]
@@ -200,7 +200,7 @@ class _Field:
                 },
                 gb_s=gb_s,
                 share_of_copy=gb_s / self._result.copy_gb_s,
-                ratio=statistics.median(t / ours[r] for r, t in contestant.times.items()),
+                ratio=p50 / ours,
                 error=error,
                 extra_memory_mib=extra,
             )

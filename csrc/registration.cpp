@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cpu/large_memory.h"
 
 namespace py = pybind11;
 
@@ -84,4 +85,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("simd_level", [] { return fastrl::kernels().name; }, "The CPU kernels in use.");
   m.def("select_simd_level", &fastrl::select_kernels, py::arg("name"),
         "For tests: use another level from now on; False where this processor cannot run it.");
+  m.def("release_memory", &fastrl::release_memory,
+        "Gives back the pages of large outputs that were freed and wait to be used again.");
 }

@@ -95,6 +95,24 @@ def test_the_command_line_refuses_what_it_does_not_know(capsys):
     assert main(["--help"]) == 0
 
 
+def test_large_outputs_reuse_the_pages_of_freed_ones_and_no_others():
+    rewards = torch.randn(1 << 21)  # 8 MB an output
+
+    def returns(gamma):
+        return fastrl.discounted_returns(rewards, gamma=gamma)
+
+    kept, freed = returns(0.5), returns(0.25)
+    expected, address = kept.clone(), freed.data_ptr()
+    del freed
+    again = returns(0.0)
+    assert torch.equal(again, rewards) and torch.equal(kept, expected)
+    if torch.__version__ >= "2.11":
+        assert again.data_ptr() == address != kept.data_ptr()
+    del again
+    _C.release_memory()
+    assert torch.equal(returns(0.5), expected) and torch.equal(kept, expected)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source", CUDA_FILES, ids=lambda p: p.name)
 def test_cuda_sources_compile(source, tmp_path):

@@ -72,6 +72,12 @@ void give_back(void* data, void* context) {
 
 }  // namespace
 
+void release_memory() {
+  const std::lock_guard<std::mutex> lock(spares_mutex);
+  for (const Mapping& spare : spares) munmap(spare.data, spare.bytes);
+  spares.clear();
+}
+
 torch::stable::Tensor large_empty(const std::vector<int64_t>& shape,
                                   const std::vector<int64_t>& strides, int32_t dtype,
                                   size_t bytes) {
@@ -95,6 +101,7 @@ torch::stable::Tensor large_empty(const std::vector<int64_t>&, const std::vector
                                   size_t) {
   return {};
 }
+void release_memory() {}
 }  // namespace fastrl
 
 #endif

@@ -17,4 +17,7 @@ constexpr size_t kLarge = size_t{4} << 20;
 torch::stable::Tensor large_empty(const std::vector<int64_t>& shape,
                                   const std::vector<int64_t>& strides, int32_t dtype, size_t bytes);
 
+// Gives the pages of freed tensors back to the system now.
+void release_memory();
+
 }  // namespace fastrl
