@@ -34,7 +34,7 @@ def token_logprobs(
         entropy = log(total) + sum_j p_j (m - x_j) / T
 
     The maximum stays out of the sum (log1p of the rest), so log-prob, entropy and gradient keep a
-    relative error of 1e-6 up to p = 1 - 1e-7, where log_softmax in float32 has lost every digit.
+    relative error of 1e-5 up to p = 1 - 1e-7, where log_softmax in float32 has lost every digit.
     A row whose token id is ignore_index gives 0 for both and no gradient, whatever its logits are.
     Logits that are NaN, +inf, or -inf in all of a row give NaN for that row. A row's result depends
     neither on the rest of the batch nor on the number of threads.
