@@ -1,4 +1,4 @@
-"""discounted_returns beside its peers: cases.py lists the cases, README.md explains the figures."""
+"""discounted_returns beside its peers: cases/ lists the cases, README.md the figures."""
 
 import pytest
 

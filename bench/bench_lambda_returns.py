@@ -1,4 +1,4 @@
-"""lambda_returns beside its peers: cases.py lists the cases, README.md explains the figures."""
+"""lambda_returns beside its peers: cases/ lists the cases, README.md the figures."""
 
 import pytest
 

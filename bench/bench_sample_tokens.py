@@ -1,4 +1,4 @@
-"""sample_tokens beside its peers: cases.py lists the cases, README.md explains the figures."""
+"""sample_tokens beside its peers: cases/ lists the cases, README.md the figures."""
 
 import pytest
 

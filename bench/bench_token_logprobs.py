@@ -1,4 +1,4 @@
-"""token_logprobs beside its peers: cases.py lists the cases, README.md explains the figures."""
+"""token_logprobs beside its peers: cases/ lists the cases, README.md the figures."""
 
 import pytest
 

@@ -14,6 +14,7 @@ Outputs = tuple[Tensor, ...]
 Implementation = Callable[["Case", Arguments], Callable[[], Outputs]]
 
 MODES = ("forward", "backward", "both")
+DEVICES = ("cpu", "cuda")
 
 
 class Unavailable(Exception):
@@ -29,9 +30,10 @@ class Target:
     """A bound that a figure must keep, for the entries whose name matches `entry` (a glob)."""
 
     entry: str
-    figure: str  # "ratio", "share_of_copy", "time_us" or "extra_memory_mib"
+    figure: str  # "ratio", "share_of_ceiling", "time_us" or "extra_memory_mib"
     at_least: float | None = None
     at_most: float | None = None
+    device: str = "cpu"  # where the promise holds
 
     def matches(self, name: str) -> bool:
         return fnmatch.fnmatchcase(name, self.entry)
@@ -42,7 +44,7 @@ class Target:
         assert bound is not None
         return {
             "ratio": f"{sign} {bound:g}x",
-            "share_of_copy": f"{sign} {bound:.0%} of copy",
+            "share_of_ceiling": f"{sign} {bound:.0%} of the ceiling",
             "time_us": f"{sign} {bound:g} us",
             "extra_memory_mib": f"{sign} {bound:.0f} MiB",
         }[self.figure]
@@ -64,24 +66,44 @@ class Case:
     mode: str = "forward"
     inputs: tuple[str, ...] = ()  # optional arguments that this case passes
     options: Mapping[str, Any] = field(default_factory=dict)  # numbers and switches
+    layout: str = ""  # of attention: "512 + 16 x 128", a prompt with 16 completions of 128
     in_place: bool = False  # time inplace_backward=True as well
     quick: bool = False
+    devices: tuple[str, ...] = DEVICES  # where this size makes sense
     targets: tuple[Target, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"{self.op}: expected mode in {MODES}, got {self.mode}. Choose one.")
+        if not self.devices or not set(self.devices) <= set(DEVICES):
+            raise ValueError(
+                f"{self.op}: expected devices in {DEVICES}, got {self.devices}. Name one or both."
+            )
 
     @property
     def name(self) -> str:
         """Unique, and stable: results are compared by it."""
         details = [*self.inputs, *(_option(k, v) for k, v in self.options.items())]
+        if self.layout:
+            details.append(f"layout {self.layout}")
         dtype = str(self.dtype).removeprefix("torch.")
         return ", ".join([f"{self.op} {list(self.shape)} {dtype} {self.mode}", *details])
 
 
 def _option(name: str, value: Any) -> str:
     return name if value is True else f"{name}={value}"
+
+
+def cut_rows(case: "Case", x: Tensor, rows: slice) -> Tensor:
+    return x[rows]
+
+
+def whole_shape(case: "Case") -> tuple[int, ...]:
+    return case.shape
+
+
+def no_flops(case: "Case", arguments: Arguments) -> int:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -91,8 +113,14 @@ class Workload:
     make: the arguments of a case, from a fixed seed.
     count_bytes: each input read once and each output written once, in bytes.
     learned: the arguments that the modes with a backward pass differentiate.
-    pieces: row ranges that the gate can look at one after the other; None is the whole.
+    pieces: slices that the gate can look at one after the other; None is the whole.
     truth: what `outputs` should have been, in float64.
+    upstream_shape: of the gradients that come from above, one for each output.
+    count_flops: floating-point operations of the fewest matrix products; 0 for an op without.
+    product_shape: (m, k, n) of the product that is the ceiling of an op with them; None: a square.
+    cut: the part of a tensor that belongs to a piece.
+    learns_from: how many of the outputs, the first ones, gradients come through; None: all.
+    draws: whether any output may be right, so that the truth depends on what came out.
     """
 
     make: Callable[[Case, torch.device], Arguments]
@@ -100,6 +128,12 @@ class Workload:
     learned: tuple[str, ...]
     pieces: Callable[[Case], Iterator[slice | None]]
     truth: Callable[[Case, Arguments, Outputs], Outputs]
+    upstream_shape: Callable[[Case], tuple[int, ...]] = whole_shape
+    count_flops: Callable[[Case, Arguments], int] = no_flops
+    product_shape: Callable[[Case], tuple[int, int, int]] | None = None
+    cut: Callable[[Case, Tensor, slice], Tensor] = cut_rows
+    learns_from: int | None = None
+    draws: bool = False
 
 
 def bound(
@@ -118,13 +152,6 @@ def bound(
 
 def call_by_name(namespace: Any, case: Case, arguments: Arguments, **options: Any) -> Outputs:
     return bound(namespace, case, arguments, **options)()
-
-
-def cut(arguments: Arguments, rows: slice | None) -> Arguments:
-    """The arguments of those rows alone."""
-    if rows is None:
-        return arguments
-    return {k: v[rows] if isinstance(v, Tensor) else v for k, v in arguments.items()}
 
 
 def double(arguments: Arguments) -> Arguments:

@@ -1,4 +1,4 @@
-"""The ceiling: how fast this machine copies, with buffers far bigger than its caches."""
+"""The ceilings: how fast this machine copies memory, and how fast it multiplies matrices."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import torch
 _LEAST = 256 * 2**20
 _MOST = 1024 * 2**20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_SQUARE = {"cpu": 2048, "cuda": 8192}  # large enough to be at full rate, and no larger
 
 
 def last_level_cache_bytes() -> int:
@@ -17,13 +18,37 @@ def last_level_cache_bytes() -> int:
 
 
 class Copy:
-    """Two buffers, each four times the last-level cache (256 MB to 1 GB); a call copies one."""
+    """Two buffers far bigger than the caches; a call copies one.
+
+    On the CPU four times the last-level cache each (256 MB to 1 GB), on a GPU 1 GB.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        size = min(max(4 * last_level_cache_bytes(), _LEAST), _MOST)
+        on_cpu = device.type == "cpu"
+        size = min(max(4 * last_level_cache_bytes(), _LEAST), _MOST) if on_cpu else _MOST
         self._source = torch.zeros(size // 4, device=device)  # zeros: each page is really there
         self._target = torch.ones(size // 4, device=device)
         self.bytes = 2 * size  # read and written
 
     def __call__(self) -> None:
         self._target.copy_(self._source)
+
+
+class Product:
+    """The vendor's matrix product [m, k] x [k, n] in the dtype of a case; random: on zeros some
+    processors are faster."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int] | None
+    ) -> None:
+        self.shape = shape or (_SQUARE[device.type],) * 3
+        m, k, n = self.shape
+        self._a = torch.randn(m, k, device=device).to(dtype)
+        # [n, k], as the weight of a linear layer lies in memory
+        self._b = torch.randn(n, k, device=device).to(dtype)
+        self._out = torch.empty(m, n, device=device, dtype=dtype)
+        self.flops = 2 * m * k * n
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            torch.mm(self._a, self._b.T, out=self._out)

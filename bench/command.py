@@ -60,11 +60,11 @@ def _main(options: argparse.Namespace) -> int:
     old = None if options.compare is None else results.load(options.compare)
     plot = None if options.plot is None else _import_plot()
     if options.results is None:
-        found = measure(options.op, options.device, quick=options.quick)
+        found = measure(options.op, options.device, quick=options.quick, path=options.json)
     else:
         found = results.load(options.results)
     table.show(found)
-    if options.json is not None:
+    if options.json is not None and options.results is not None:
         results.save(found, options.json)
     if plot is not None:
         for path in plot.draw(found, options.plot):
@@ -75,14 +75,24 @@ def _main(options: argparse.Namespace) -> int:
     return status
 
 
-def measure(ops: list[str], device_name: str, *, quick: bool) -> Results:
-    chosen = cases.select(ops, quick=quick)
+def measure(ops: list[str], device_name: str, *, quick: bool, path: Path | None = None) -> Results:
+    """Run the cases; the file holds those that are done, whenever the run is stopped."""
     device = _device(device_name)
+    chosen = cases.select(ops, quick=quick, device=device.type)
+    if not chosen:
+        raise ValueError(
+            f"bench: expected a case for {device.type}, got none of {', '.join(ops)}. Name other "
+            "ops, or another device."
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     found = Results(describe(device), quick)
     bench = Bench(device, QUICK if quick else FULL)
     for i, case in enumerate(chosen, start=1):
         print(f"[{i}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
         found.cases.append(bench.run(case))
+        if path is not None:
+            results.save(found, path)
         gc.collect()  # the next case wants the gigabytes of this one
     return found
 
@@ -117,6 +127,12 @@ def _compare(old: Results, new: Results, threshold: float) -> int:
             "bench: expected a case in both files of --compare, got none. "
             "Run the same ops, both with --quick or both without."
         )
+    for what in ("device", "gpu"):
+        if (was := old.environment.get(what)) != (now := new.environment.get(what)):
+            raise ValueError(
+                f"bench: expected two files of one {what} for --compare, got {was} and {now}. "
+                "Compare runs of one machine."
+            )
     if old.environment.get("cpu") != new.environment.get("cpu"):
         print(f"The old file is from another processor: {old.environment.get('cpu')}")
     table.show_changes(changes, threshold)

@@ -43,15 +43,16 @@ def _case_changes(old: CaseResult, new: CaseResult, threshold: float) -> list[Ch
     if new.wrong is not None:
         return [Change(new.name, "result", 0.0, math.nan, math.inf, True, old.wrong is None)]
     if old.ours is None or new.ours is None:
-        return []
+        gone = old.ours is not None
+        return [Change(new.name, "result", 1.0, math.nan, math.inf, True, True)] if gone else []
     changes = [
         Change(new.name, f"times {peer.name}", was.ratio, peer.ratio, was.ratio / peer.ratio - 1,
                False)
         for was, peer in _pairs(old, new) if not peer.name.startswith("fastrl inplace")
         and peer is not new.ours
     ]  # fmt: skip
-    shares = old.ours.share_of_copy, new.ours.share_of_copy
-    changes.append(Change(new.name, "share of copy", *shares, shares[0] / shares[1] - 1, False))
+    shares = old.ours.share_of_ceiling, new.ours.share_of_ceiling
+    changes.append(Change(new.name, "share of ceiling", *shares, shares[0] / shares[1] - 1, False))
     middle = statistics.median(c.change for c in changes)
     times = old.ours.time_us["p50"], new.ours.time_us["p50"]
     changes.append(Change(new.name, "time, us", *times, middle, True, middle > threshold))

@@ -10,15 +10,21 @@ from bench.case import Case
 from bench.environment import describe
 from bench.results import Results
 from bench.run import Bench
-from bench.timing import FULL, Contestant
+from bench.timing import FULL, Contestant, synchronize
 
 _RESULTS = pytest.StashKey[Results]()
-_DEVICE = torch.device("cpu")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="cpu, or cuda[:i]")
 
 
 @pytest.fixture(scope="session")
-def bench() -> Bench:
-    return Bench(_DEVICE, FULL)
+def bench(request) -> Bench:
+    device = torch.device(request.config.getoption("--device"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return Bench(device, FULL)
 
 
 @pytest.fixture
@@ -29,15 +35,26 @@ def run_case(benchmark, bench, request):
         ours: Contestant, before_round: Callable[[int], None], total: int, device: torch.device
     ) -> list[float]:
         rounds = iter(range(total))
-        benchmark.pedantic(ours.launch, setup=lambda: before_round(next(rounds)), rounds=total)
+
+        def setup() -> None:
+            before_round(next(rounds))
+            synchronize(device)
+
+        def launch() -> None:
+            ours.launch()
+            synchronize(device)
+
+        benchmark.pedantic(launch, setup=setup, rounds=total)
         if benchmark.stats is None:  # --benchmark-disable: one round, and no clock
             pytest.skip("correct; not timed")
         return list(benchmark.stats.stats.data)
 
     def run(case: Case) -> None:
+        if bench.device.type not in case.devices:
+            pytest.skip(f"a size for {', '.join(case.devices)} alone")
         result = bench.run(case, run_rounds=run_rounds)
         stash = request.config.stash
-        results = stash.setdefault(_RESULTS, Results(describe(_DEVICE), False))
+        results = stash.setdefault(_RESULTS, Results(describe(bench.device), False))
         results.cases.append(result)
         assert result.wrong is None, result.wrong
         if result.ours is None:

@@ -17,7 +17,10 @@ from bench.peers import pinned, version_of
 from fastrl.ops import _binary
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("numba", "torchrl", "tensordict", "trl", "transformers")
+PACKAGES = (
+    "triton", "numba", "torchrl", "tensordict", "trl", "transformers", "liger-kernel",
+    "cut-cross-entropy",
+)  # fmt: skip
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -36,6 +39,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "fastrl": fastrl.__version__,
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "numpy": numpy.__version__,
         "peers": {name: _peer_version(name) for name in PACKAGES},
         "commit": commit(),

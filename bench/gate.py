@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.case import Arguments, Case, Outputs, Workload, WrongResult, call_by_name, cut, double
+from bench.case import Arguments, Case, Outputs, Workload, WrongResult, call_by_name, double
 from fastrl import reference
 
 
@@ -32,34 +32,32 @@ def with_leaves(case: Case, workload: Workload, arguments: Arguments) -> Argumen
     return arguments | leaves
 
 
-def evaluate(
-    function: Callable[[Arguments], Outputs],
+def run_once(
+    call: Callable[[], Outputs],
     case: Case,
     workload: Workload,
     arguments: Arguments,
     upstream: Outputs,
 ) -> Outputs:
-    """What the function gives, and its gradients in the modes that have them."""
-    arguments = with_leaves(case, workload, arguments)
-    leaves = [arguments[k] for k in workload.learned]
-    return run_once(lambda: function(arguments), case, leaves, upstream)
+    """The outputs of one call, and after them the gradients of the modes that have them.
 
-
-def run_once(
-    call: Callable[[], Outputs], case: Case, leaves: list[Tensor], upstream: Outputs
-) -> Outputs:
-    """The outputs of one call, and after them the gradients with respect to the leaves."""
+    Args:
+        arguments: those that the call uses, as `with_leaves` gives them.
+    """
     if case.mode == "forward":
         with torch.no_grad():
             return call()
     outputs = call()
-    grads = gradients(outputs, leaves, upstream)
+    grads = gradients(outputs, workload, arguments, upstream)
     return (*(x.detach() for x in outputs), *grads)
 
 
-def gradients(outputs: Outputs, leaves: list[Tensor], upstream: Outputs) -> Outputs:
-    weights = [g.to(x.dtype) for g, x in zip(upstream, outputs, strict=False)]
-    return torch.autograd.grad(outputs, leaves, weights)
+def gradients(
+    outputs: Outputs, workload: Workload, arguments: Arguments, upstream: Outputs
+) -> Outputs:
+    differentiable = outputs[: workload.learns_from]
+    weights = [g.to(x.dtype) for g, x in zip(upstream, differentiable, strict=False)]
+    return torch.autograd.grad(differentiable, [arguments[k] for k in workload.learned], weights)
 
 
 class Errors:
@@ -85,31 +83,94 @@ class Errors:
         )
 
 
-def check(
-    case: Case, workload: Workload, outputs: Outputs, arguments: Arguments, upstream: Outputs
-) -> tuple[float, float]:
-    """Our error and eager's, over the rows that the workload lists.
+class Gate:
+    """What is right for one case, in float64: worked out once, for our op and for every peer."""
 
-    Args:
-        outputs: what `evaluate` gave for our op.
-    Raises:
-        WrongResult: an entry is outside the error budget, or an integer output is not eager's.
-    """
-    ours, eager = Errors(), Errors()
-    for rows in workload.pieces(case):
-        piece, weights, actual = _piece(rows, arguments, upstream, outputs)
-        plain = evaluate(lambda a: call_by_name(reference, case, a), case, workload, piece, weights)
-        truth = _truth(case, workload, piece, weights, actual)
-        for i, (a, p, t) in enumerate(zip(actual, plain, truth, strict=True)):
-            _compare(case, rows, i, a, p, t)
-            if a.is_floating_point():
-                ours.add(i, a, t)
-                eager.add(i, p, t)
-    return ours.worst, eager.worst
+    def __init__(
+        self, case: Case, workload: Workload, arguments: Arguments, upstream: Outputs
+    ) -> None:
+        self._case, self._workload = case, workload
+        self._arguments, self._upstream = arguments, upstream
+        self._pieces = list(workload.pieces(case))
+        self._truths: dict[int, Outputs] = {}
+
+    def check(self, outputs: Outputs) -> tuple[float, float]:
+        """Our error and eager's, over all of the pieces.
+
+        Args:
+            outputs: what `run_once` gave for our op.
+        Raises:
+            WrongResult: an entry is outside the error budget, or an integer output is not eager's.
+        """
+        ours, eager = Errors(), Errors()
+        for i, piece in enumerate(self._pieces):
+            actual = self._cut(piece, outputs)
+            arguments, upstream = self._piece(piece)
+            plain = self._evaluate(
+                lambda a: call_by_name(reference, self._case, a), arguments, upstream
+            )
+            truth = self._truth(i, actual)
+            for j, (a, p, t) in enumerate(zip(actual, plain, truth, strict=True)):
+                _compare(self._case, piece, j, a, p, t)
+                if a.is_floating_point():
+                    ours.add(j, a, t)
+                    eager.add(j, p, t)
+        return ours.worst, eager.worst
+
+    def peer_error(self, outputs: Outputs) -> float:
+        """A peer's error over the first and the last piece: enough to see what it computes."""
+        errors = Errors()
+        for i in sorted({0, len(self._pieces) - 1}):
+            actual = self._cut(self._pieces[i], outputs)
+            truth = self._truth(i, actual)
+            # A peer may give fewer outputs than we do: the gradients stand last in both.
+            grads = 0 if self._case.mode == "forward" else len(self._workload.learned)
+            given, count = len(actual) - grads, len(truth) - grads
+            pairs = [*zip(actual[:given], truth[:count], strict=False)]
+            pairs += zip(actual[given:], truth[count:], strict=True)
+            for j, (a, t) in enumerate(pairs):
+                if a.is_floating_point():
+                    errors.add(j, a, t)
+        return errors.worst
+
+    def _truth(self, i: int, actual: Outputs) -> Outputs:
+        if i not in self._truths:
+            arguments, upstream = self._piece(self._pieces[i])
+            truth = self._evaluate(
+                lambda a: self._workload.truth(self._case, a, actual), double(arguments), upstream
+            )
+            if self._workload.draws:  # another peer draws something else
+                return truth
+            self._truths[i] = truth
+        return self._truths[i]
+
+    def _evaluate(
+        self, function: Callable[[Arguments], Outputs], arguments: Arguments, upstream: Outputs
+    ) -> Outputs:
+        arguments = with_leaves(self._case, self._workload, arguments)
+        return run_once(
+            lambda: function(arguments), self._case, self._workload, arguments, upstream
+        )
+
+    def _piece(self, piece: slice | None) -> tuple[Arguments, Outputs]:
+        if piece is None:
+            return self._arguments, self._upstream
+        arguments = {
+            k: self._workload.cut(self._case, v, piece) if isinstance(v, Tensor) else v
+            for k, v in self._arguments.items()
+        }
+        return arguments, self._cut(piece, self._upstream)
+
+    def _cut(self, piece: slice | None, tensors: Outputs) -> Outputs:
+        if piece is None:
+            return tensors
+        return tuple(self._workload.cut(self._case, x, piece) for x in tensors)
 
 
-def _compare(case: Case, rows: slice | None, i: int, actual: Tensor, plain: Tensor, truth: Tensor):
-    where = "" if rows is None else f", rows {rows.start} to {rows.stop - 1}"
+def _compare(
+    case: Case, piece: slice | None, i: int, actual: Tensor, plain: Tensor, truth: Tensor
+) -> None:
+    where = "" if piece is None else f" in its rows (heads) {piece.start} to {piece.stop - 1}"
     remedy = "Run the tests of this op; nothing was timed."
     if not actual.is_floating_point():
         wrong = int((actual != plain).sum())
@@ -126,41 +187,3 @@ def _compare(case: Case, rows: slice | None, i: int, actual: Tensor, plain: Tens
         raise WrongResult(
             f"{case.op}: expected output {i} within the error budget{where}, got {got}. {remedy}"
         ) from error
-
-
-def peer_error(
-    case: Case, workload: Workload, outputs: Outputs, arguments: Arguments, upstream: Outputs
-) -> float:
-    """A peer's error over the first and the last piece: enough to see what it computes."""
-    errors = Errors()
-    pieces = list(workload.pieces(case))
-    for rows in pieces if len(pieces) < 3 else (pieces[0], pieces[-1]):
-        piece, weights, actual = _piece(rows, arguments, upstream, outputs)
-        truth = _truth(case, workload, piece, weights, actual)
-        # A peer may give fewer outputs than we do: the gradients stand last in both.
-        count = len(truth) - (0 if case.mode == "forward" else len(workload.learned))
-        given = len(actual) - (len(truth) - count)
-        pairs = [*zip(actual[:given], truth, strict=False)]
-        pairs += zip(actual[given:], truth[count:], strict=True)
-        for i, (a, t) in enumerate(pairs):
-            if a.is_floating_point():
-                errors.add(i, a, t)
-    return errors.worst
-
-
-def _piece(rows: slice | None, arguments: Arguments, upstream: Outputs, outputs: Outputs):
-    if rows is None:
-        return arguments, upstream, outputs
-    return (
-        cut(arguments, rows),
-        tuple(x[rows] for x in upstream),
-        tuple(x[rows] for x in outputs),
-    )
-
-
-def _truth(
-    case: Case, workload: Workload, piece: Arguments, upstream: Outputs, actual: Outputs
-) -> Outputs:
-    return evaluate(
-        lambda a: workload.truth(case, a, actual), case, workload, double(piece), upstream
-    )

@@ -2,7 +2,7 @@
 
 Linux keeps the high-water mark of a process's resident memory and resets it on request, so the
 figure covers everything that the call touches: tensors, malloc, numpy, a compiler's buffers. It
-counts pages, and is good to about a megabyte.
+counts pages, and is good to about a megabyte. On a GPU it is what torch's allocator handed out.
 """
 
 import ctypes
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastrl import _C
 
 _STATUS = Path("/proc/self/status")
@@ -18,13 +20,17 @@ _CLEAR = Path("/proc/self/clear_refs")
 _RESET_HIGH_WATER = "5"
 
 
-def can_measure() -> bool:
+def can_measure(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return True
     return "VmHWM" in _STATUS.read_text() if _STATUS.exists() and _CLEAR.exists() else False
 
 
-def peak_extra_mib(call: Callable[[], Any]) -> float:
+def peak_extra_mib(call: Callable[[], Any], device: torch.device) -> float:
     """Call once before: what is loaded or compiled on first use is not the call's memory."""
     gc.collect()
+    if device.type == "cuda":
+        return _peak_extra_mib_cuda(call, device)
     # Pages that malloc, or we, have kept free would be used again without a trace.
     ctypes.CDLL(None).malloc_trim(0)
     _C.release_memory()
@@ -34,6 +40,17 @@ def peak_extra_mib(call: Callable[[], Any]) -> float:
     peak = _high_water_kib()
     del outputs
     return max(0, peak - before) / 1024
+
+
+def _peak_extra_mib_cuda(call: Callable[[], Any], device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    outputs = call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    del outputs
+    return (peak - before) / 2**20
 
 
 def _high_water_kib() -> int:

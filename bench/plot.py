@@ -1,4 +1,4 @@
-"""Two pictures of a run: how near to the copy bandwidth, and how much faster than whom."""
+"""Two pictures of a run: how near to the ceilings, and how much faster than whom."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ _MARKERS = "osD^vPXd"
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """roofline.png and speedup.png in the folder."""
+    """roofline.png and speedup.png in the folder; the second needs a case with our op."""
     folder.mkdir(parents=True, exist_ok=True)
-    timed = [case for case in results.cases if case.ours is not None]
+    timed = [case for case in results.cases if case.entries]
     if not timed:
         return []
     names = sorted({e.name for case in timed for e in case.entries if not _is_ours(e.name)})
@@ -28,10 +28,9 @@ def draw(results: Results, folder: Path) -> list[Path]:
         name: (_COLOURS[i % len(_COLOURS)], _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)])
         for i, name in enumerate(names)
     }
-    pictures = {
-        "roofline.png": _roofline(results, timed, looks),
-        "speedup.png": _speedup(results, timed, looks),
-    }
+    pictures = {"roofline.png": _roofline(results, timed, looks)}
+    if any(case.ours is not None for case in timed):
+        pictures["speedup.png"] = _speedup(results, timed, looks)
     paths = []
     for name, figure in pictures.items():
         paths.append(folder / name)
@@ -48,47 +47,71 @@ def _xy(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
 
 
 def _roofline(results: Results, timed: list[CaseResult], looks: dict) -> Figure:
-    """Counted bytes against bytes per second: small calls pay for the call, large ones for data."""
-    figure = Figure(figsize=(10, 6))
-    axes = figure.add_subplot()
+    """A panel per ceiling: what is counted against its rate. Small calls pay for the call, large
+    ones for data, or for arithmetic."""
+    by_ceiling = {
+        name: [case for case in timed if case.ceiling == name] for name in ("copy", "product")
+    }
+    panels = [name for name, found in by_ceiling.items() if found]
+    figure = Figure(figsize=(10, 6 * len(panels)))
+    for i, name in enumerate(panels, start=1):
+        axes = figure.add_subplot(len(panels), 1, i)
+        _rates(axes, by_ceiling[name], looks, name)
+        roofs = results.product_tflop_s if name == "product" else {"copy": results.copy_gb_s or 0}
+        for dtype, rate in roofs.items():
+            axes.axhline(rate, color="black", linewidth=1)
+            axes.annotate(f"{dtype}, {rate:.3g}", (0.01, rate), xycoords=("axes fraction", "data"),
+                          xytext=(0, 4), textcoords="offset points", fontsize=9)  # fmt: skip
+        _finish(figure, axes, results, "Rate of matrix products" if name == "product"
+                else "Bandwidth reached")  # fmt: skip
+    figure.tight_layout()
+    return figure
+
+
+def _rates(axes: Axes, cases: list[CaseResult], looks: dict, ceiling: str) -> None:
+    def points(name: str) -> list[tuple[float, float]]:
+        entries = [(c, e) for c in cases for e in c.entries if e.name == name]
+        if ceiling == "product":
+            return [(float(c.counted_flops), e.tflop_s or 0.0) for c, e in entries]
+        return [(float(c.counted_bytes), e.gb_s) for c, e in entries]
+
     for name, (colour, marker) in looks.items():
-        points = [
-            (float(c.counted_bytes), e.gb_s) for c in timed for e in c.entries if e.name == name
-        ]
-        axes.scatter(*_xy(points), c=colour, marker=marker, s=28, alpha=0.75,
-                     label=name, linewidths=0)  # fmt: skip
-    ours = [
-        (float(c.counted_bytes), e.gb_s) for c in timed for e in c.entries if e.name == "fastrl"
-    ]
-    axes.scatter(*_xy(ours), c=_OURS, marker="*", s=170, label="fastrl", zorder=5,
-                 edgecolors="white", linewidths=0.7)  # fmt: skip
-    copy = results.copy_gb_s
-    assert copy is not None
-    axes.axhline(copy, color="black", linewidth=1)
-    axes.annotate(f"copy, {copy:.0f} GB/s", (0.01, copy), xycoords=("axes fraction", "data"),
-                  xytext=(0, 4), textcoords="offset points", fontsize=9)  # fmt: skip
+        if found := points(name):
+            axes.scatter(*_xy(found), c=colour, marker=marker, s=28, alpha=0.75, label=name,
+                         linewidths=0)  # fmt: skip
+    if ours := points("fastrl"):
+        axes.scatter(*_xy(ours), c=_OURS, marker="*", s=170, label="fastrl", zorder=5,
+                     edgecolors="white", linewidths=0.7)  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(lambda x, _: amount(round(x)))
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    axes.set_xlabel("bytes that the case counts: each input read once, each output written once")
-    axes.set_ylabel("GB/s (counted bytes / median time)")
-    _finish(figure, axes, results, "Bandwidth reached")
-    return figure
+    if ceiling == "product":
+        axes.set_xlabel("operations that the case counts: those of the fewest matrix products")
+        axes.set_ylabel("TFLOP/s (counted operations / median time)")
+    else:
+        axes.xaxis.set_major_formatter(lambda x, _: amount(round(x)))
+        axes.set_xlabel("bytes that the case counts: each input read, each output written once")
+        axes.set_ylabel("GB/s (counted bytes / median time)")
 
 
 def _speedup(results: Results, timed: list[CaseResult], looks: dict) -> Figure:
     """A line per case, a mark per peer: right of 1 we are faster, left of it slower."""
+    timed = [case for case in timed if case.ours is not None]
     figure = Figure(figsize=(11, 1.6 + 0.42 * len(timed)))
     axes = figure.add_subplot()
     for y, case in enumerate(timed):
-        ratios = [e.ratio for e in case.entries if not _is_ours(e.name)]
+        ratios = [e.ratio for e in case.entries if e.ratio is not None and not _is_ours(e.name)]
         if ratios:
             axes.plot([min(1.0, *ratios), max(1.0, *ratios)], [y, y], c="#dddddd", lw=1, zorder=1)
     for name, (colour, marker) in looks.items():
         points = [
-            (e.ratio, float(y)) for y, c in enumerate(timed) for e in c.entries if e.name == name
+            (e.ratio, float(y))
+            for y, c in enumerate(timed)
+            for e in c.entries
+            if e.name == name and e.ratio is not None
         ]
+        if not points:
+            continue
         axes.scatter(*_xy(points), c=colour, marker=marker, s=36, label=name,
                      zorder=3, linewidths=0)  # fmt: skip
     axes.set_xscale("log")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 
 
 class ResultFileError(Exception):
@@ -15,7 +15,7 @@ class ResultFileError(Exception):
 
 @dataclass
 class Entry:
-    """One implementation on one case. `ratio`: its p50 over ours."""
+    """One implementation on one case. `ratio`: its p50 over ours; None where we have none."""
 
     name: str
     version: str
@@ -23,8 +23,9 @@ class Entry:
     launches: int
     time_us: dict[str, float]  # "p20", "p50", "p80"
     gb_s: float
-    share_of_copy: float
-    ratio: float
+    tflop_s: float | None  # None: the case counts no matrix products
+    share_of_ceiling: float  # time that the ceiling of the case needs / p50
+    ratio: float | None
     error: float
     extra_memory_mib: float | None  # None: cannot be measured here
     targets: list[dict[str, Any]] = field(default_factory=list)
@@ -41,7 +42,10 @@ class CaseResult:
     dtype: str
     mode: str
     counted_bytes: int
+    counted_flops: int = 0
     copy_gb_s: float | None = None
+    product_tflop_s: float | None = None
+    ceiling: str = "copy"  # or "product": the one that needs longer for what is counted
     eager_error: float | None = None
     entries: list[Entry] = field(default_factory=list)
     missing: list[dict[str, str]] = field(default_factory=list)  # "name", "version", "reason"
@@ -64,6 +68,15 @@ class Results:
         return statistics.median(known) if known else None
 
     @property
+    def product_tflop_s(self) -> dict[str, float]:
+        """By dtype."""
+        rates: dict[str, list[float]] = {}
+        for case in self.cases:
+            if case.product_tflop_s is not None:
+                rates.setdefault(case.dtype, []).append(case.product_tflop_s)
+        return {dtype: statistics.median(found) for dtype, found in rates.items()}
+
+    @property
     def wrong(self) -> list[CaseResult]:
         return [c for c in self.cases if c.wrong is not None]
 
@@ -71,7 +84,9 @@ class Results:
 def save(results: Results, path: Path) -> None:
     text = json.dumps({"format": FORMAT, **asdict(results)}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
+    half = path.with_name(path.name + ".part")
+    half.write_text(text + "\n")
+    half.replace(path)  # at once: a run that is stopped leaves the cases before, or these
 
 
 def load(path: Path) -> Results:

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,27 +11,20 @@ from torch import Tensor
 
 import fastrl.ops
 from bench import gate, memory, peers
-from bench.case import (
-    Arguments,
-    Case,
-    Outputs,
-    Unavailable,
-    Workload,
-    WrongResult,
-    bound,
-)
-from bench.ceiling import Copy
+from bench.case import Arguments, Case, Outputs, Unavailable, Workload, WrongResult, bound
+from bench.ceiling import Copy, Product
+from bench.gate import Gate
 from bench.peers import Peer
 from bench.results import CaseResult, Entry
 from bench.timing import Budget, Contestant, RunRounds, synchronize, take_turns
 from bench.workloads import WORKLOADS
 
 _ANOTHER_FUNCTION = 0.05  # a peer whose error is larger does not compute what the case asks for
-_COPY_ROUNDS = 5
+_CEILING_ROUNDS = 5
 
 
 class Bench:
-    """What the cases of a run share: device, budget, the copy that is the ceiling."""
+    """What the cases of a run share: device, budget, the copy that is a ceiling."""
 
     def __init__(
         self,
@@ -48,7 +42,10 @@ class Bench:
         self._copy = copy or Copy(device)
 
     def run(self, case: Case, *, run_rounds: RunRounds | None = None) -> CaseResult:
-        """The figures of a case; `wrong` is set, and nothing timed, where our op fails the gate."""
+        """The figures of a case; `wrong` is set, and nothing timed, where our op fails the gate.
+
+        Where we have no implementation, that is listed with its reason, and the peers are timed.
+        """
         workload = WORKLOADS[case.op]
         arguments = workload.make(case, self.device)
         result = CaseResult(
@@ -59,25 +56,67 @@ class Bench:
             dtype=str(case.dtype).removeprefix("torch."),
             mode=case.mode,
             counted_bytes=workload.count_bytes(case, arguments),
+            counted_flops=workload.count_flops(case, arguments),
         )
         field = _Field(self, case, workload, arguments, result)
         try:
             field.enter_ours()
         except NotImplementedError as error:
             result.missing.append({"name": "fastrl", "version": "", "reason": str(error)})
-            return result
         except WrongResult as error:
             result.wrong = str(error)
             return result
         for peer in self.peers_of(case.op):
             field.enter_peer(peer)
-        copy = Contestant(self._copy, rounds=min(_COPY_ROUNDS, self.budget.least_rounds))
-        with torch.set_grad_enabled(case.mode != "forward"):
-            others = [*list(field.contestants.values())[1:], copy]
-            take_turns(field.contestants["fastrl"], others, self.device, run_rounds=run_rounds)
-        result.copy_gb_s = self._copy.bytes / statistics.median(copy.times.values()) / 1e9
-        field.record()
+        if field.contestants:
+            self._take_turns(case, workload, field, result, run_rounds)
         return result
+
+    def _take_turns(
+        self,
+        case: Case,
+        workload: Workload,
+        field: "_Field",
+        result: CaseResult,
+        run_rounds: RunRounds | None,
+    ) -> None:
+        ceilings: dict[str, Copy | Product] = {"copy": self._copy}
+        if result.counted_flops:
+            shape = workload.product_shape and workload.product_shape(case)
+            ceilings["product"] = Product(self.device, case.dtype, shape)
+        turns = {name: self._ceiling_turns(ceiling) for name, ceiling in ceilings.items()}
+        first, *others = field.contestants.values()
+        with torch.set_grad_enabled(case.mode != "forward"):
+            take_turns(first, [*others, *turns.values()], self.device, run_rounds=run_rounds)
+        seconds = {name: statistics.median(c.times.values()) for name, c in turns.items()}
+        result.copy_gb_s = self._copy.bytes / seconds["copy"] / 1e9
+        floors = {"copy": result.counted_bytes / result.copy_gb_s / 1e9}
+        if "product" in ceilings:
+            result.product_tflop_s = ceilings["product"].flops / seconds["product"] / 1e12
+            floors["product"] = result.counted_flops / result.product_tflop_s / 1e12
+        result.ceiling = max(floors, key=lambda name: floors[name])
+        field.record(floors[result.ceiling])
+
+    def _ceiling_turns(self, call: Callable[[], None]) -> Contestant:
+        turns = Contestant(call)
+        call()
+        synchronize(self.device)
+        start = time.perf_counter()
+        call()
+        synchronize(self.device)
+        turns.plan(self.budget, self.device, time.perf_counter() - start)
+        turns.rounds = min(_CEILING_ROUNDS, self.budget.least_rounds)
+        return turns
+
+
+@dataclass
+class _Entered:
+    """A contestant with what is known of it before it is timed."""
+
+    version: str
+    contestant: Contestant
+    error: float
+    extra_memory_mib: float | None
 
 
 class _Field:
@@ -93,53 +132,47 @@ class _Field:
     ) -> None:
         self._bench, self._case, self._workload, self._result = bench, case, workload, result
         self._arguments = gate.with_leaves(case, workload, arguments)
-        generator = torch.Generator().manual_seed(0)
-        shape = case.shape if "logits" not in arguments else case.shape[:1]
+        generator = torch.Generator(bench.device).manual_seed(0)
+        shape = workload.upstream_shape(case)
         self._upstream = tuple(
-            torch.randn(shape, generator=generator).to(bench.device) for _ in range(2)
+            torch.randn(shape, generator=generator, device=bench.device) for _ in range(2)
         )
-        self.contestants: dict[str, Contestant] = {}
-        self._facts: dict[str, tuple[str, float, float | None]] = {}
+        self._gate = Gate(case, workload, self._arguments, self._upstream)
+        self._entered: dict[str, _Entered] = {}
+
+    @property
+    def contestants(self) -> dict[str, Contestant]:
+        return {name: entered.contestant for name, entered in self._entered.items()}
 
     def enter_ours(self) -> None:
         """Raises WrongResult, or NotImplementedError where this device has no kernel."""
-        error, self._result.eager_error = self._enter_op("fastrl", self._arguments, None, {})
+        self._result.eager_error = self._enter_op("fastrl", (), {})
         if self._case.in_place:
-            logits = self._arguments["logits"]
-            scratch = self._arguments | {"logits": logits.detach().clone().requires_grad_()}
+            self._enter_op("fastrl inplace_backward", ("logits",), {"inplace_backward": True})
 
-            def restore() -> None:
-                with torch.no_grad():
-                    scratch["logits"].copy_(logits)
-
-            self._enter_op("fastrl inplace_backward", scratch, restore, {"inplace_backward": True})
-
-    def _enter_op(
-        self,
-        name: str,
-        arguments: Arguments,
-        restore: Callable[[], None] | None,
-        options: dict[str, Any],
-    ) -> tuple[float, float]:
+    def _enter_op(self, name: str, overwrites: tuple[str, ...], options: dict[str, Any]) -> float:
+        """The error of eager."""
+        arguments, restore = self._scratch(overwrites)
         call = bound(self._bench.ops, self._case, arguments, **options)
-        outputs = gate.run_once(call, self._case, self._leaves(arguments), self._upstream)
-        errors = gate.check(self._case, self._workload, outputs, self._arguments, self._upstream)
+        outputs = gate.run_once(call, self._case, self._workload, arguments, self._upstream)
+        ours, eager = self._gate.check(outputs)
         del outputs
-        self._enter(name, fastrl.__version__, call, self._leaves(arguments), errors[0], restore)
-        return errors
+        self._enter(name, fastrl.__version__, call, arguments, ours, restore)
+        return eager
 
     def enter_peer(self, peer: Peer) -> None:
         """Into the list of contestants, or into that of the missing, with the reason."""
-        case, arguments = self._case, self._arguments
-        leaves = self._leaves(arguments)
         try:
-            call = peer.call_for(case, arguments)
-            outputs = gate.run_once(call, case, leaves, self._upstream)
-            error = gate.peer_error(case, self._workload, outputs, arguments, self._upstream)
+            arguments, restore = self._scratch(peer.overwrites)
+            call = peer.call_for(self._case, arguments)
+            outputs = gate.run_once(call, self._case, self._workload, arguments, self._upstream)
+            error = self._gate.peer_error(outputs)
             del outputs
             if not error <= _ANOTHER_FUNCTION:
                 raise Unavailable(f"computes something else here: off by {error:.1e}")
-            self._enter(peer.name, peer.version, call, leaves, error, None)
+            self._enter(peer.name, peer.version, call, arguments, error, restore)
+            if peer is peers.REFERENCE and self._result.eager_error is None:
+                self._result.eager_error = error
         except Unavailable as reason:
             self._miss(peer, str(reason))
         except Exception as raised:  # whatever a foreign library does: it is shown, not hidden
@@ -150,81 +183,111 @@ class _Field:
         entry = {"name": peer.name, "version": peer.version, "reason": reason}
         self._result.missing.append(entry)
 
-    def _leaves(self, arguments: Arguments) -> list[Tensor]:
-        if self._case.mode == "forward":
-            return []
-        return [arguments[k] for k in self._workload.learned]
+    def _scratch(self, overwrites: tuple[str, ...]) -> tuple[Arguments, Callable[[], None] | None]:
+        """The arguments, copies in place of those that a call writes over, and what restores
+        them."""
+        given = {k: self._arguments[k] for k in overwrites if k in self._arguments}
+        if not given or self._case.mode == "forward":
+            return self._arguments, None
+        copies: dict[str, Tensor] = {
+            k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in given.items()
+        }
+
+        def restore() -> None:
+            with torch.no_grad():
+                for k, copy in copies.items():
+                    copy.copy_(given[k])
+
+        return self._arguments | copies, restore
 
     def _enter(
         self,
         name: str,
         version: str,
         call: Callable[[], Outputs],
-        leaves: list[Tensor],
+        arguments: Arguments,
         error: float,
         restore: Callable[[], None] | None,
     ) -> None:
-        contestant = _contestant(call, self._case.mode, leaves, self._upstream, restore)
+        contestant = self._contestant(call, arguments, restore)
         device = self._bench.device
         extra = None
         with torch.set_grad_enabled(self._case.mode != "forward"):
-            if device.type == "cpu" and memory.can_measure():
+            if memory.can_measure(device):
                 contestant.ready()
-                extra = memory.peak_extra_mib(contestant.call)
+                extra = memory.peak_extra_mib(contestant.call, device)
             contestant.ready()
+            synchronize(device)
             # By itself: measuring memory takes longer than a small call does.
             start = time.perf_counter()
             contestant.call()
             synchronize(device)
             contestant.plan(self._bench.budget, device, time.perf_counter() - start)
-        self.contestants[name] = contestant
-        self._facts[name] = (version, error, extra)
+        self._entered[name] = _Entered(version, contestant, error, extra)
 
-    def record(self) -> None:
-        ours = statistics.median(self.contestants["fastrl"].times.values())
-        assert self._result.copy_gb_s is not None
-        for name, contestant in self.contestants.items():
-            version, error, extra = self._facts[name]
-            times = sorted(contestant.times.values())
+    def _contestant(
+        self,
+        call: Callable[[], Outputs],
+        arguments: Arguments,
+        restore: Callable[[], None] | None,
+    ) -> Contestant:
+        mode, pending = self._case.mode, []
+
+        def backward(outputs: Outputs) -> Outputs:
+            return gate.gradients(outputs, self._workload, arguments, self._upstream)
+
+        def forward() -> None:
+            if restore is not None:
+                restore()
+            pending[:] = [call()]
+
+        if mode == "forward":
+            return Contestant(call)
+        if mode == "both":
+            return Contestant(lambda: backward(call()), before=restore)
+        return Contestant(lambda: backward(pending.pop()), before=forward)
+
+    def record(self, floor_seconds: float) -> None:
+        """floor_seconds: what the ceiling that binds this case needs for it."""
+        ours = self._entered.get("fastrl")
+        our_p50 = None if ours is None else statistics.median(ours.contestant.times.values())
+        for name, entered in self._entered.items():
+            times = sorted(entered.contestant.times.values())
             p50 = statistics.median(times)
-            gb_s = self._result.counted_bytes / p50 / 1e9
+            flops = self._result.counted_flops
             entry = Entry(
                 name=name,
-                version=version,
+                version=entered.version,
                 rounds=len(times),
-                launches=contestant.launches,
+                launches=entered.contestant.launches,
                 time_us={
                     "p20": 1e6 * quantile(times, 0.2),
                     "p50": 1e6 * p50,
                     "p80": 1e6 * quantile(times, 0.8),
                 },
-                gb_s=gb_s,
-                share_of_copy=gb_s / self._result.copy_gb_s,
-                ratio=p50 / ours,
-                error=error,
-                extra_memory_mib=extra,
+                gb_s=self._result.counted_bytes / p50 / 1e9,
+                tflop_s=flops / p50 / 1e12 if flops else None,
+                share_of_ceiling=floor_seconds / p50,
+                ratio=None if our_p50 is None else p50 / our_p50,
+                error=entered.error,
+                extra_memory_mib=entered.extra_memory_mib,
             )
-            entry.targets = _targets(self._case, entry)
+            entry.targets = self._targets(entry)
             self._result.entries.append(entry)
 
-
-def _contestant(
-    call: Callable[[], Outputs],
-    mode: str,
-    leaves: list[Tensor],
-    upstream: Outputs,
-    restore: Callable[[], None] | None,
-) -> Contestant:
-    if mode == "forward":
-        return Contestant(call)
-    if mode == "both":
-        return Contestant(lambda: gate.gradients(call(), leaves, upstream), before=restore)
-    pending: list[Outputs] = []
-
-    def forward() -> None:
-        pending[:] = [call()]
-
-    return Contestant(lambda: gate.gradients(pending.pop(), leaves, upstream), before=forward)
+    def _targets(self, entry: Entry) -> list[dict[str, Any]]:
+        found = []
+        for target in self._case.targets:
+            if target.device != self._bench.device.type or not target.matches(entry.name):
+                continue
+            value = (
+                entry.time_us["p50"]
+                if target.figure == "time_us"
+                else getattr(entry, target.figure)
+            )
+            if value is not None:
+                found.append({"text": target.text, "reached": target.holds(value)})
+        return found
 
 
 def quantile(ordered: list[float], q: float) -> float:
@@ -233,16 +296,3 @@ def quantile(ordered: list[float], q: float) -> float:
     low = int(at)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
-def _targets(case: Case, entry: Entry) -> list[dict[str, Any]]:
-    found = []
-    for target in case.targets:
-        if not target.matches(entry.name):
-            continue
-        value = entry.time_us["p50"] if target.figure == "time_us" else getattr(
-            entry, target.figure
-        )  # fmt: skip
-        if value is not None:
-            found.append({"text": target.text, "reached": target.holds(value)})
-    return found

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.compare import Change
-from bench.results import Entry, Results
+from bench.results import CaseResult, Entry, Results
 
 HEADER = (
-    "implementation", "p50", "p20 to p80", "GB/s", "of copy", "extra MiB", "error",
+    "implementation", "p50", "p20 to p80", "GB/s", "TFLOP/s", "of ceiling", "extra MiB", "error",
     "time / ours", "target",
 )  # fmt: skip
 _PLAIN, _LOST, _FAILED, _FAINT = "", "yellow", "red", "dim"
-_WIDTH = 170
+_WIDTH = 180
 
 
 @dataclass
@@ -60,11 +60,19 @@ def sections(results: Results) -> Iterator[Section]:
         if case.wrong is not None:
             rows = [Row((f"WRONG, not timed: {case.wrong}",), _FAILED)]
         rows += [
-            Row((f"{m['name']} {m['version']}: not run, {m['reason']}",), _FAINT)
+            Row((f"{m['name']} {m['version']}".strip() + f": not run, {m['reason']}",), _FAINT)
             for m in case.missing
         ]
-        size = f"{amount(case.counted_bytes)} counted"
-        yield Section(case.name, f"{case.reason}; {size}", rows)
+        yield Section(case.name, f"{case.reason}; {_counted(case)}", rows)
+
+
+def _counted(case: CaseResult) -> str:
+    text = f"{amount(case.counted_bytes)} counted"
+    if case.counted_flops:
+        text += f", {case.counted_flops / 1e9:.3g} GFLOP; ceiling: {case.ceiling}"
+    if case.eager_error is not None:
+        text += f"; error of eager {case.eager_error:.0e}"
+    return text
 
 
 def _entry_row(entry: Entry) -> Row:
@@ -73,7 +81,7 @@ def _entry_row(entry: Entry) -> Row:
         f"{goal['text']}: {'reached' if goal['reached'] else 'MISSED'}" for goal in entry.targets
     )
     memory = "?" if entry.extra_memory_mib is None else f"{entry.extra_memory_mib:.1f}"
-    ratio = "" if entry.name == "fastrl" else f"{entry.ratio:.2f}x"
+    ratio = "" if entry.name == "fastrl" or entry.ratio is None else f"{entry.ratio:.2f}x"
     lost = is_faster_peer(entry)
     style = _FAILED if "MISSED" in targets else _LOST if lost else _PLAIN
     cells = (
@@ -81,7 +89,8 @@ def _entry_row(entry: Entry) -> Row:
         duration(t["p50"]),
         f"{duration(t['p20'])} to {duration(t['p80'])}",
         f"{entry.gb_s:.3g}",
-        f"{entry.share_of_copy:.0%}",
+        "" if entry.tflop_s is None else f"{entry.tflop_s:.3g}",
+        f"{entry.share_of_ceiling:.0%}",
         memory,
         f"{entry.error:.0e}",
         ratio + (" (faster)" if lost else ""),
@@ -91,7 +100,8 @@ def _entry_row(entry: Entry) -> Row:
 
 
 def is_faster_peer(entry: Entry) -> bool:
-    return entry.ratio < 1 and not entry.name.startswith("fastrl ") and entry.name != "fastrl"
+    ours = entry.name == "fastrl" or entry.name.startswith("fastrl ")
+    return not ours and entry.ratio is not None and entry.ratio < 1
 
 
 def closing_lines(results: Results) -> Iterator[str]:
@@ -105,6 +115,8 @@ def closing_lines(results: Results) -> Iterator[str]:
     yield f"Peers: {peers}"
     if results.copy_gb_s is not None:
         yield f"Copy bandwidth: {results.copy_gb_s:.1f} GB/s, read and written, median of all cases"
+    for dtype, rate in results.product_tflop_s.items():
+        yield f"Matrix products in {dtype}: {rate:.3g} TFLOP/s, median of the cases that count them"
     if e["load_1min"] > 0.5:
         yield (
             f"The load was {e['load_1min']:.1f} before the run: other work takes its share of "

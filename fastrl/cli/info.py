@@ -12,7 +12,7 @@ from fastrl.ops import _binary, _unavailable
 
 OPTIONAL = {
     "train": ("tokenizers", "safetensors", "rich", "matplotlib", "tyro"),
-    "peers": ("numba", "torchrl", "trl"),
+    "peers": ("numba", "torchrl", "trl", "liger-kernel", "cut-cross-entropy"),
 }
 ALSO = ("numpy", "triton")
 

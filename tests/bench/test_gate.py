@@ -8,7 +8,7 @@ import torch
 import fastrl
 from bench import gate
 from bench.case import Case, Unavailable
-from bench.peers import Peer
+from bench.peers import REFERENCE, Peer
 from bench.run import Bench
 from bench.timing import Budget
 from bench.workloads import WORKLOADS
@@ -122,10 +122,45 @@ def test_a_missing_peer_is_listed_with_its_reason():
     assert [entry.name for entry in result.entries] == ["fastrl"]
 
 
-def test_a_device_without_a_kernel_is_listed_too():
-    def no_kernel(**arguments):
-        raise NotImplementedError("gae: expected a CPU tensor")
+def no_kernel(**arguments):
+    raise NotImplementedError("gae: expected a CPU tensor")
 
-    result = bench(types.SimpleNamespace(gae=no_kernel)).run(GAE)
-    assert result.entries == [] and result.wrong is None
-    assert result.missing[0]["reason"] == "gae: expected a CPU tensor"
+
+def test_where_we_have_no_kernel_that_is_listed_and_the_peers_are_timed():
+    result = bench(types.SimpleNamespace(gae=no_kernel), [REFERENCE]).run(GAE)
+    assert result.missing[0] == {
+        "name": "fastrl", "version": "", "reason": "gae: expected a CPU tensor",
+    }  # fmt: skip
+    (plain,) = result.entries
+    assert result.ours is None and result.wrong is None and plain.ratio is None
+    assert plain.time_us["p50"] > 0 and 0 < plain.share_of_ceiling
+    assert result.eager_error == plain.error < 1e-5
+    assert bench(types.SimpleNamespace(gae=no_kernel)).run(GAE).entries == []
+
+
+def destroys_its_input(case, arguments):
+    def call():
+        outputs = fastrl.token_logprobs(arguments["logits"].clone(), arguments["token_ids"])
+        with torch.no_grad():
+            arguments["logits"].fill_(torch.nan)
+        return (outputs,)
+
+    return call
+
+
+def test_a_peer_that_overwrites_its_input_gets_a_fresh_copy_each_time():
+    case = Case("token_logprobs", (8, 100), "small", mode="both")
+    rude = Peer("rude", "torch", destroys_its_input, overwrites=("logits",))
+    result = bench(peers=[rude, REFERENCE]).run(case)
+    assert [e.name for e in result.entries] == ["fastrl", "rude", "fastrl.reference"]
+    assert all(e.error < 1e-5 for e in result.entries)
+
+
+def test_matrix_products_are_held_against_their_own_ceiling():
+    case = Case("linear_token_logprobs", (16, 32, 64), "small", mode="both")
+    result = bench(peers=[REFERENCE]).run(case)
+    (plain,) = result.entries
+    assert result.counted_flops == 3 * 2 * 16 * 32 * 64
+    assert result.product_tflop_s > 0 and result.ceiling in ("copy", "product")
+    assert plain.tflop_s == pytest.approx(result.counted_flops / plain.time_us["p50"] / 1e6)
+    assert bench(peers=[REFERENCE]).run(GAE).product_tflop_s is None

@@ -1,0 +1,10 @@
+"""retrace_returns beside its peers: cases/ lists the cases, README.md the figures."""
+
+import pytest
+
+from bench.cases import CASES
+
+
+@pytest.mark.parametrize("case", CASES["retrace_returns"], ids=lambda case: case.name)
+def test_retrace_returns(run_case, case):
+    run_case(case)

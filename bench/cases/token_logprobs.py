@@ -1,0 +1,103 @@
+"""Cases of the log-probabilities from logits, and of sampling."""
+
+import torch
+
+from bench.case import Case, Target
+
+CUDA = ("cuda",)
+BF16 = torch.bfloat16
+GRADIENT_MIB = 1024 * 151936 * 4 / 2**20
+MEMORY_SLACK_MIB = 2.0  # what the system's own count of resident pages is off by
+ENTROPY = {"return_entropy": True}
+
+TOKEN_LOGPROBS = [
+    Case(
+        "token_logprobs", (1024, 151936), "vocabulary 152k: scoring a batch, with entropy",
+        options=ENTROPY, quick=True,
+        targets=(
+            Target("TRL *", "ratio", at_least=25),
+            Target("torch log_softmax*", "ratio", at_least=7),
+        ),
+    ),
+    Case(
+        "token_logprobs", (1024, 151936), "vocabulary 152k: a training step, log-prob alone",
+        mode="both", in_place=True,
+        targets=(
+            Target("torch log_softmax*", "ratio", at_least=8),
+            Target("fastrl", "extra_memory_mib", at_most=GRADIENT_MIB + MEMORY_SLACK_MIB),
+            Target(
+                "fastrl inplace_backward", "extra_memory_mib", at_most=MEMORY_SLACK_MIB
+            ),
+        ),
+    ),
+    Case(
+        "token_logprobs", (256, 151936), "the same in micro-batches: a smaller gradient buffer",
+        mode="both", in_place=True, quick=True,
+    ),
+    Case(
+        "token_logprobs", (8, 151936), "decoding: fewer rows than blocks to share among threads",
+        options=ENTROPY, quick=True,
+    ),
+    Case(
+        "token_logprobs", (512, 128256), "vocabulary 128k in the dtype that models give",
+        dtype=BF16, options=ENTROPY,
+    ),
+    Case(
+        "token_logprobs", (1024, 32000), "vocabulary 32k in bfloat16: a training step",
+        dtype=BF16, mode="both", options=ENTROPY,
+    ),
+    Case(
+        "token_logprobs", (1024, 32000), "the backward pass by itself", mode="backward",
+    ),
+    Case(
+        "token_logprobs", (128, 256000), "vocabulary 256k: the longest rows in use",
+        options=ENTROPY,
+    ),
+    Case(
+        "token_logprobs", (511, 50257), "odd vocabulary: no row but the first is aligned",
+        mode="both",
+    ),
+    Case(
+        "token_logprobs", (2048, 2048), "a small vocabulary: short rows, an actor-critic step",
+        mode="both", options=ENTROPY,
+    ),
+    Case(
+        "token_logprobs", (8192, 151936), "vocabulary 152k, a GPU's batch: scoring, with entropy",
+        dtype=BF16, options=ENTROPY, devices=CUDA, quick=True,
+        targets=(Target("fastrl", "share_of_ceiling", at_least=0.9, device="cuda"),),
+    ),
+    Case(
+        "token_logprobs", (8192, 151936), "the same: a training step", dtype=BF16, mode="both",
+        options=ENTROPY, in_place=True, devices=CUDA, quick=True,
+        targets=(Target("fastrl", "share_of_ceiling", at_least=0.85, device="cuda"),),
+    ),
+    Case(
+        "token_logprobs", (8191, 50257), "odd rows and vocabulary: nothing is aligned",
+        dtype=BF16, mode="both", devices=CUDA,
+    ),
+    Case(
+        "token_logprobs", (64, 151936), "decoding: fewer rows than multiprocessors",
+        dtype=BF16, options=ENTROPY, devices=CUDA, quick=True,
+    ),
+    Case(
+        "token_logprobs", (1, 151936), "a single row: the vocabulary is split over programs",
+        dtype=BF16, options=ENTROPY, devices=CUDA,
+    ),
+]  # fmt: skip
+
+SAMPLE_TOKENS = [
+    Case(
+        "sample_tokens", (64, 2048), "a small vocabulary: one step of a batch of rollouts",
+        inputs=("seeds",), quick=True,
+    ),
+    Case(
+        "sample_tokens", (64, 32000), "vocabulary 32k at a temperature",
+        inputs=("seeds",), options={"temperature": 0.7},
+    ),
+    Case(
+        "sample_tokens", (8, 151936), "vocabulary 152k with top_k and top_p: a sort, today",
+        inputs=("seeds",), options={"top_k": 50, "top_p": 0.9},
+    ),
+]  # fmt: skip
+
+CASES = {"token_logprobs": TOKEN_LOGPROBS, "sample_tokens": SAMPLE_TOKENS}

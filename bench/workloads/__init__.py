@@ -1,0 +1,10 @@
+"""The inputs of each op's cases, what they count, and what is right in float64."""
+
+from bench.workloads import attention, linear, returns, token_logprobs
+
+WORKLOADS = {
+    **returns.WORKLOADS,
+    **token_logprobs.WORKLOADS,
+    **linear.WORKLOADS,
+    **attention.WORKLOADS,
+}

@@ -1,0 +1,81 @@
+"""Hidden states and heads of the cases of linear_token_logprobs and linear_token_loss."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.case import Arguments, Case, Workload
+from bench.workloads.pieces import SEED, reference_truth, size_in_bytes, whole
+from bench.workloads.token_logprobs import likely
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """loss_fn of linear_token_loss: - advantage * log-prob."""
+
+    advantages: Tensor
+
+    def __call__(self, logprobs: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
+        return -self.advantages[rows] * logprobs
+
+
+def make_hidden(case: Case, device: torch.device) -> Arguments:
+    """shape: (rows, D, V). Logits of variance 1; every second row leans towards its token."""
+    rows, width, vocab = case.shape
+    generator = torch.Generator(device).manual_seed(SEED)
+    weight = torch.randn(vocab, width, generator=generator, device=device) * width**-0.5
+    hidden = torch.randn(rows, width, generator=generator, device=device)
+    token_ids = torch.randint(vocab, (rows,), generator=generator, device=device)
+    boost = 20 * likely(rows, torch.Generator().manual_seed(SEED)).to(device)
+    hidden += boost[:, None] * weight[token_ids]
+    arguments: Arguments = {
+        "hidden": hidden.to(case.dtype),
+        "weight": weight.to(case.dtype),
+        "token_ids": token_ids,
+    }
+    if case.op == "linear_token_loss":
+        advantages = torch.randn(rows, generator=generator, device=device)
+        arguments["loss_fn"] = PolicyGradient(advantages)
+    return arguments
+
+
+def linear_bytes(case: Case, arguments: Arguments) -> int:
+    """Forward: hidden, weight and ids in, a log-prob (and an entropy) a row out. Backward: these
+    in again, the two gradients out."""
+    matrices = size_in_bytes(arguments["hidden"]) + size_in_bytes(arguments["weight"])
+    outputs = 2 if case.options.get("return_entropy") or case.op == "linear_token_loss" else 1
+    forward = matrices + (8 + 4 * outputs) * case.shape[0]
+    backward = forward + matrices
+    return {"forward": forward, "backward": backward, "both": forward + backward}[case.mode]
+
+
+def linear_flops(case: Case, arguments: Arguments) -> int:
+    """One product forward, two backward; who computes the logits again does more than counted."""
+    rows, width, vocab = case.shape
+    return 2 * rows * width * vocab * {"forward": 1, "backward": 2, "both": 3}[case.mode]
+
+
+def _one_a_row(case: Case) -> tuple[int, ...]:
+    return case.shape[:1]
+
+
+def _scalar(case: Case) -> tuple[int, ...]:
+    return ()
+
+
+def _product(case: Case) -> tuple[int, int, int]:
+    return case.shape[0], case.shape[1], case.shape[2]
+
+
+_LEARNED = ("hidden", "weight")
+WORKLOADS = {
+    "linear_token_logprobs": Workload(
+        make_hidden, linear_bytes, _LEARNED, whole, reference_truth,
+        upstream_shape=_one_a_row, count_flops=linear_flops, product_shape=_product,
+    ),
+    "linear_token_loss": Workload(
+        make_hidden, linear_bytes, _LEARNED, whole, reference_truth,
+        upstream_shape=_scalar, count_flops=linear_flops, product_shape=_product, learns_from=1,
+    ),
+}  # fmt: skip

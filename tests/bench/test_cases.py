@@ -1,0 +1,123 @@
+"""The list of cases: complete, countable, and computed alike by those that stand beside us."""
+
+import inspect
+
+import pytest
+import torch
+
+import fastrl
+from bench import peers
+from bench.case import DEVICES, Case
+from bench.cases import CASES, select
+from bench.gate import Gate, run_once, with_leaves
+from bench.peers.attention import visible
+from bench.workloads import WORKLOADS
+from bench.workloads.attention import layout_of, visible_pairs
+
+CPU = torch.device("cpu")
+ALL = [case for cases in CASES.values() for case in cases]
+# One for each thing that an attention case can ask for.
+ATTENTION = [
+    Case("attention", (2, 4, 2, 40, 40, 16), "causal", mode="both"),
+    Case("attention", (2, 4, 4, 33, 33, 16), "not causal", options={"causal": False}),
+    Case("attention", (1, 4, 2, 40, 40, 16), "window", options={"window": 7}),
+    Case("attention", (1, 2, 2, 21, 21, 8), "softcap", options={"softcap": 5.0}),
+    Case("attention", (3, 4, 2, 1, 64, 16), "decoding", inputs=("key_end",)),
+    Case("attention", (1, 4, 2, 44, 44, 16), "group", mode="both", layout="20 + 3 x 8"),
+    Case("attention", (1, 4, 2, 54, 54, 16), "ragged", layout="12 + 3 x 2..8, 9 + 2 x 4..14"),
+]
+
+
+def test_names_are_unique_and_every_case_has_a_reason_and_a_place_to_run():
+    names = [case.name for case in ALL]
+    assert len(names) == len(set(names))
+    assert all(case.reason and case.devices for case in ALL)
+    for case in ALL:
+        assert all(target.device in case.devices for target in case.targets)
+
+
+def test_every_op_with_kernels_or_without_has_cases_a_workload_and_peers():
+    small = {
+        "actor_critic_loss", "group_advantages", "kl_penalty", "policy_gradient_loss", "ppo_loss",
+        "value_loss", "whiten",
+    }  # fmt: skip
+    assert set(CASES) == set(WORKLOADS) == set(fastrl.ops.__all__) - small
+    for op in CASES:
+        assert peers.of(op)[0] is peers.REFERENCE
+    assert {case.op for case in select([], quick=True)} == set(CASES)
+
+
+def test_the_sizes_that_people_ask_about_are_there():
+    vocabularies = {case.shape[1] for case in CASES["token_logprobs"]}
+    assert {32000, 128256, 151936, 256000, 50257} <= vocabularies
+    for device in DEVICES:
+        rows = {c.shape[0] for c in select(["token_logprobs"], device=device)}
+        assert min(rows) <= 8 and max(rows) >= 1024
+    assert max(case.shape[-1] for case in CASES["gae"]) >= 16384
+    assert any("cu_seqlens" in case.inputs for case in CASES["gae"])
+    assert any(".." in case.layout for case in CASES["attention"])
+
+
+def test_every_optional_input_is_one_that_the_op_takes():
+    for case in ALL:
+        parameters = inspect.signature(getattr(fastrl, case.op)).parameters
+        assert {*case.inputs, *case.options} <= set(parameters)
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.reason)
+def test_pairs_are_counted_as_the_mask_shows_them(case):
+    arguments = WORKLOADS["attention"].make(case, CPU)
+    assert visible_pairs(case, arguments) == int(visible(case, arguments).sum())
+
+
+def test_layouts_are_read_from_their_text():
+    layout = layout_of("20 + 3 x 8, 5 + 2 x 1..4")
+    assert layout.cu_seqlens.diff().tolist() == [20, 8, 8, 8, 5, 1, 4]
+    assert layout.prefix.tolist() == [-1, 0, 0, 0, -1, 4, 4]
+
+
+def peer_errors(case):
+    """Of each peer that runs here uncompiled; a reason for the others."""
+    workload = WORKLOADS[case.op]
+    arguments = with_leaves(case, workload, workload.make(case, CPU))
+    upstream = tuple(torch.randn(workload.upstream_shape(case)) for _ in range(2))
+    gate = Gate(case, workload, arguments, upstream)
+    found = {}
+    for peer in peers.of(case.op):
+        try:
+            call = peer.call_for(case, arguments)
+            found[peer.name] = gate.peer_error(run_once(call, case, workload, arguments, upstream))
+        except Exception as reason:
+            found[peer.name] = str(reason)
+    return found
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention.*")
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.reason)
+def test_the_other_attentions_compute_the_case_or_say_why_not(case, uncompiled):
+    found = peer_errors(case)
+    wrong = {k: v for k, v in found.items() if isinstance(v, float) and not v < 1e-5}
+    assert not wrong
+    runs = {name for name, error in found.items() if isinstance(error, float)}
+    assert "fastrl.reference" in runs
+    assert ("torch FlexAttention" in runs) is (case.mode == "forward")  # no gradient on a CPU
+    softcap = "softcap" in case.options
+    assert ("torch SDPA, math" in runs) is (not softcap)
+    assert ("torch SDPA, flash" in runs) is (not softcap)
+    assert ("torch SDPA, a copy of the prompt each" in runs) == (case.reason == "group")
+    assert found["torch SDPA, cuDNN"] in ("runs on a GPU alone", "has no softcap")
+
+
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_token_loss"])
+def test_torch_compute_the_linear_cases(op, uncompiled):
+    found = peer_errors(Case(op, (24, 16, 50), "small", mode="both"))
+    assert found["fastrl.reference"] < 1e-5
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        assert found["torch linear_cross_entropy"] < 1e-5
+    for name, error in found.items():  # the others, where they are installed
+        assert isinstance(error, str) or error < 1e-5, name
