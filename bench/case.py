@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl import reference
+
 Arguments = dict[str, Any]  # what an op is called with, by name
 Outputs = tuple[Tensor, ...]
 # From a case and its arguments to a call without arguments, ready to be timed.
@@ -94,46 +96,8 @@ def _option(name: str, value: Any) -> str:
     return name if value is True else f"{name}={value}"
 
 
-def cut_rows(case: "Case", x: Tensor, rows: slice) -> Tensor:
+def cut_rows(case: Case, x: Tensor, rows: slice) -> Tensor:
     return x[rows]
-
-
-def whole_shape(case: "Case") -> tuple[int, ...]:
-    return case.shape
-
-
-def no_flops(case: "Case", arguments: Arguments) -> int:
-    return 0
-
-
-@dataclass(frozen=True)
-class Workload:
-    """How the cases of an op are fed, counted and held against the truth.
-
-    make: the arguments of a case, from a fixed seed.
-    count_bytes: each input read once and each output written once, in bytes.
-    learned: the arguments that the modes with a backward pass differentiate.
-    pieces: slices that the gate can look at one after the other; None is the whole.
-    truth: what `outputs` should have been, in float64.
-    upstream_shape: of the gradients that come from above, one for each output.
-    count_flops: floating-point operations of the fewest matrix products; 0 for an op without.
-    product_shape: (m, k, n) of the product that is the ceiling of an op with them; None: a square.
-    cut: the part of a tensor that belongs to a piece.
-    learns_from: how many of the outputs, the first ones, gradients come through; None: all.
-    draws: whether any output may be right, so that the truth depends on what came out.
-    """
-
-    make: Callable[[Case, torch.device], Arguments]
-    count_bytes: Callable[[Case, Arguments], int]
-    learned: tuple[str, ...]
-    pieces: Callable[[Case], Iterator[slice | None]]
-    truth: Callable[[Case, Arguments, Outputs], Outputs]
-    upstream_shape: Callable[[Case], tuple[int, ...]] = whole_shape
-    count_flops: Callable[[Case, Arguments], int] = no_flops
-    product_shape: Callable[[Case], tuple[int, int, int]] | None = None
-    cut: Callable[[Case, Tensor, slice], Tensor] = cut_rows
-    learns_from: int | None = None
-    draws: bool = False
 
 
 def bound(
@@ -150,8 +114,46 @@ def bound(
     return call
 
 
-def call_by_name(namespace: Any, case: Case, arguments: Arguments, **options: Any) -> Outputs:
-    return bound(namespace, case, arguments, **options)()
+def call_reference(case: Case, arguments: Arguments) -> Outputs:
+    return bound(reference, case, arguments)()
+
+
+def whole_shape(case: Case) -> tuple[int, ...]:
+    return case.shape
+
+
+def no_flops(case: Case, arguments: Arguments) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How the cases of an op are fed, counted and held against the truth.
+
+    make: the arguments of a case, from a fixed seed.
+    count_bytes: each input read once and each output written once, in bytes.
+    learned: the arguments that the modes with a backward pass differentiate.
+    pieces: slices that the gate can look at one after the other; None is the whole.
+    definition: what the op means; fastrl.reference, or the same in blocks where that would not fit.
+    truth: what `outputs` should have been, from inputs in float64; None: what the definition gives.
+    upstream_shape: of the gradients that come from above, one for each output.
+    count_flops: floating-point operations of the fewest matrix products; 0 for an op without.
+    product_shape: (m, k, n) of the product that is the ceiling of an op with them; None: a square.
+    cut: the part of a tensor that belongs to a piece.
+    learns_from: how many of the outputs, the first ones, gradients come through; None: all.
+    """
+
+    make: Callable[[Case, torch.device], Arguments]
+    count_bytes: Callable[[Case, Arguments], int]
+    learned: tuple[str, ...]
+    pieces: Callable[[Case], Iterator[slice | None]]
+    definition: Callable[[Case, Arguments], Outputs] = call_reference
+    truth: Callable[[Case, Arguments, Outputs], Outputs] | None = None
+    upstream_shape: Callable[[Case], tuple[int, ...]] = whole_shape
+    count_flops: Callable[[Case, Arguments], int] = no_flops
+    product_shape: Callable[[Case], tuple[int, int, int]] | None = None
+    cut: Callable[[Case, Tensor, slice], Tensor] = cut_rows
+    learns_from: int | None = None
 
 
 def double(arguments: Arguments) -> Arguments:

@@ -1,13 +1,12 @@
 """What `fastrl bench` does: run the cases, show, keep, draw and compare the results."""
 
 import argparse
-import gc
 import sys
 from pathlib import Path
 
 import torch
 
-from bench import cases, results, table
+from bench import cases, memory, results, table
 from bench.compare import compare
 from bench.environment import describe
 from bench.results import ResultFileError, Results
@@ -93,7 +92,7 @@ def measure(ops: list[str], device_name: str, *, quick: bool, path: Path | None 
         found.cases.append(bench.run(case))
         if path is not None:
             results.save(found, path)
-        gc.collect()  # the next case wants the gigabytes of this one
+        memory.release(device)
     return found
 
 

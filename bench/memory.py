@@ -42,6 +42,13 @@ def peak_extra_mib(call: Callable[[], Any], device: torch.device) -> float:
     return max(0, peak - before) / 1024
 
 
+def release(device: torch.device) -> None:
+    """What nobody holds any more, back to the device: the next one wants the gigabytes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _peak_extra_mib_cuda(call: Callable[[], Any], device: torch.device) -> float:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

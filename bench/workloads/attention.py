@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.case import Arguments, Case, Workload
-from bench.workloads.pieces import SEED, reference_truth, size_in_bytes
+from bench.case import Arguments, Case, Outputs, Workload, call_reference
+from bench.workloads.pieces import BLOCK, SEED, in_blocks, size_in_bytes
+from fastrl import reference
 from fastrl.layout import PackedLayout
 
 _GROUP = re.compile(r"(\d+) \+ (\d+) x (\d+)(?:\.\.(\d+))?")
@@ -85,6 +87,57 @@ def attention_bytes(case: Case, arguments: Arguments) -> int:
     return {"forward": forward, "backward": backward, "both": forward + backward}[case.mode]
 
 
+def attention_definition(case: Case, arguments: Arguments) -> Outputs:
+    """fastrl.reference, for some queries at a time.
+
+    Where a row's queries end at its last key, so do those of a block at an earlier one. A layout
+    has no such form: there the block sees a cache of what is visible, written down here.
+    """
+    query, key, value = (arguments[k] for k in ("query", "key", "value"))
+    batch, heads, queries, _ = query.shape
+    rows = max(1, BLOCK // (batch * heads * key.shape[2]))
+    if queries <= rows:
+        return call_reference(case, arguments)
+    options = {k: v for k, v in case.options.items() if k != "causal"}
+    layout = arguments.get("layout")
+    if layout is None and not case.options.get("causal", True):
+        return in_blocks(lambda _, q: _reference(q, key, value, causal=False), [query], rows, 2)
+    if layout is None:
+        ends = arguments.get("key_end", torch.full((batch,), key.shape[2], device=query.device))
+
+        def dense(start: int, q: Tensor) -> Outputs:
+            key_end = (ends - queries + start + q.shape[2]).int()
+            return _reference(q, key, value, key_end=key_end, **options)
+
+        return in_blocks(dense, [query], rows, 2)
+    assert not options, "a layout together with other options has no definition in blocks"
+
+    def packed(start: int, q: Tensor) -> Outputs:
+        return (_masked_attention(q, key, value, _sees(layout, start, q.shape[2])),)
+
+    return in_blocks(packed, [query], rows, 2)
+
+
+def _reference(*tensors: Tensor, **options: Any) -> Outputs:
+    return (reference.attention(*tensors, **options),)
+
+
+def _sees(layout: PackedLayout, start: int, count: int) -> Tensor:
+    """[count, N] bool: which keys the queries from `start` on see."""
+    i = torch.arange(start, start + count, device=layout.visible_until.device)[:, None]
+    j = torch.arange(layout.num_tokens, device=i.device)
+    return (j <= i) & (i < layout.visible_until)
+
+
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    dtype = query.dtype if query.dtype == torch.float64 else torch.float32
+    heads = query.shape[1] // key.shape[1]
+    q, k, v = (x.to(dtype) for x in (query, key, value))
+    k, v = (x.repeat_interleave(heads, dim=1) for x in (k, v))
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).to(query.dtype)
+
+
 def _heads(case: Case) -> Iterator[slice | None]:
     """The first and the last of the heads of keys: a score for each pair of tokens, in float64,
     would not fit for all of them."""
@@ -108,7 +161,7 @@ def _output_shape(case: Case) -> tuple[int, ...]:
 
 WORKLOADS = {
     "attention": Workload(
-        make_attention, attention_bytes, ("query", "key", "value"), _heads, reference_truth,
+        make_attention, attention_bytes, ("query", "key", "value"), _heads, attention_definition,
         upstream_shape=_output_shape, count_flops=attention_flops, cut=_cut_heads,
     ),
 }  # fmt: skip

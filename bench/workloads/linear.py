@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.case import Arguments, Case, Workload
-from bench.workloads.pieces import SEED, reference_truth, size_in_bytes, whole
+from bench.case import Arguments, Case, Outputs, Workload
+from bench.workloads.pieces import BLOCK, SEED, in_blocks, size_in_bytes, whole
 from bench.workloads.token_logprobs import likely
+from fastrl import reference
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,23 @@ def linear_flops(case: Case, arguments: Arguments) -> int:
     return 2 * rows * width * vocab * {"forward": 1, "backward": 2, "both": 3}[case.mode]
 
 
+def linear_definition(case: Case, arguments: Arguments) -> Outputs:
+    """fastrl.reference, for some rows at a time."""
+    hidden, weight, token_ids = (arguments[k] for k in ("hidden", "weight", "token_ids"))
+    has_loss = case.op == "linear_token_loss"
+    options = {"return_entropy": True} if has_loss else case.options
+
+    def rows(start: int, x: Tensor, ids: Tensor) -> Outputs:
+        outputs = reference.linear_token_logprobs(x, weight, ids, **options)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    outputs = in_blocks(rows, [hidden, token_ids], max(1, BLOCK // len(weight)), axis=0)
+    if not has_loss:
+        return outputs
+    loss = arguments["loss_fn"](*outputs, torch.arange(len(hidden), device=hidden.device)).sum()
+    return loss, *(x.detach() for x in outputs)
+
+
 def _one_a_row(case: Case) -> tuple[int, ...]:
     return case.shape[:1]
 
@@ -71,11 +89,11 @@ def _product(case: Case) -> tuple[int, int, int]:
 _LEARNED = ("hidden", "weight")
 WORKLOADS = {
     "linear_token_logprobs": Workload(
-        make_hidden, linear_bytes, _LEARNED, whole, reference_truth,
+        make_hidden, linear_bytes, _LEARNED, whole, linear_definition,
         upstream_shape=_one_a_row, count_flops=linear_flops, product_shape=_product,
     ),
     "linear_token_loss": Workload(
-        make_hidden, linear_bytes, _LEARNED, whole, reference_truth,
+        make_hidden, linear_bytes, _LEARNED, whole, linear_definition,
         upstream_shape=_scalar, count_flops=linear_flops, product_shape=_product, learns_from=1,
     ),
 }  # fmt: skip

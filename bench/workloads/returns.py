@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Arguments, Case, Workload
-from bench.workloads.pieces import SEED, reference_truth, size_in_bytes, whole
+from bench.workloads.pieces import SEED, size_in_bytes, whole
 
 # What each op takes beside rewards, shaped like them.
 _FLOATS = {
@@ -64,7 +64,6 @@ WORKLOADS = {
         returns_bytes,
         ("rewards", "values") if op != "discounted_returns" else ("rewards",),
         whole,
-        reference_truth,
     )
     for op in _FLOATS
 }

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Arguments, Case, Outputs, Workload
-from bench.workloads.pieces import SEED, reference_truth, rows_of_matrix, size_in_bytes
+from bench.workloads.pieces import SEED, rows_of_matrix, size_in_bytes
 from fastrl import reference
 
 
@@ -70,7 +70,6 @@ WORKLOADS = {
         token_logprobs_bytes,
         ("logits",),
         rows_of_matrix,
-        reference_truth,
         upstream_shape=_one_a_row,
     ),
     "sample_tokens": Workload(
@@ -78,8 +77,7 @@ WORKLOADS = {
         sample_tokens_bytes,
         (),
         rows_of_matrix,
-        _sampled_truth,
+        truth=_sampled_truth,
         upstream_shape=_one_a_row,
-        draws=True,
     ),
 }

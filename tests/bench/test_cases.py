@@ -7,7 +7,7 @@ import torch
 
 import fastrl
 from bench import peers
-from bench.case import DEVICES, Case
+from bench.case import DEVICES, Case, call_reference, double
 from bench.cases import CASES, select
 from bench.gate import Gate, run_once, with_leaves
 from bench.peers.attention import visible
@@ -90,6 +90,32 @@ def peer_errors(case):
         except Exception as reason:
             found[peer.name] = str(reason)
     return found
+
+
+BLOCKWISE = [
+    *ATTENTION,
+    Case("linear_token_logprobs", (13, 8, 30), "rows", mode="both",
+         options={"return_entropy": True, "softcap": 4.0}),
+    Case("linear_token_loss", (13, 8, 30), "loss", mode="both"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BLOCKWISE, ids=lambda case: case.reason)
+def test_a_definition_in_blocks_is_the_reference(case, monkeypatch):
+    """Of the sizes that need it, nothing else could say what is right."""
+    workload = WORKLOADS[case.op]
+    arguments = double(workload.make(case, CPU))
+    monkeypatch.setattr(f"{inspect.getmodule(workload.definition).__name__}.BLOCK", 300)
+    results = []
+    for definition in (call_reference, workload.definition):
+        leaves = with_leaves(case, workload, arguments)
+        upstream = (torch.ones(workload.upstream_shape(case)),) * 2
+        outputs = run_once(
+            lambda f=definition, a=leaves: f(case, a), case, workload, leaves, upstream
+        )
+        results.append(outputs)
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import torch
 
 from bench import memory
 from bench.case import Target
-from bench.run import quantile
+from bench.field import quantile
 from bench.timing import Budget, Contestant, take_turns
 
 CPU = torch.device("cpu")
