@@ -21,7 +21,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "discounted_returns": {"cpu": "C++"},
     "gae": {"cpu": "C++"},
     "lambda_returns": {"cpu": "C++"},
-    "token_logprobs": {"cpu": "C++"},
+    "token_logprobs": {"cpu": "C++", "cuda": "Triton"},
 }
 
 
@@ -68,3 +68,32 @@ def register_fake(name: str, function: Callable[..., Any]) -> None:
 def register_autograd(name: str, backward: Callable[..., Any], *, setup_context: Any) -> None:
     if module is not None:
         torch.library.register_autograd(f"fastrl::{name}", backward, setup_context=setup_context)
+
+
+def register_triton(kernels: str, *names: str) -> None:
+    """Launchers of these names in fastrl.kernels.<kernels> as the ops' CUDA implementations.
+
+    The module is imported when one is first called: without a GPU, Triton is not needed.
+    """
+    if module is not None:
+        for name in names:
+            # Not torch.library.impl: Dynamo would trace the launcher, called from a frame it skips.
+            torch.library.register_kernel(f"fastrl::{name}", "cuda", _launch(kernels, name))
+
+
+def _launch(kernels: str, name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        try:
+            launcher = getattr(importlib.import_module(f"fastrl.kernels.{kernels}"), name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] != "triton":
+                raise
+            raise ImportError(
+                f"{kernels}: expected the package triton for a GPU tensor, got none ({error}). "
+                "Install it with `pip install triton`."
+            ) from error
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        with torch.cuda.device(device):  # Triton launches on the current one
+            return launcher(*args)
+
+    return call

@@ -202,3 +202,6 @@ _binary.register_fake("token_logprobs_fwd", _fwd_fake)
 _binary.register_fake("token_logprobs_bwd", _bwd_fake)
 _binary.register_fake("token_logprobs_bwd_", lambda *_: None)
 _binary.register_autograd("token_logprobs_fwd", _backward, setup_context=_setup_context)
+_binary.register_triton(
+    "token_logprobs", "token_logprobs_fwd", "token_logprobs_bwd", "token_logprobs_bwd_"
+)

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers: the only part of fastrl that imports triton."""

@@ -1,0 +1,44 @@
+"""Sums in a fixed order, and log1p and expm1 that are exact near 0 wherever the kernel runs.
+
+The hardware's logarithm is exact to a fixed number of digits after the point, which near 1 are
+none of the digits that count; libdevice has better ones, but not in the interpreter. These are
+called once a row.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log1p(z):
+    """log(1 + z) = 2 artanh(s), s = z / (2 + z), by its series where z is small; z >= -1."""
+    near = (z < 0.5) & (z > -0.3)
+    s = tl.where(near, z / (2.0 + z), 0.0)
+    q = s * s  # at most 0.04
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11)))))
+    far = tl.log(tl.where(near, 1.0, 1.0 + z))
+    return tl.where(near, 2.0 * s * series, far)
+
+
+@triton.jit
+def expm1(y):
+    """exp(y) - 1 for y <= 0, by its series where y is small."""
+    near = y > -0.5
+    t = tl.where(near, y, 0.0)
+    series = t * (1 / 5040 + t * (1 / 40320 + t * (1 / 362880)))
+    series = t * (1 / 6 + t * (1 / 24 + t * (1 / 120 + t * (1 / 720 + series))))
+    series = t + t * t * 0.5 + t * t * series
+    return tl.where(near, series, tl.exp(y) - 1.0)
+
+
+@triton.jit
+def ordered_sum(x, SIZE: tl.constexpr):
+    """Sum of x [SIZE], a power of two, by halves: the same bits however threads share x.
+
+    tl.sum adds first what one thread holds, and that follows from the alignment of x in memory.
+    Between two numbers there is but one order.
+    """
+    for i in tl.static_range(31):
+        if SIZE >> i > 1:
+            x = tl.sum(tl.reshape(x, [2, SIZE >> (i + 1)]), axis=0)
+    return tl.sum(x, axis=0)

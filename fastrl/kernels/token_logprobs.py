@@ -1,0 +1,300 @@
+"""Token log-probabilities and entropy from logits, and their gradient, on a GPU.
+
+    log p_y = (x_y - m) / T - L,    m = max_j x_j,  L = log sum_j exp((x_j - m) / T)
+    entropy = L + sum_j p_j (m - x_j) / T
+    d/dx_j  = [g (delta_jy - p_j) - h p_j (log p_j + entropy)] / T
+
+The forward pass reads the logits once. A row is cut into stretches of CHUNK columns, one program
+each, and a second small kernel merges their partial states in order: a single row fills the GPU as
+a million rows do, and a row's result depends on the vocabulary's size alone, never on its batch.
+Nor on its address: what a thread holds of a block follows from the row's alignment, so the columns
+of a block are summed apart, and at a stretch's end in a fixed order. The maximum stays out of every
+sum (log1p of the rest), so that p -> 1 keeps its digits. The backward pass reads the logits once
+and writes the gradient once, over the logits on request.
+
+Bytes: forward N V b, backward 2 N V b, with b bytes a logit; the partial states are 16 bytes for
+each CHUNK columns.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastrl.kernels._math import expm1, log1p, ordered_sum
+
+# Not measured on a GPU yet. Compiled for sm_90: no spills, 16 bytes a load.
+CHUNK = 32768
+BLOCKS = ({"BLOCK_V": 1024, "num_warps": 4}, {"BLOCK_V": 4096, "num_warps": 8})
+MERGE = {"BLOCK_N": 128, "num_warps": 4}
+
+_LOG2E = 1.4426950408889634
+# What changes from step to step: neither its value nor its divisors make another kernel. Of the
+# strides, which in logits [B, T, V] change with T, ALIGNED says what a kernel needs to know.
+_RUNTIME = [
+    "N", "num_chunks", "num_blocks", "inner_size", "ignore_index",
+    "stride_outer", "stride_inner", "grad_stride_outer", "grad_stride_inner",
+]  # fmt: skip
+
+
+def block_for(vocab: int) -> dict[str, int]:
+    """Configuration of the kernels that walk a row: of the vocabulary's size alone."""
+    return BLOCKS[0] if vocab <= BLOCKS[0]["BLOCK_V"] else BLOCKS[1]
+
+
+@triton.jit
+def _row_start(n, inner_size, stride_outer, stride_inner, ALIGNED: tl.constexpr):
+    """Offset of row n of an [outer, inner, V] tensor with any strides on its first two axes."""
+    offset = (n // inner_size) * stride_outer + (n % inner_size) * stride_inner
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 16)
+    return offset
+
+
+@triton.jit
+def _below(m, m_new, rest, count, weighted, scale):
+    """Sums relative to the maximum m, made relative to m_new >= m."""
+    gap = m_new - m
+    shrink = tl.exp2(-gap * scale)
+    total = rest + count
+    moved = m < m_new
+    # gap is infinite between entries at the two ends of float32.
+    shifted = tl.where(shrink > 0, shrink * (weighted + gap * total), 0.0)
+    return (
+        tl.where(moved, shrink * total, rest),
+        tl.where(moved, 0.0, count),
+        tl.where(moved, shifted, weighted),
+    )
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _token_logprobs_fwd_kernel(
+    logits_ptr, token_ids_ptr, state_ptr,  # [N, V], [N] -> [N, num_chunks, 4]
+    V, num_chunks, inner_size, stride_outer: tl.int64, stride_inner: tl.int64,
+    scale, ignore_index: tl.int64,
+    CHUNK: tl.constexpr, BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One program per stretch of a row: (max, rest, count, weighted) of its entries."""
+    pid = tl.program_id(0).to(tl.int64)  # N * V exceeds int32 at real vocabularies
+    n, chunk = pid // num_chunks, pid % num_chunks
+    if tl.load(token_ids_ptr + n) == ignore_index:
+        return
+    row_ptr = logits_ptr + _row_start(n, inner_size, stride_outer, stride_inner, ALIGNED)
+    start = (chunk * CHUNK).to(tl.int32)
+    stop = tl.minimum(start + CHUNK, V)
+    m = -3.4028234663852886e38  # a finite floor: a block of -inf must not give inf - inf
+    rest = tl.zeros([BLOCK_V], tl.float32)  # over the columns v0 + j, for each j
+    count, weighted = rest, rest
+    for v0 in tl.range(start, stop, BLOCK_V, num_stages=3):
+        offs_v = v0 + tl.arange(0, BLOCK_V)
+        x = tl.load(row_ptr + offs_v, mask=offs_v < stop, other=float("-inf")).to(tl.float32)
+        m_new = tl.maximum(m, tl.max(x, axis=0))
+        if m_new > m:
+            rest, count, weighted = _below(m, m_new, rest, count, weighted, scale)
+            m = m_new
+        d = x - m
+        at_max = d == 0.0  # false for inf - inf: +inf and NaN logits reach the sum as NaN
+        e = tl.where(at_max, 0.0, tl.exp2(d * scale))
+        rest += e
+        count += at_max.to(tl.float32)
+        if ENTROPY:
+            weighted -= tl.where(e > 0, e * d, 0.0)
+    out_ptr = state_ptr + pid * 4
+    tl.store(out_ptr, m)
+    tl.store(out_ptr + 1, ordered_sum(rest, BLOCK_V))
+    tl.store(out_ptr + 2, ordered_sum(count, BLOCK_V))
+    if ENTROPY:
+        tl.store(out_ptr + 3, ordered_sum(weighted, BLOCK_V))
+
+
+@triton.jit(do_not_specialize=[*_RUNTIME, "V"])
+def _token_logprobs_merge_kernel(
+    logits_ptr, token_ids_ptr, state_ptr,
+    logprobs_ptr, entropy_ptr, row_max_ptr, log_total_ptr,  # [N] each
+    N, V, num_chunks, inner_size, stride_outer: tl.int64, stride_inner: tl.int64,
+    scale, inverse_temperature, ignore_index: tl.int64,
+    BLOCK_N: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Merges each row's stretches, first to last, and writes what the row gives."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < N
+    token_id = tl.load(token_ids_ptr + n, mask=mask_n, other=0)
+    counted = mask_n & (token_id != ignore_index)
+    m = tl.full([BLOCK_N], -3.4028234663852886e38, tl.float32)
+    rest, count, weighted = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+    for chunk in range(0, num_chunks):
+        at = state_ptr + (n * num_chunks + chunk) * 4
+        m_next = tl.load(at, mask=counted, other=-3.4028234663852886e38)
+        rest_next = tl.load(at + 1, mask=counted, other=0.0)
+        count_next = tl.load(at + 2, mask=counted, other=0.0)
+        weighted_next = tl.zeros_like(m)
+        if ENTROPY:
+            weighted_next = tl.load(at + 3, mask=counted, other=0.0)
+        m_new = tl.maximum(m, m_next)
+        rest, count, weighted = _below(m, m_new, rest, count, weighted, scale)
+        rest_next, count_next, weighted_next = _below(
+            m_next, m_new, rest_next, count_next, weighted_next, scale
+        )
+        rest, count, weighted = rest + rest_next, count + count_next, weighted + weighted_next
+        m = m_new
+    log_total = log1p(rest + (count - 1.0))
+    # Ids outside [0, V) give NaN: a wild read hides, a host check synchronises.
+    in_range = counted & (token_id >= 0) & (token_id < V)
+    row_start = _row_start(n, inner_size, stride_outer, stride_inner, False)
+    target_ptr = logits_ptr + row_start + token_id
+    logit = tl.load(target_ptr, mask=in_range, other=float("nan")).to(tl.float32)
+    logprob = (logit - m) * inverse_temperature - log_total
+    tl.store(logprobs_ptr + n, tl.where(counted, logprob, 0.0), mask=mask_n)
+    if ENTROPY:
+        entropy = log_total + weighted / (rest + count) * inverse_temperature
+        tl.store(entropy_ptr + n, tl.where(counted, entropy, 0.0), mask=mask_n)
+    tl.store(row_max_ptr + n, tl.where(counted, m, 0.0), mask=mask_n)
+    tl.store(log_total_ptr + n, tl.where(counted, log_total, 0.0), mask=mask_n)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _token_logprobs_bwd_kernel(
+    grad_logprobs_ptr, grad_entropy_ptr, logits_ptr, token_ids_ptr,
+    logprobs_ptr, entropy_ptr, row_max_ptr, log_total_ptr,
+    grad_ptr,  # -> [N, V]
+    V, num_blocks, inner_size, stride_outer: tl.int64, stride_inner: tl.int64,
+    grad_stride_outer: tl.int64, grad_stride_inner: tl.int64,
+    scale, inverse_temperature, ignore_index: tl.int64,
+    BLOCK_V: tl.constexpr, LOGPROBS: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One program per block of a row, which it loads before it stores: grad may be logits."""
+    pid = tl.program_id(0).to(tl.int64)
+    n, block = pid // num_blocks, pid % num_blocks
+    offs_v = (block * BLOCK_V).to(tl.int32) + tl.arange(0, BLOCK_V)
+    mask_v = offs_v < V
+    grad_row_start = _row_start(n, inner_size, grad_stride_outer, grad_stride_inner, ALIGNED)
+    out_ptr = grad_ptr + grad_row_start + offs_v
+    token_id = tl.load(token_ids_ptr + n)
+    if token_id == ignore_index:
+        tl.store(out_ptr, tl.zeros([BLOCK_V], grad_ptr.dtype.element_ty), mask=mask_v)
+        return
+    row_ptr = logits_ptr + _row_start(n, inner_size, stride_outer, stride_inner, ALIGNED)
+    x = tl.load(row_ptr + offs_v, mask=mask_v, other=float("-inf")).to(tl.float32)
+    logprob = tl.load(logprobs_ptr + n)
+    log_total = tl.load(log_total_ptr + n)
+    g, h, entropy = 0.0, 0.0, 0.0
+    if LOGPROBS:
+        g = tl.load(grad_logprobs_ptr + n)
+    if ENTROPY:
+        h = tl.load(grad_entropy_ptr + n)
+        entropy = tl.load(entropy_ptr + n)
+    g = tl.where((token_id < 0) | (token_id >= V), float("nan"), g)
+    d = x - tl.load(row_max_ptr + n)
+    p = tl.exp2(d * scale) * tl.exp(-log_total)
+    grad = -g * p
+    if ENTROPY:
+        log_p = d * inverse_temperature - log_total
+        grad -= tl.where(p > 0, h * p * (log_p + entropy), 0.0)
+    # The target's own entry from "everything but the target", or p -> 1 would cancel. logprob comes
+    # from the forward pass: in place, another program may have overwritten the target's logit.
+    p_target = tl.exp(logprob)
+    grad_target = -g * expm1(logprob)
+    if ENTROPY:
+        grad_target -= tl.where(p_target > 0, h * p_target * (logprob + entropy), 0.0)
+    grad = tl.where(offs_v == token_id, grad_target, grad) * inverse_temperature
+    tl.store(out_ptr, grad.to(grad_ptr.dtype.element_ty), mask=mask_v)
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """x [..., V], dense along V, as (x, inner_size, stride_outer, stride_inner); a copy only where
+    its leading axes do not fold into two."""
+    if x.dim() == 1:
+        return x, 1, 0, x.shape[0]  # as in a batch of one
+    if x.dim() == 2:
+        return x, max(1, x.shape[0]), 0, x.stride(0)
+    if x.dim() > 3:
+        x = x.flatten(0, -3)
+    return x, max(1, x.shape[1]), x.stride(0), x.stride(1)
+
+
+def token_logprobs_fwd(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    ignore_index: int,
+    return_entropy: bool,
+    inplace_backward: bool,  # autograd's affair
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy ([0] unless asked for), row max, log total: [...] float32 each."""
+    V, N = logits.shape[-1], token_ids.numel()
+    logprobs = logits.new_empty(token_ids.shape, dtype=torch.float32)
+    row_max, log_total = torch.empty_like(logprobs), torch.empty_like(logprobs)
+    entropy = torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0)
+    if N == 0:
+        return logprobs, entropy, row_max, log_total
+    source, inner_size, stride_outer, stride_inner = _rows(logits)
+    num_chunks = triton.cdiv(V, CHUNK)
+    state = logprobs.new_empty((N, num_chunks, 4))
+    shared = dict(
+        logits_ptr=source, token_ids_ptr=token_ids, state_ptr=state, V=V, num_chunks=num_chunks,
+        inner_size=inner_size, stride_outer=stride_outer, stride_inner=stride_inner,
+        scale=_LOG2E / temperature, ignore_index=ignore_index, ENTROPY=return_entropy,
+    )  # fmt: skip
+    aligned = (stride_outer | stride_inner) % 16 == 0  # both are
+    _token_logprobs_fwd_kernel[(N * num_chunks,)](
+        CHUNK=CHUNK, ALIGNED=aligned, **shared, **block_for(V)
+    )
+    _token_logprobs_merge_kernel[(triton.cdiv(N, MERGE["BLOCK_N"]),)](
+        logprobs_ptr=logprobs, entropy_ptr=entropy, row_max_ptr=row_max, log_total_ptr=log_total,
+        N=N, inverse_temperature=1.0 / temperature, **shared, **MERGE,
+    )  # fmt: skip
+    return logprobs, entropy, row_max, log_total
+
+
+def token_logprobs_bwd(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *saved: Any
+) -> Tensor:
+    """The gradient of logits. saved: as `_backward` lists it."""
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _backward(grad, grad_logprobs, grad_entropy, logits, *saved)
+    return grad
+
+
+def token_logprobs_bwd_(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *saved: Any
+) -> None:
+    """The same, over the logits."""
+    rows, *_ = _rows(logits)
+    _backward(rows, grad_logprobs, grad_entropy, rows, *saved)
+    if rows.data_ptr() != logits.data_ptr():  # their axes did not fold, and they had to be copied
+        logits.copy_(rows.view(logits.shape))
+
+
+def _backward(
+    grad: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    token_ids: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    row_max: Tensor,
+    log_total: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> None:
+    V, N = logits.shape[-1], token_ids.numel()
+    if N == 0:
+        return
+    source, inner_size, stride_outer, stride_inner = _rows(logits)
+    target, _, grad_stride_outer, grad_stride_inner = _rows(grad)
+    aligned = (stride_outer | stride_inner | grad_stride_outer | grad_stride_inner) % 16 == 0
+    block = block_for(V)
+    num_blocks = triton.cdiv(V, block["BLOCK_V"])
+    _token_logprobs_bwd_kernel[(N * num_blocks,)](
+        grad_logprobs_ptr=grad_logprobs, grad_entropy_ptr=grad_entropy, logits_ptr=source,
+        token_ids_ptr=token_ids, logprobs_ptr=logprobs, entropy_ptr=entropy, row_max_ptr=row_max,
+        log_total_ptr=log_total, grad_ptr=target, V=V, num_blocks=num_blocks,
+        inner_size=inner_size, stride_outer=stride_outer, stride_inner=stride_inner,
+        grad_stride_outer=grad_stride_outer, grad_stride_inner=grad_stride_inner,
+        scale=_LOG2E / temperature, inverse_temperature=1.0 / temperature,
+        ignore_index=ignore_index, LOGPROBS=grad_logprobs is not None,
+        ENTROPY=grad_entropy is not None, ALIGNED=aligned, **block,
+    )  # fmt: skip
