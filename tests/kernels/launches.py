@@ -1,0 +1,49 @@
+"""The list of launches: calls that reach every kernel of fastrl.kernels in every configuration that
+we ship. test_listing.py fails where a launcher or a kernel is missing here.
+
+The tensors hold nothing: only their types, sizes, strides and addresses reach the compiler.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastrl.kernels import token_logprobs
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        module = self.function.__module__.removeprefix("fastrl.kernels.")
+        return f"{module}.{self.function.__name__}"
+
+
+def launches() -> Iterator[Launch]:
+    yield from _token_logprobs()
+
+
+def _token_logprobs() -> Iterator[Launch]:
+    # Both blocks, each with rows on 16-byte bounds and not; rows on such bounds that end between
+    # two; and rows of one.
+    stored_and_used = [(151936, 151936), (50257, 50257), (50304, 50257)]
+    stored_and_used += [(1024, 1024), (1000, 1000), (1024, 1000), (1, 1)]
+    for dtype in FLOATS:
+        for stored, vocab in stored_and_used:
+            logits = torch.empty(2, stored, dtype=dtype)[:, :vocab]
+            ids, row = torch.empty(2, dtype=torch.int64), torch.empty(2)
+            for return_entropy in (False, True):
+                arguments = (logits, ids, 1.0, -100, return_entropy, False)
+                yield Launch(token_logprobs.token_logprobs_fwd, arguments)
+            for g, h in ((row, None), (None, row), (row, row)):
+                saved = (row, row if h is not None else None, row, row)
+                arguments = (g, h, logits, ids, *saved, 1.0, -100)
+                yield Launch(token_logprobs.token_logprobs_bwd, arguments)
+                yield Launch(token_logprobs.token_logprobs_bwd_, arguments)
