@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastrl.ops._binary import IMPLEMENTATIONS
 
@@ -100,8 +101,10 @@ def one_of(op: str, name: str, x: object, choices: tuple[str, ...]) -> None:
 
 
 def contents_are_known(*tensors: Tensor) -> bool:
-    """Whether looking into the tensors is free: eager, and on the CPU."""
-    return not torch.compiler.is_compiling() and all(t.device.type == "cpu" for t in tensors)
+    """Whether looking into the tensors is free: eager, on the CPU, and with something in them."""
+    return not torch.compiler.is_compiling() and all(
+        t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in tensors
+    )
 
 
 def cu_seqlens(op: str, x: object, num_tokens: int, like_tensor: Tensor) -> None:

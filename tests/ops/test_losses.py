@@ -30,8 +30,11 @@ CALLS = [
 ]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name, arguments, options", CALLS)
-def test_what_the_reference_gives(name, arguments, options):
+def test_what_the_reference_gives(name, arguments, options, device):
+    arguments = [x.to(device) for x in arguments]
+    options = {k: x.to(device) if torch.is_tensor(x) else x for k, x in options.items()}
     ours, plain = (getattr(m, name)(*arguments, **options) for m in (fastrl, reference))
     torch.testing.assert_close(ours, plain, rtol=0, atol=0)
 

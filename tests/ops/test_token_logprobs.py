@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from budget import assert_within_budget
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrl
 from fastrl import _C, reference
@@ -13,12 +14,22 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 VOCABULARIES = [1, 2, 7, 16, 31, 33, 1024, 1025, 2049, 16384, 40001]
 
 
-@pytest.fixture(params=_C.build_facts()["simd_levels"])
-def simd_level(request):
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=["cpu", GPU])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=[*(f"cpu-{level}" for level in _C.build_facts()["simd_levels"]), GPU])
+def any_kernel(request):
+    """The device, with each of its kernels in turn."""
+    device, _, level = request.param.partition("-")
     before = _C.simd_level()
-    if not _C.select_simd_level(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
+    if level and not _C.select_simd_level(level):
+        pytest.skip(f"this processor has no {level}")
+    yield device
     assert _C.select_simd_level(before)
 
 
@@ -31,7 +42,7 @@ def run(function, logits, token_ids, g, h, **options):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_error_budget(simd_level, dtype, vocab):
+def test_error_budget(any_kernel, dtype, vocab):
     logits = (3 * torch.randn(6, vocab)).to(dtype)
     logits[1] -= 1e4 if dtype == torch.float32 else 100.0  # all very negative
     logits[2, torch.randperm(vocab)[: vocab // 2]] = -math.inf
@@ -40,6 +51,7 @@ def test_error_budget(simd_level, dtype, vocab):
     token_ids[2] = logits[2].argmax()
     token_ids[5] = -100
     g, h = torch.randn(6), torch.randn(6)
+    logits, token_ids, g, h = (x.to(any_kernel) for x in (logits, token_ids, g, h))
     options = {"temperature": 0.7}
     ours = run(fastrl.token_logprobs, logits, token_ids, g, h, **options)
     eager = run(reference.token_logprobs, logits, token_ids, g, h, **options)
@@ -52,13 +64,13 @@ def test_error_budget(simd_level, dtype, vocab):
 
 @pytest.mark.parametrize("log10_rest", [-1, -3, -5, -7, -8])
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
-def test_likely_and_unlikely_tokens_keep_their_digits(simd_level, log10_rest, offset):
+def test_likely_and_unlikely_tokens_keep_their_digits(any_kernel, log10_rest, offset):
     """p = 1 - 10^k: relative error, where log_softmax in float32 loses every digit."""
     vocab = 5000
     logits = torch.full((2, vocab), math.log(10.0**log10_rest / (vocab - 1)))
     logits[:, 17] = math.log1p(-(10.0**log10_rest))
-    logits = logits + offset
-    token_ids = torch.tensor([17, 3])
+    logits = (logits + offset).to(any_kernel)
+    token_ids = torch.tensor([17, 3], device=any_kernel)
     for g, h in ((1.0, 0.0), (0.0, 1.0)):
         ours = run(fastrl.token_logprobs, logits, token_ids, g, h)
         truth = run(reference.token_logprobs, logits.double(), token_ids, g, h)
@@ -67,8 +79,9 @@ def test_likely_and_unlikely_tokens_keep_their_digits(simd_level, log10_rest, of
             assert error.max() <= 1e-5
 
 
-def test_a_row_alone_is_bitwise_the_row_in_a_batch(simd_level):
-    logits, token_ids = torch.randn(9, 40001), torch.randint(40001, (9,))
+def test_a_row_alone_is_bitwise_the_row_in_a_batch(any_kernel):
+    logits = torch.randn(9, 40001, device=any_kernel)
+    token_ids = torch.randint(40001, (9,), device=any_kernel)
     options = {"return_entropy": True, "temperature": 0.9}
     together = fastrl.token_logprobs(logits, token_ids, **options)
     for row in range(9):
@@ -90,9 +103,9 @@ def test_threads_and_alignment_do_not_change_a_bit():
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-def test_strided_leading_axes_and_columns():
-    logits = torch.randn(4, 6, 300)
-    token_ids = torch.randint(100, (4, 5))
+def test_strided_leading_axes_and_columns(device):
+    logits = torch.randn(4, 6, 300, device=device)
+    token_ids = torch.randint(100, (4, 5), device=device)
     for view in (
         logits[:, :-1, :100],
         logits[:, 1:, ::3],
@@ -105,9 +118,9 @@ def test_strided_leading_axes_and_columns():
         assert all(torch.equal(a, b) for a, b in zip(ours, copied, strict=True))
 
 
-def test_gradient_of_a_view_reaches_its_base():
-    base = torch.randn(3, 5, 40, requires_grad=True)
-    token_ids = torch.randint(40, (3, 4))
+def test_gradient_of_a_view_reaches_its_base(device):
+    base = torch.randn(3, 5, 40, device=device, requires_grad=True)
+    token_ids = torch.randint(40, (3, 4), device=device)
     fastrl.token_logprobs(base[:, :-1], token_ids).sum().backward()
     ours, base.grad = base.grad, None
     reference.token_logprobs(base[:, :-1], token_ids).sum().backward()
@@ -116,9 +129,9 @@ def test_gradient_of_a_view_reaches_its_base():
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_inplace_backward_writes_the_gradient_over_the_logits(dtype):
-    x = torch.randn(5, 333).to(dtype).requires_grad_()
-    token_ids = torch.randint(333, (5,))
+def test_inplace_backward_writes_the_gradient_over_the_logits(device, dtype):
+    x = torch.randn(5, 333, device=device).to(dtype).requires_grad_()
+    token_ids = torch.randint(333, (5,), device=device)
     token_ids[2] = -100
     grads = []
     for inplace in (False, True):
@@ -134,17 +147,18 @@ def test_inplace_backward_writes_the_gradient_over_the_logits(dtype):
     assert not torch.equal(grads[0][1], grads[0][0])
 
 
-def test_inplace_backward_is_loud_where_the_logits_are_needed_again():
-    x = torch.randn(2, 9, requires_grad=True)
-    logits = x * 1.0
-    loss = fastrl.token_logprobs(logits, torch.tensor([1, 2]), inplace_backward=True).sum()
+def test_inplace_backward_is_loud_where_the_logits_are_needed_again(device):
+    x = torch.randn(2, 9, device=device, requires_grad=True)
+    logits, token_ids = x * 1.0, torch.tensor([1, 2], device=device)
+    loss = fastrl.token_logprobs(logits, token_ids, inplace_backward=True).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_entropy_alone_and_logprob_alone():
-    logits, token_ids = torch.randn(4, 70), torch.randint(70, (4,))
+def test_entropy_alone_and_logprob_alone(device):
+    logits = torch.randn(4, 70, device=device)
+    token_ids = torch.randint(70, (4,), device=device)
     for pick in (0, 1):
         x, y = logits.clone().requires_grad_(), logits.double().requires_grad_()
         fastrl.token_logprobs(x, token_ids, return_entropy=True)[pick].sum().backward()
@@ -152,60 +166,66 @@ def test_entropy_alone_and_logprob_alone():
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_ignored_rows_may_hold_anything():
-    logits = torch.randn(4, 50)
+def test_ignored_rows_may_hold_anything(device):
+    logits = torch.randn(4, 50, device=device)
     logits[1], logits[3] = math.nan, -math.inf
-    token_ids = torch.tensor([3, -1, 4, -1])
+    token_ids = torch.tensor([3, -1, 4, -1], device=device)
     out = run(fastrl.token_logprobs, logits, token_ids, 1.0, 1.0, ignore_index=-1)
     assert not out[0][[1, 3]].any() and not out[1][[1, 3]].any() and not out[2][[1, 3]].any()
     assert all(x.isfinite().all() for x in out)
 
 
-def test_rows_without_a_distribution_are_nan_and_leave_the_others_alone():
-    logits = torch.randn(5, 2500)
+def test_rows_without_a_distribution_are_nan_and_leave_the_others_alone(device):
+    logits = torch.randn(5, 2500, device=device)
     logits[0, 3], logits[1, 2400], logits[2] = math.nan, math.inf, -math.inf
     logits[3, :2000] = -math.inf
     logits[3, 7] = math.nan  # NaN before anything finite
-    out = run(fastrl.token_logprobs, logits, torch.full((5,), 9), 1.0, 1.0)
+    token_ids = torch.full((5,), 9, device=device)
+    out = run(fastrl.token_logprobs, logits, token_ids, 1.0, 1.0)
     for x in out:
         assert x[:4].isnan().all() if x.dim() == 1 else x[:4].isnan().any(1).all()
         assert x[4].isfinite().all()
 
 
-def test_empty_batches():
-    logits = torch.randn(0, 30, requires_grad=True)
-    logprobs = fastrl.token_logprobs(logits, torch.empty(0, dtype=torch.int64))
+def test_empty_batches(device):
+    logits = torch.randn(0, 30, device=device, requires_grad=True)
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    logprobs = fastrl.token_logprobs(logits, none)
     logprobs.sum().backward()
     assert logprobs.shape == (0,) and logits.grad.shape == (0, 30)
-    out = fastrl.token_logprobs(torch.randn(2, 0, 5), torch.empty(2, 0, dtype=torch.int64))
+    out = fastrl.token_logprobs(torch.randn(2, 0, 5, device=device), none.view(2, 0))
     assert out.shape == (2, 0)
 
 
-def test_all_rows_ignored_and_a_fresh_output_is_written_in_full():
-    logits = torch.randn(3, 11, requires_grad=True)
-    logprobs, entropy = fastrl.token_logprobs(logits, torch.full((3,), -100), return_entropy=True)
+def test_all_rows_ignored_and_a_fresh_output_is_written_in_full(device):
+    logits = torch.randn(3, 11, device=device, requires_grad=True)
+    token_ids = torch.full((3,), -100, device=device)
+    logprobs, entropy = fastrl.token_logprobs(logits, token_ids, return_entropy=True)
     (logprobs + entropy).sum().backward()
     assert not logprobs.any() and not entropy.any() and not logits.grad.any()
 
 
-def test_kept_renormalises():
-    logits = torch.randn(2, 8, requires_grad=True)
-    kept = torch.tensor([1, 3, 0, 2, 5]), torch.tensor([0, 2, 5], dtype=torch.int32)
-    logprobs = fastrl.token_logprobs(logits, torch.tensor([3, 7]), kept=kept)
+def test_kept_renormalises(device):
+    logits = torch.randn(2, 8, device=device, requires_grad=True)
+    ids = torch.tensor([1, 3, 0, 2, 5], device=device)
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    token_ids = torch.tensor([3, 7], device=device)
+    logprobs = fastrl.token_logprobs(logits, token_ids, kept=(ids, bounds))
     expected = logits[0, 3] - logits[0, [1, 3]].logsumexp(0)
     torch.testing.assert_close(logprobs[0], expected)
     assert logprobs[1] == -math.inf
 
 
 @pytest.mark.parametrize("return_entropy", [False, True])
-def test_opcheck(return_entropy):
-    logits = torch.randn(3, 40, requires_grad=True)
-    token_ids = torch.tensor([1, -100, 39])
+def test_opcheck(device, return_entropy):
+    logits = torch.randn(3, 40, device=device, requires_grad=True)
+    token_ids = torch.tensor([1, -100, 39], device=device)
     arguments = (logits, token_ids, 0.8, -100, return_entropy, False)
     torch.library.opcheck(torch.ops.fastrl.token_logprobs_fwd.default, arguments)
     logprobs, entropy, row_max, log_total = torch.ops.fastrl.token_logprobs_fwd(*arguments)
     saved = (logprobs, entropy if return_entropy else None, row_max, log_total)
-    grads = (torch.randn(3), torch.randn(3) if return_entropy else None)
+    g = torch.randn(3, device=device)
+    grads = (g, 2 * g if return_entropy else None)
     x = logits.detach()
     backward = (*grads, x, token_ids, *(s if s is None else s.detach() for s in saved), 0.8, -100)
     torch.library.opcheck(torch.ops.fastrl.token_logprobs_bwd.default, backward)
@@ -214,7 +234,7 @@ def test_opcheck(return_entropy):
 
 # The in-place form through Inductor, whose mutation analysis is what could go wrong.
 @pytest.mark.parametrize("inplace, backend", [(False, "aot_eager"), (True, "inductor")])
-def test_compiles_without_a_break_or_a_recompile(inplace, backend):
+def test_compiles_without_a_break_or_a_recompile(device, inplace, backend):
     def loss(x, token_ids):
         logprobs, entropy = fastrl.token_logprobs(
             x * 2.0, token_ids, return_entropy=True, inplace_backward=inplace
@@ -223,8 +243,8 @@ def test_compiles_without_a_break_or_a_recompile(inplace, backend):
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
     for rows in (3, 5):
-        x = torch.randn(rows, 40, requires_grad=True)
-        token_ids = torch.randint(40, (rows,))
+        x = torch.randn(rows, 40, device=device, requires_grad=True)
+        token_ids = torch.randint(40, (rows,), device=device)
         with torch._dynamo.config.patch(error_on_recompile=rows != 3):
             compiled(x, token_ids).backward()
         ours, x.grad = x.grad, None
@@ -232,15 +252,24 @@ def test_compiles_without_a_break_or_a_recompile(inplace, backend):
         torch.testing.assert_close(ours, x.grad)
 
 
-def test_out_of_range_ids():
+def test_out_of_range_ids_raise_where_looking_is_free():
     logits = torch.randn(2, 5)
     with pytest.raises(ValueError, match=r"token_ids in \[0, 5\) or ignore_index = -100, got 5"):
         fastrl.token_logprobs(logits, torch.tensor([1, 5]))
     with pytest.raises(ValueError, match="got -1"):
         fastrl.token_logprobs(logits, torch.tensor([-100, -1]))
-    # Where looking would synchronise or break a graph, such an id gives NaN and is not read.
+
+
+def test_fake_tensors_hold_nothing_to_check():
+    with FakeTensorMode():
+        logits, token_ids = torch.randn(2, 5), torch.tensor([1, 2])
+        assert fastrl.token_logprobs(logits, token_ids).shape == (2,)
+
+
+def test_elsewhere_out_of_range_ids_give_nan_and_are_not_read(device):
+    """Looking would break a graph, or synchronise."""
     compiled = torch.compile(fastrl.token_logprobs, fullgraph=True, backend="aot_eager")
-    out = compiled(logits, torch.tensor([1, 2**40]))
+    out = compiled(torch.randn(2, 5, device=device), torch.tensor([1, 2**40], device=device))
     assert out[0].isfinite() and out[1].isnan()
 
 
