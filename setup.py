@@ -5,7 +5,6 @@ import platform
 import shutil
 from pathlib import Path
 
-import pybind11
 import torch
 from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
@@ -23,6 +22,15 @@ def require_compiler() -> None:
         )
 
 
+def pybind11_include() -> list[str]:
+    """Without the package torch's own copy serves, which is on the compiler's path already."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
+
+
 def extension():
     with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
     cxx = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
@@ -35,7 +43,7 @@ def extension():
     built = kind(
         "fastrl._C",
         sources,
-        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        include_dirs=[str(ROOT / "csrc"), *pybind11_include()],
         define_macros=[("FASTRL_WITH_CUDA", None)] if with_cuda else [],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc} if with_cuda else cxx,
         depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),

@@ -1,0 +1,298 @@
+"""`make gpu` with other commands in the place of its parts: what it keeps when they go wrong."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import results
+from bench.gpu import command, plan, report
+from bench.gpu.parts import Outcome, Part, Runner
+from bench.results import CaseResult, Entry, Results
+
+MACHINE = {
+    "environment": {
+        "device": "cuda", "cpu": "A processor", "gpu": "NVIDIA H100 80GB HBM3", "threads": 2,
+        "cores": 2, "simd": None, "torch": "2.11.0", "python": "3.12", "commit": "git's own",
+        "date": "today", "peers": {}, "load_1min": 0.0, "driver": "580.1",
+    },
+    "capability": "9.0",
+    "packages": {"pytest": True, "matplotlib": True},
+    "ops": {"gae": 1, "token_logprobs": 3},
+    "lacking": [],
+}  # fmt: skip
+
+
+def shell(script, **options):
+    return Part(options.pop("name", "part"), ["sh", "-c", script], options.pop("limit_s", 20.0))
+
+
+def results_of(op, peer_ratio=2.0):
+    def entry(name, ratio):
+        return Entry(
+            name=name, version="1.0", rounds=5, launches=1, gb_s=4.0, tflop_s=None, ratio=ratio,
+            time_us={"p20": 9.0, "p50": 10.0, "p80": 12.0}, share_of_ceiling=0.5, error=1e-7,
+            extra_memory_mib=1.0,
+        )  # fmt: skip
+
+    case = CaseResult(op, f"{op} [8, 8] float32 forward", "small", [8, 8], "float32", "forward", 8)
+    case.entries = [entry("fastrl", 1.0), entry("a peer", peer_ratio)]
+    case.missing = [{"name": "torchrl", "version": "", "reason": "not installed: pip"}]
+    return Results(MACHINE["environment"] | {"commit": "unknown"}, True, [case])
+
+
+def bench(op, files, then, tmp_path, **options):
+    """As a bench does: it writes the cases that are done, and goes on."""
+    path = tmp_path / f"{op}.json"
+    results.save(results_of(op, options.pop("peer_ratio", 2.0)), path)
+    copy = f"cp {shlex.quote(str(path))} {shlex.quote(str(files.results(op)))}"
+    return shell(f"{copy}; {then}", name=op, **options)
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    return plan.Files(folder)
+
+
+def runner(files, seconds=60.0):
+    return Runner(files.folder, os.environ, seconds, grace_s=0.2)
+
+
+def statuses(done):
+    return {outcome.name: outcome.status for outcome in done.outcomes}
+
+
+def test_each_part_gives_what_it_has(files, tmp_path):
+    """One is killed, one fails, one is too long in pictures: the others are complete."""
+    out, done = tmp_path / "out", runner(files)
+    pictures = (
+        f"mkdir {files.pictures}; for i in 1 2 3 4 5 6 7 8; do echo > {files.pictures}/$i.png"
+    )
+    parts = [
+        shell("echo one; echo 'no such header' >&2; exit 3", name="build"),
+        bench("gae", files, "sleep 60", tmp_path, limit_s=1.0),
+        bench("token_logprobs", files, "true", tmp_path, peer_ratio=0.5),
+        shell(f"{pictures}; done", name="pictures"),
+    ]
+    environment = MACHINE["environment"] | {"commit": "abc"}
+    assert command.run(done, parts, environment, files, out) == 1
+    assert statuses(done) == {
+        "build": "failed", "gae": "over its limit", "token_logprobs": "ok", "pictures": "ok",
+    }  # fmt: skip
+    found = results.load(out / "results.json")
+    assert [case.op for case in found.cases] == ["gae", "token_logprobs"]
+    assert found.environment["commit"] == "abc"
+    assert [part["status"] for part in found.environment["parts"]] == [
+        "failed",
+        "over its limit",
+        "ok",
+        "ok",
+    ]
+    assert sorted(p.name for p in out.iterdir()) == [
+        *(f"{i}.png" for i in range(1, 7)), "report.md", "results.json",
+    ]  # fmt: skip
+    text = (out / "report.md").read_text()
+    for line in (
+        "# fastrl on NVIDIA H100 80GB HBM3", "| commit | abc |", "| driver | 580.1 |",
+        "| build | failed | 0 | 20 | exit status 3 |", "no such header", "### gae",
+        "The bench is over its limit", "not installed: pip", "0.50x (faster)",
+        "![6](6.png)",
+        "of the binary that was there before",
+    ):  # fmt: skip
+        assert line in text
+    assert "7.png" not in text
+
+
+def test_a_part_is_killed_with_all_that_it_started(files, tmp_path):
+    beat = tmp_path / "beat"
+    child = f"trap '' INT; while :; do date +%N > {beat}; sleep 0.02; done"
+    done = runner(files)
+    done.run(shell(f"({child}) & echo $! ; wait", limit_s=1.0))
+    assert statuses(done) == {"part": "over its limit"} and done.outcomes[0].tail.strip().isdigit()
+    assert _is_still(beat)
+    # One that ends in time may leave something behind, too.
+    assert done.run(shell(f"({child}) & sleep 0.2")).status == "ok"
+    assert _is_still(beat)
+
+
+def _is_still(beat):
+    before = beat.read_text()
+    time.sleep(0.2)
+    return beat.read_text() == before
+
+
+def test_a_part_over_its_limit_may_write_down_what_it_knows(files, tmp_path):
+    note = tmp_path / "note"
+    script = f"trap 'echo kept > {note}; exit' INT; sleep 60 & wait"
+    assert runner(files).run(shell(script, limit_s=1.0)).status == "over its limit"
+    assert note.read_text() == "kept\n"
+
+
+def test_shares_of_the_time_and_the_deadline(files):
+    done = runner(files, seconds=100.2)
+    parts = [
+        Part("a", ["true"]), Part("b", ["true"], weight=3), Part("pictures", ["true"], 10.0),
+    ]  # fmt: skip
+    done.run_all(parts, lambda: None)
+    limits = [outcome.limit_s for outcome in done.outcomes]
+    assert limits == pytest.approx([22.5, 90, 10], abs=1)  # what the first one leaves goes on
+    late = runner(files, seconds=1.0)
+    late.run_all(parts, lambda: None)
+    assert set(statuses(late).values()) == {"not reached"} and all(o.is_bad for o in late.outcomes)
+
+
+def test_the_limits_leave_the_benches_their_time():
+    fixed = plan.WHEELS + plan.CHECK + plan.BUILD + plan.TESTS + plan.PICTURES
+    assert fixed + 160 <= plan.TOTAL <= 540 - 20
+
+
+def test_an_interrupt_loses_nothing_either(files, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    parts = [
+        bench("gae", files, "kill -INT $PPID; sleep 60", tmp_path), shell("true", name="pictures"),
+    ]  # fmt: skip
+    done = runner(files)
+    try:
+        assert command.run(done, parts, MACHINE["environment"], files, tmp_path / "out") == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert statuses(done) == {"gae": "interrupted", "pictures": "not reached"}
+    assert len(results.load(tmp_path / "out" / "results.json").cases) == 1
+
+
+def planned(only, files, **changes):
+    return plan.plan(only, MACHINE | changes, files)
+
+
+def test_only(files):
+    assert [p.name for p in planned([], files)] == [
+        "build", "tests", "gae", "token_logprobs", "pictures",
+    ]  # fmt: skip
+    assert [p.weight for p in planned([], files)[2:4]] == [1, 3]
+    assert [p.name for p in planned(["build"], files)] == ["build"]
+    assert [p.name for p in planned(["tests"], files)] == ["build", "tests"]
+    parts = planned(["gae"], files)
+    assert [p.name for p in parts] == ["build", "tests", "gae", "pictures"]
+    assert parts[1].command[parts[1].command.index("-k") + 1] == "gae"
+    assert "-k" not in planned(["gae", "tests"], files)[1].command
+    with pytest.raises(plan.Refused, match="expected ONLY in build, tests, gae, .*, got gea. Name"):
+        planned(["build", "gea"], files)
+
+
+def test_a_machine_without_pytest_or_matplotlib(files, tmp_path):
+    parts = planned([], files, packages={"pytest": False, "matplotlib": False})
+    done = runner(files)
+    for part in (parts[1], parts[-1]):
+        done.run(part)
+    assert statuses(done) == {"tests": "failed", "pictures": "skipped"}
+    text = report.text(results_of("gae"), done.outcomes, None, [])
+    assert "pytest is not installed; put its wheel into WHEELS=folder" in text
+    assert "| pictures | skipped | 0 | 0 | matplotlib is not installed |" in text
+
+
+def test_every_gpu_test_is_in_a_file_that_is_run(request):
+    marked = {item.path for item in request.session.items if "gpu" in item.keywords}
+    assert marked <= set(plan.gpu_test_files())
+
+
+def test_a_table_that_cannot_be_made_costs_the_tables_alone(monkeypatch):
+    def broken(results):
+        raise KeyError("cores")
+
+    monkeypatch.setattr(report.table, "closing_lines", broken)
+    outcomes = [Outcome("build", "failed", tail="no such header")]
+    text = report.text(results_of("gae"), outcomes, None, [])
+    assert "could not be made: KeyError('cores')" in text and "no such header" in text
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.ops.test_a" name="test_x[cuda]"/>
+<testcase classname="tests.ops.test_a" name="test_y"><skipped message="needs 2 GPUs"/></testcase>
+<testcase classname="tests.ops.test_a" name="test_z">
+  <failure message="assert 1 == 2&#10;more">long</failure><error message="then"/></testcase>
+<testcase classname="" name="tests.ops.test_b"><error message="collection failure"/></testcase>
+<testcase time="0.000"/>
+</testsuite></testsuites>"""
+
+
+def test_tests_are_counted_and_failures_named(files):
+    assert report.read_tests(files.junit) is None
+    files.junit.write_text("<testsuites>")
+    assert report.read_tests(files.junit) is None
+    files.junit.write_text(JUNIT)
+    tests = report.read_tests(files.junit)
+    text = report.text(results_of("gae"), [], tests, [])
+    assert "1 passed, 2 failed, 1 skipped." in text
+    assert "- `tests.ops.test_a.test_z: assert 1 == 2`" in text
+    assert "- `tests.ops.test_b: collection failure`" in text
+    assert "- 1: needs 2 GPUs (`tests.ops.test_a.test_y`)" in text
+
+
+@pytest.fixture
+def main(monkeypatch, tmp_path):
+    """The command on a machine that has it all, with a single part that prints its environment."""
+    machine = tmp_path / "machine.json"
+    machine.write_text(json.dumps(MACHINE))
+    monkeypatch.setattr(
+        command, "check_part",
+        lambda device, files: shell(f"cp {machine} {files.machine}", name="check"),
+    )  # fmt: skip
+
+    def only_build(only, machine, files):
+        planned(only, files)
+        return [shell("echo PATH is $PATH; exit 1", name="build")]
+
+    monkeypatch.setattr(command, "plan", only_build)
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield command.main
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("argv, stamp", [(["--commit", "abc"], "abc"), ([], "git's own")])
+def test_the_stamp(main, tmp_path, argv, stamp):
+    out = tmp_path / "out"
+    assert main([*argv, "--out", str(out)]) == 1
+    assert results.load(out / "results.json").environment["commit"] == stamp
+    text = (out / "report.md").read_text()
+    assert f"| commit | {stamp} |" in text and "| check | ok |" in text
+    assert f"PATH is {Path(sys.executable).parent}" in text
+
+
+def test_bad_arguments_are_clear_errors_and_write_nothing(main, tmp_path, capsys):
+    for argv, message in (
+        (["--only", "gea"], "gpu: expected ONLY in build,"),
+        (["--wheels", str(tmp_path / "none")], "gpu: expected wheels in WHEELS="),
+    ):
+        assert main([*argv, "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_wheels_stand_before_what_is_installed(files, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    env = command._environment(files, with_packages=True)
+    assert env["PYTHONPATH"] == f"{files.packages}:mine"
+    assert env["PATH"].startswith(f"{files.packages}/bin:{Path(sys.executable).parent}:")
+    assert command._environment(files, with_packages=False)["PYTHONPATH"] == "mine"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--out", str(out)],
+        cwd=plan.ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "gpu: expected an NVIDIA GPU that torch finds, got none" in done.stderr
+    assert not out.exists()
