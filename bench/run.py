@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,10 @@ class Bench:
             result.missing.append({"name": "fastrl", "version": "", "reason": str(error)})
         except WrongResult as error:
             result.wrong = str(error)
+            return result
+        except Exception as error:  # shown, counted as wrong, and the other cases still run
+            traceback.print_exc()
+            result.wrong = f"{case.op}: raised {type(error).__name__}: {error}"
             return result
         for peer in self.peers_of(case.op):
             field.enter_peer(peer)

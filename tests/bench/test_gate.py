@@ -78,6 +78,15 @@ def test_a_planted_error_is_caught_and_not_timed(case, planted):
     assert result.entries == []
 
 
+def test_an_op_that_breaks_is_wrong_and_the_run_goes_on(capsys):
+    def breaks(**arguments):
+        raise RuntimeError("out of something")
+
+    result = bench(types.SimpleNamespace(gae=breaks)).run(GAE)
+    assert result.wrong == "gae: raised RuntimeError: out of something" and not result.entries
+    assert "in breaks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("case", [GAE, LOGPROBS, SAMPLE], ids=lambda case: case.op)
 def test_the_right_op_passes_and_is_timed(case):
     result = bench().run(case)
