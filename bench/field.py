@@ -167,15 +167,16 @@ class Field:
     def record(self, floor_seconds: float) -> None:
         """floor_seconds: what the ceiling that binds this case needs for it."""
         ours = self._entered.get("fastrl")
-        our_p50 = None if ours is None else statistics.median(ours.contestant.times.values())
+        our_p50 = None if ours is None else statistics.median(ours.contestant.kept)
         for name, entered in self._entered.items():
-            times = sorted(entered.contestant.times.values())
+            times = sorted(entered.contestant.kept)
             p50 = statistics.median(times)
             flops = self._result.counted_flops
             entry = Entry(
                 name=name,
                 version=entered.version,
                 rounds=len(times),
+                disturbed=len(entered.contestant.times) - len(times),
                 launches=entered.contestant.launches,
                 time_us={
                     "p20": 1e6 * quantile(times, 0.2),

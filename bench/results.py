@@ -19,7 +19,8 @@ class Entry:
 
     name: str
     version: str
-    rounds: int
+    rounds: int  # turns that count
+    disturbed: int  # turns left out, since the machine was not quiet
     launches: int
     time_us: dict[str, float]  # "p20", "p50", "p80"
     gb_s: float

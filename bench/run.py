@@ -14,6 +14,7 @@ from bench.case import Case, Workload, WrongResult
 from bench.ceiling import Copy, Product
 from bench.field import Field
 from bench.peers import Peer
+from bench.quiet import Probe
 from bench.results import CaseResult
 from bench.timing import Budget, Contestant, RunRounds, synchronize, take_turns
 from bench.workloads import WORKLOADS
@@ -38,6 +39,7 @@ class Bench:
         self.ops = ops
         self.peers_of = peers_of
         self._copy = copy or Copy(device)
+        self._probe = Probe(device)
 
     def run(self, case: Case, *, run_rounds: RunRounds | None = None) -> CaseResult:
         """The figures of a case; `wrong` is set, and nothing timed, where our op fails the gate.
@@ -92,8 +94,11 @@ class Bench:
         turns = {name: self._ceiling_turns(ceiling) for name, ceiling in ceilings.items()}
         first, *others = field.contestants.values()
         with torch.set_grad_enabled(case.mode != "forward"):
-            take_turns(first, [*others, *turns.values()], self.device, run_rounds=run_rounds)
-        seconds = {name: statistics.median(c.times.values()) for name, c in turns.items()}
+            take_turns(
+                first, [*others, *turns.values()], self.device, probe=self._probe,
+                patience_seconds=self.budget.patience_seconds, run_rounds=run_rounds,
+            )  # fmt: skip
+        seconds = {name: statistics.median(c.kept) for name, c in turns.items()}
         result.copy_gb_s = self._copy.bytes / seconds["copy"] / 1e9
         floors = {"copy": result.counted_bytes / result.copy_gb_s / 1e9}
         if "product" in ceilings:

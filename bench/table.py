@@ -117,6 +117,10 @@ def closing_lines(results: Results) -> Iterator[str]:
         yield f"Copy bandwidth: {results.copy_gb_s:.1f} GB/s, read and written, median of all cases"
     for dtype, rate in results.product_tflop_s.items():
         yield f"Matrix products in {dtype}: {rate:.3g} TFLOP/s, median of the cases that count them"
+    entries = [entry for case in results.cases for entry in case.entries]
+    if left_out := sum(entry.disturbed for entry in entries):
+        turns = left_out + sum(entry.rounds for entry in entries)
+        yield f"Left out: {left_out} of {turns} turns, in which a probe found the machine disturbed"
     if e["load_1min"] > 0.5:
         yield (
             f"The load was {e['load_1min']:.1f} before the run: other work takes its share of "

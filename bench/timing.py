@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from bench.quiet import Probe
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -18,10 +20,11 @@ class Budget:
     least_rounds: int
     most_rounds: int
     turn_seconds: float = 0.004  # so many launches per turn that the clock's own error is small
+    patience_seconds: float = 0.0  # how long a case may wait for quiet moments
 
 
-FULL = Budget(seconds=1.0, least_rounds=5, most_rounds=31)
-QUICK = Budget(seconds=0.4, least_rounds=3, most_rounds=15)
+FULL = Budget(seconds=1.0, least_rounds=7, most_rounds=31, patience_seconds=10.0)
+QUICK = Budget(seconds=0.4, least_rounds=3, most_rounds=15, patience_seconds=0.5)
 # What takes seconds a call would take minutes of the run, and its share of noise is small.
 _SLOW, _SLOW_ROUNDS = 1.0, 3
 
@@ -32,13 +35,18 @@ class Contestant:
 
     call: one launch.
     before: untimed work that each launch needs (a forward pass, an input restored), or None.
+    times: seconds per launch, by round.
+    probes: the slower of the two around each of these turns.
+    kept: the times of the turns in quiet moments, or of the quietest ones.
     """
 
     call: Callable[[], Any]
     before: Callable[[], Any] | None = None
     launches: int = 1
     rounds: int = 1
-    times: dict[int, float] = field(default_factory=dict)  # seconds per launch, by round
+    times: dict[int, float] = field(default_factory=dict)
+    probes: dict[int, float] = field(default_factory=dict)
+    kept: list[float] = field(default_factory=list)
 
     def plan(self, budget: Budget, device: torch.device, once: float) -> None:
         """Launches per turn and number of rounds, from the seconds of one call."""
@@ -64,6 +72,20 @@ class Contestant:
     def launch(self) -> None:
         for _ in range(self.launches):
             self.call()
+
+    @property
+    def wanted(self) -> int:
+        """Quiet turns that are enough."""
+        return min(self.rounds, max(3, (self.rounds + 1) // 2))
+
+    def lacks_quiet_turns(self, probe: Probe) -> bool:
+        quiet = sum(map(probe.is_quiet, self.probes.values()))
+        return quiet < self.wanted and len(self.times) < 2 * self.rounds
+
+    def keep_quiet_turns(self, probe: Probe) -> None:
+        by_slowness = sorted(self.times, key=lambda r: probe.slowness(self.probes[r]))
+        quiet = sum(map(probe.is_quiet, self.probes.values()))
+        self.kept = [self.times[r] for r in by_slowness[: max(quiet, self.wanted)]]
 
 
 def synchronize(device: torch.device) -> None:
@@ -93,29 +115,54 @@ def take_turns(
     others: list[Contestant],
     device: torch.device,
     *,
+    probe: Probe,
+    patience_seconds: float = 0.0,
     run_rounds: "RunRounds | None" = None,
 ) -> None:
-    """Fill in `times`. In each round the others take their turns, then we take ours.
+    """Fill in `times` and `kept`. In each round the others take their turns, then we take ours.
 
-    A contestant that has fewer rounds than we do takes them spread over the whole time.
+    A contestant that has fewer rounds than we do takes them spread over the whole time. Who has
+    had too few turns in quiet moments then waits for some, as long as patience lasts.
 
     Args:
         run_rounds: times our turns; pytest-benchmark's clock in place of our own.
     """
     total = max(c.rounds for c in (ours, *others))
+    before = probe()
+
+    def end_turn(contestant: Contestant, r: int) -> None:
+        nonlocal before
+        after = probe()
+        contestant.probes[r] = max(before, after)
+        before = after
+
+    def take_turn(contestant: Contestant, r: int) -> None:
+        contestant.warm()
+        contestant.times[r] = _seconds(contestant, device) / contestant.launches
+        end_turn(contestant, r)
 
     def before_round(r: int) -> None:
+        if r > 0:
+            end_turn(ours, r - 1)
         # Another one first each time: nobody always follows the one that empties the caches.
         for i in range(len(others)):
             other = others[(i + r) % len(others)]
             if (r + 1) * other.rounds // total > r * other.rounds // total:
-                other.warm()
-                other.times[r] = _seconds(other, device) / other.launches
+                take_turn(other, r)
         ours.warm()
 
     with no_garbage_collection():
         seconds = (run_rounds or _run_rounds)(ours, before_round, total, device)
-    ours.times.update({r: s / ours.launches for r, s in enumerate(seconds)})
+        end_turn(ours, total - 1)
+        ours.times.update({r: s / ours.launches for r, s in enumerate(seconds)})
+        for r in range(total, 2 * total) if run_rounds is None else ():
+            for contestant in (ours, *others):
+                if patience_seconds > 0 and contestant.lacks_quiet_turns(probe):
+                    patience_seconds -= probe.wait(patience_seconds)
+                    before = probe()
+                    take_turn(contestant, r)
+    for contestant in (ours, *others):
+        contestant.keep_quiet_turns(probe)
 
 
 RunRounds = Callable[[Contestant, Callable[[int], None], int, torch.device], list[float]]

@@ -8,7 +8,7 @@ _EPISODES = ("next_values", "terminated")
 GAE = [
     Case(
         "gae", (512, 4096), "many environments: the size that other libraries quote",
-        inputs=_EPISODES, options=_DISCOUNTS, quick=True,
+        inputs=_EPISODES, options=_DISCOUNTS,
         targets=(
             Target("torchrl *", "ratio", at_least=25),
             Target("numba *", "ratio", at_least=1.5),

@@ -13,7 +13,7 @@ ENTROPY = {"return_entropy": True}
 TOKEN_LOGPROBS = [
     Case(
         "token_logprobs", (1024, 151936), "vocabulary 152k: scoring a batch, with entropy",
-        options=ENTROPY, quick=True,
+        options=ENTROPY,
         targets=(
             Target("TRL *", "ratio", at_least=25),
             Target("torch log_softmax*", "ratio", at_least=7),
@@ -29,6 +29,10 @@ TOKEN_LOGPROBS = [
                 "fastrl inplace_backward", "extra_memory_mib", at_most=MEMORY_SLACK_MIB
             ),
         ),
+    ),
+    Case(
+        "token_logprobs", (128, 151936), "some rows of it: what a quick look at the speed needs",
+        options=ENTROPY, quick=True,
     ),
     Case(
         "token_logprobs", (256, 151936), "the same in micro-batches: a smaller gradient buffer",

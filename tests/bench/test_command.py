@@ -14,7 +14,8 @@ from fastrl.cli.bench import main
 
 def entry(name, ratio, version="1.0", **changes):
     figures = {
-        "rounds": 5, "launches": 1, "time_us": {"p20": 9.0, "p50": 10.0 * ratio, "p80": 12.0},
+        "rounds": 5, "disturbed": 1, "launches": 1,
+        "time_us": {"p20": 9.0, "p50": 10.0 * ratio, "p80": 12.0},
         "gb_s": 4.0, "tflop_s": None, "share_of_ceiling": 0.5 / ratio, "ratio": ratio,
         "error": 1e-7, "extra_memory_mib": 16.0,
     }  # fmt: skip

@@ -37,9 +37,9 @@ def shell(script, **options):
 def results_of(op, peer_ratio=2.0):
     def entry(name, ratio):
         return Entry(
-            name=name, version="1.0", rounds=5, launches=1, gb_s=4.0, tflop_s=None, ratio=ratio,
-            time_us={"p20": 9.0, "p50": 10.0, "p80": 12.0}, share_of_ceiling=0.5, error=1e-7,
-            extra_memory_mib=1.0,
+            name=name, version="1.0", rounds=5, disturbed=0, launches=1, gb_s=4.0, tflop_s=None,
+            ratio=ratio, time_us={"p20": 9.0, "p50": 10.0, "p80": 12.0}, share_of_ceiling=0.5,
+            error=1e-7, extra_memory_mib=1.0,
         )  # fmt: skip
 
     case = CaseResult(op, f"{op} [8, 8] float32 forward", "small", [8, 8], "float32", "forward", 8)
