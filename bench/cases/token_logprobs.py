@@ -4,7 +4,7 @@ import torch
 
 from bench.case import Case, Target
 
-CUDA = ("cuda",)
+CPU, CUDA = ("cpu",), ("cuda",)
 BF16 = torch.bfloat16
 GRADIENT_MIB = 1024 * 151936 * 4 / 2**20
 MEMORY_SLACK_MIB = 2.0  # what the system's own count of resident pages is off by
@@ -32,15 +32,15 @@ TOKEN_LOGPROBS = [
     ),
     Case(
         "token_logprobs", (128, 151936), "some rows of it: what a quick look at the speed needs",
-        options=ENTROPY, quick=True,
+        options=ENTROPY, quick=True, devices=CPU,
     ),
     Case(
         "token_logprobs", (256, 151936), "the same in micro-batches: a smaller gradient buffer",
-        mode="both", in_place=True, quick=True,
+        mode="both", in_place=True, quick=True, devices=CPU,
     ),
     Case(
         "token_logprobs", (8, 151936), "decoding: fewer rows than blocks to share among threads",
-        options=ENTROPY, quick=True,
+        options=ENTROPY, quick=True, devices=CPU,
     ),
     Case(
         "token_logprobs", (512, 128256), "vocabulary 128k in the dtype that models give",
