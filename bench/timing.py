@@ -47,6 +47,7 @@ class Contestant:
     times: dict[int, float] = field(default_factory=dict)
     probes: dict[int, float] = field(default_factory=dict)
     kept: list[float] = field(default_factory=list)
+    is_slow: bool = False
 
     def plan(self, budget: Budget, device: torch.device, once: float) -> None:
         """Launches per turn and number of rounds, from the seconds of one call."""
@@ -54,6 +55,7 @@ class Contestant:
             for _ in range(2):  # a microsecond's call needs a loop to be timed at all
                 self.launches = max(1, min(20000, round(budget.turn_seconds / max(once, 1e-9))))
                 once = _seconds(self, device) / self.launches
+        self.is_slow = once >= _SLOW
         rounds = int(budget.seconds / max(once * self.launches, 1e-9))
         least = budget.least_rounds if once < _SLOW else min(_SLOW_ROUNDS, budget.least_rounds)
         self.rounds = min(max(rounds, least), budget.most_rounds)
@@ -64,10 +66,11 @@ class Contestant:
 
     def warm(self) -> None:
         """Untimed, at the start of a turn: caches hold another's data, and the memory that others
-        gave back to the system is slow to come again."""
+        gave back to the system is slow to come again. A call of seconds does not notice."""
         self.ready()
-        self.call()
-        self.ready()
+        if not self.is_slow:
+            self.call()
+            self.ready()
 
     def launch(self) -> None:
         for _ in range(self.launches):
