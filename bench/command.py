@@ -106,6 +106,8 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"bench: expected device cpu or cuda, got {name}. {remedy}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"bench: expected a CUDA device that torch finds, got none. {remedy}")
+    if device.type == "cuda" and device.index is None:  # torch.cuda.set_device wants a number
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -23,7 +23,7 @@ def pytest_addoption(parser):
 def bench(request) -> Bench:
     device = torch.device(request.config.getoption("--device"))
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     return Bench(device, FULL)
 
 

@@ -85,7 +85,7 @@ torch::stable::Tensor large_empty(const std::vector<int64_t>& shape,
   const Mapping mapping = take((bytes + kPage - 1) / kPage * kPage);
   if (!mapping.data) return {};  // torch's own allocation then says how much is missing
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
       mapping.data, static_cast<int64_t>(shape.size()), shape.data(), strides.data(), 0, dtype,
       aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
       &give_back, reinterpret_cast<void*>(mapping.bytes)));
