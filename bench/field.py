@@ -71,8 +71,9 @@ class Field:
         call = bound(self._ops, self._case, arguments, **options)
         outputs = gate.run_once(call, self._case, self._workload, arguments, self._upstream)
         ours, eager = self._gate.check(outputs)
+        upstream = gate.upstream_like(outputs, self._upstream)
         del outputs
-        self._enter(name, fastrl.__version__, call, arguments, ours, restore)
+        self._enter(name, fastrl.__version__, call, arguments, upstream, ours, restore)
         return eager
 
     def enter_peer(self, peer: Peer) -> None:
@@ -82,10 +83,11 @@ class Field:
             call = peer.call_for(self._case, arguments)
             outputs = gate.run_once(call, self._case, self._workload, arguments, self._upstream)
             error = self._gate.peer_error(outputs)
+            upstream = gate.upstream_like(outputs, self._upstream)
             del outputs
             if not error <= _ANOTHER_FUNCTION:
                 raise Unavailable(f"computes something else here: off by {error:.1e}")
-            self._enter(peer.name, peer.version, call, arguments, error, restore)
+            self._enter(peer.name, peer.version, call, arguments, upstream, error, restore)
             if peer is peers.REFERENCE and self._result.eager_error is None:
                 self._result.eager_error = error
         except Unavailable as reason:
@@ -123,10 +125,11 @@ class Field:
         version: str,
         call: Callable[[], Outputs],
         arguments: Arguments,
+        upstream: Outputs,
         error: float,
         restore: Callable[[], None] | None,
     ) -> None:
-        contestant = self._contestant(call, arguments, restore)
+        contestant = self._contestant(call, arguments, upstream, restore)
         device = self._device
         extra = None
         with torch.set_grad_enabled(self._case.mode != "forward"):
@@ -146,12 +149,13 @@ class Field:
         self,
         call: Callable[[], Outputs],
         arguments: Arguments,
+        upstream: Outputs,
         restore: Callable[[], None] | None,
     ) -> Contestant:
         mode, pending = self._case.mode, []
 
         def backward(outputs: Outputs) -> Outputs:
-            return gate.gradients(outputs, self._workload, arguments, self._upstream)
+            return gate.gradients(outputs, self._workload, arguments, upstream)
 
         def forward() -> None:
             if restore is not None:

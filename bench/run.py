@@ -46,6 +46,9 @@ class Bench:
 
         Where we have no implementation, that is listed with its reason, and the peers are timed.
         """
+        # Else a second shape would be compiled as a dynamic one. Between peers it would throw away
+        # what is to be timed.
+        torch.compiler.reset()
         workload = WORKLOADS[case.op]
         arguments = workload.make(case, self.device)
         result = CaseResult(
@@ -76,7 +79,12 @@ class Bench:
         for peer in self.peers_of(case.op):
             field.enter_peer(peer)
         if field.contestants:
-            self._take_turns(case, workload, field, result, run_rounds)
+            try:
+                self._take_turns(case, workload, field, result, run_rounds)
+            except Exception as error:  # of any contestant: this case is lost, the others are not
+                traceback.print_exc()
+                result.wrong = f"{case.op}: while being timed, {type(error).__name__}: {error}"
+                result.entries.clear()
         return result
 
     def _take_turns(

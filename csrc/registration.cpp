@@ -1,7 +1,14 @@
 // The one list of ops, and the pybind11 module `fastrl._C`, which tells how it was built.
 //
 // The list knows nothing of Python; loading the module runs the static registrations.
+
+// torch's own copy of pybind11, which serves where the package is missing, refuses the stable ABI
+// before torch 2.13, as if it were torch's API.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
+
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 

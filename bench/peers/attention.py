@@ -107,7 +107,6 @@ def _flex(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
         )
     if (softcap := case.options.get("softcap")) is not None:
         options["score_mod"] = lambda score, *_: softcap * torch.tanh(score / softcap)
-    torch.compiler.reset()
     attend = torch.compile(flex.flex_attention, dynamic=False)
     return lambda: (attend(query, key, value, **options),)
 

@@ -119,8 +119,6 @@ def _cce(case: Case, arguments: Arguments) -> Call:
         "softcap": case.options.get("softcap"),
         "impl": "cce" if hidden.device.type == "cuda" else "torch_compile",
     }
-    if hidden.device.type == "cpu":
-        torch.compiler.reset()
     return lambda: (-function(hidden, weight, token_ids, reduction="none", **options).float(),)
 
 

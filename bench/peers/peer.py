@@ -63,7 +63,6 @@ def eager(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
 
 
 def compiled(function: Callable[[], Any]) -> Callable[[], Outputs]:
-    torch.compiler.reset()  # else a second shape would be compiled as a dynamic one
     fast = torch.compile(function, dynamic=False)
     return lambda: as_tuple(fast())
 

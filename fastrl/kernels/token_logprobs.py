@@ -37,6 +37,11 @@ _RUNTIME = [
     "N", "num_chunks", "num_blocks", "inner_size", "ignore_index",
     "stride_outer", "stride_inner", "grad_stride_outer", "grad_stride_inner",
 ]  # fmt: skip
+# Read once a row: where a slice of them begins does not matter.
+_OF_A_ROW = [
+    "token_ids_ptr", "grad_logprobs_ptr", "grad_entropy_ptr", "logprobs_ptr", "entropy_ptr",
+    "row_max_ptr", "log_total_ptr",
+]  # fmt: skip
 
 
 def block_for(vocab: int) -> dict[str, int]:
@@ -69,7 +74,7 @@ def _below(m, m_new, rest, count, weighted, scale):
     )
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_OF_A_ROW)
 def _token_logprobs_fwd_kernel(
     logits_ptr, token_ids_ptr, state_ptr,  # [N, V], [N] -> [N, num_chunks, 4]
     V, num_chunks, inner_size, stride_outer: tl.int64, stride_inner: tl.int64,
@@ -109,7 +114,7 @@ def _token_logprobs_fwd_kernel(
         tl.store(out_ptr + 3, ordered_sum(weighted, BLOCK_V))
 
 
-@triton.jit(do_not_specialize=[*_RUNTIME, "V"])
+@triton.jit(do_not_specialize=[*_RUNTIME, "V"], do_not_specialize_on_alignment=_OF_A_ROW)
 def _token_logprobs_merge_kernel(
     logits_ptr, token_ids_ptr, state_ptr,
     logprobs_ptr, entropy_ptr, row_max_ptr, log_total_ptr,  # [N] each
@@ -154,7 +159,7 @@ def _token_logprobs_merge_kernel(
     tl.store(log_total_ptr + n, tl.where(counted, log_total, 0.0), mask=mask_n)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_OF_A_ROW)
 def _token_logprobs_bwd_kernel(
     grad_logprobs_ptr, grad_entropy_ptr, logits_ptr, token_ids_ptr,
     logprobs_ptr, entropy_ptr, row_max_ptr, log_total_ptr,

@@ -131,6 +131,23 @@ def test_a_missing_peer_is_listed_with_its_reason():
     assert [entry.name for entry in result.entries] == ["fastrl"]
 
 
+def test_a_contestant_that_breaks_while_timed_costs_its_case_alone(capsys):
+    calls = []
+
+    def build(case, arguments):
+        def call():
+            calls.append(1)
+            if len(calls) > 4:  # well after it was let in
+                raise MemoryError("no more")
+            return fastrl.gae(**arguments, **case.options)
+
+        return call
+
+    result = bench(peers=[Peer("tired", "torch", build)]).run(GAE)
+    assert result.wrong == "gae: while being timed, MemoryError: no more" and not result.entries
+    capsys.readouterr()
+
+
 def no_kernel(**arguments):
     raise NotImplementedError("gae: expected a CPU tensor")
 

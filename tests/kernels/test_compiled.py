@@ -1,5 +1,6 @@
 """Every kernel as code for a GPU: what it takes of one, and what that code looks like."""
 
+import itertools
 import re
 
 import pytest
@@ -75,16 +76,18 @@ LOGITS = {
 
 
 @pytest.mark.parametrize("vocab", [1024, 1000])
-def test_the_number_of_rows_makes_no_new_kernel(recorded, vocab):
+def test_neither_the_number_of_rows_nor_where_they_begin_makes_a_new_kernel(recorded, vocab):
     from ahead_of_time import record
 
     from fastrl.kernels.token_logprobs import token_logprobs_bwd, token_logprobs_fwd
 
     keys = set()
-    for build in LOGITS.values():
+    for build, first in itertools.product(LOGITS.values(), (0, 1)):
         logits = build(vocab)
-        row = torch.empty(logits.shape[:-1])
-        ids = row.long()
+        # From the second on, as a slice of a batch's ids is: off 16-byte bounds.
+        shape, count = logits.shape[:-1], logits.shape[:-1].numel()
+        row = torch.empty(count + first)[first:].view(shape)
+        ids = torch.empty(count + first, dtype=torch.int64)[first:].view(shape)
         forward = record(90, token_logprobs_fwd, logits, ids, 1.0, -100, True, False)
         saved = (ids, row, row, row, row, 1.0, -100)
         backward = record(90, token_logprobs_bwd, row, row, logits, *saved)
