@@ -43,6 +43,18 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
       "temperature, "
       "int ignore_index) -> ()");
   m.def(
+      "kept_logprobs_fwd(Tensor logits, Tensor token_ids, Tensor kept_ids, Tensor cu_seqlens, "
+      "float temperature, int ignore_index, bool return_entropy) "
+      "-> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_total)");
+  m.def(
+      "kept_logprobs_bwd(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, "
+      "Tensor token_ids, Tensor kept_ids, Tensor cu_seqlens, Tensor logprobs, Tensor? entropy, "
+      "Tensor row_max, Tensor log_total, float temperature, int ignore_index) -> Tensor");
+  m.def(
+      "sample_tokens(Tensor logits, Tensor seeds, int step, float temperature, int? top_k, "
+      "float? top_p) -> (Tensor token_ids, Tensor logprobs, Tensor lowest, Tensor last_id)");
+  m.def("kept_ids(Tensor logits, Tensor lowest, Tensor last_id) -> (Tensor ids, Tensor cu_seqlens)");
+  m.def(
       "gae(Tensor rewards, Tensor? values, Tensor? bootstrap_value, Tensor? next_values, "
       "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, "
       "Tensor? gamma_per_step, Tensor? lambda_per_step, float gamma, float gae_lambda) "
