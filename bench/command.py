@@ -11,7 +11,7 @@ from bench.compare import compare
 from bench.environment import describe
 from bench.results import ResultFileError, Results
 from bench.run import Bench
-from bench.timing import FULL, QUICK
+from bench.timing import budget_for
 
 USAGE_ERROR = 2
 
@@ -86,7 +86,7 @@ def measure(ops: list[str], device_name: str, *, quick: bool, path: Path | None 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     found = Results(describe(device), quick)
-    bench = Bench(device, QUICK if quick else FULL)
+    bench = Bench(device, budget_for(device, quick=quick))
     for i, case in enumerate(chosen, start=1):
         print(f"[{i}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
         found.cases.append(bench.run(case))

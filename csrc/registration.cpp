@@ -36,12 +36,33 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
       "token_logprobs_bwd(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, "
       "Tensor token_ids, Tensor logprobs, Tensor? entropy, Tensor row_max, Tensor log_total, float "
       "temperature, "
-      "int ignore_index) -> Tensor");
+      "int ignore_index, int vocab_start) -> Tensor");
   m.def(
       "token_logprobs_bwd_(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, "
       "Tensor token_ids, Tensor logprobs, Tensor? entropy, Tensor row_max, Tensor log_total, float "
       "temperature, "
-      "int ignore_index) -> ()");
+      "int ignore_index, int vocab_start) -> ()");
+  m.def(
+      "token_logprobs_state(Tensor logits, Tensor token_ids, float temperature, int ignore_index, "
+      "int vocab_start, bool return_entropy) -> Tensor");
+  m.def(
+      "linear_token_logprobs_state(Tensor hidden, Tensor weight, Tensor token_ids, Tensor? bias, "
+      "float temperature, float? softcap, int ignore_index, int vocab_start, bool return_entropy) "
+      "-> Tensor");
+  m.def(
+      "linear_token_logprobs_fwd(Tensor hidden, Tensor weight, Tensor token_ids, Tensor? bias, "
+      "float temperature, float? softcap, int ignore_index, bool return_entropy) "
+      "-> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_total)");
+  m.def(
+      "linear_token_logprobs_bwd(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, "
+      "Tensor weight, Tensor token_ids, Tensor? bias, Tensor logprobs, Tensor? entropy, "
+      "Tensor row_max, Tensor log_total, float temperature, float? softcap, int ignore_index, "
+      "int vocab_start, bool needs_hidden, bool needs_weight, bool needs_bias) "
+      "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "token_stats(Tensor hidden, Tensor weight, Tensor token_ids, Tensor? bias, float temperature, "
+      "float? softcap, int ignore_index) -> (Tensor logprobs, Tensor entropy, "
+      "Tensor log_sum_sq_probs, Tensor mean_logits, Tensor is_top1)");
   m.def(
       "kept_logprobs_fwd(Tensor logits, Tensor token_ids, Tensor kept_ids, Tensor cu_seqlens, "
       "float temperature, int ignore_index, bool return_entropy) "
@@ -53,7 +74,8 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
   m.def(
       "sample_tokens(Tensor logits, Tensor seeds, int step, float temperature, int? top_k, "
       "float? top_p) -> (Tensor token_ids, Tensor logprobs, Tensor lowest, Tensor last_id)");
-  m.def("kept_ids(Tensor logits, Tensor lowest, Tensor last_id) -> (Tensor ids, Tensor cu_seqlens)");
+  m.def(
+      "kept_ids(Tensor logits, Tensor lowest, Tensor last_id) -> (Tensor ids, Tensor cu_seqlens)");
   m.def(
       "gae(Tensor rewards, Tensor? values, Tensor? bootstrap_value, Tensor? next_values, "
       "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, "

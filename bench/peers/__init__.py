@@ -9,6 +9,7 @@ _OF = {
     "linear_token_loss": linear.of,
     "sample_tokens": sample_tokens.of,
     "token_logprobs": token_logprobs.of,
+    "token_stats": linear.of,
 }
 
 __all__ = ["REFERENCE", "Peer", "of", "pinned", "version_of"]

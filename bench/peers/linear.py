@@ -19,7 +19,7 @@ Call = Callable[[], Outputs]
 def _with_loss(build: Callable[[Case, Arguments], Call]) -> Callable[[Case, Arguments], Call]:
     def built(case: Case, arguments: Arguments) -> Call:
         call = build(case, arguments)
-        if case.op == "linear_token_logprobs":
+        if case.op != "linear_token_loss":
             return call
         loss_fn = arguments["loss_fn"]
         rows = torch.arange(len(arguments["token_ids"]), device=arguments["hidden"].device)
@@ -46,6 +46,19 @@ def _tensors(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_with_loss
+def _eager(case: Case, arguments: Arguments) -> Call:
+    """What a training script writes; it has no entropy, and is given to forward passes as such."""
+    _refuse(case, "softcap", "temperature", entropy=False)
+    hidden, weight, token_ids = _tensors(arguments)
+
+    def run() -> Outputs:
+        logits = torch.nn.functional.linear(hidden, weight).float()
+        return (logits.log_softmax(-1).gather(-1, token_ids[:, None])[:, 0],)
+
+    return run
+
+
+@_with_loss
 def _torch_fused(case: Case, arguments: Arguments) -> Call:
     _refuse(case, "softcap", "temperature", entropy=False)
     function: Any = getattr(torch.nn.functional, "linear_cross_entropy", None)
@@ -63,7 +76,9 @@ def _trl_chunked(case: Case, arguments: Arguments) -> Call:
     chunk = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
     hidden, weight, token_ids = _tensors(arguments)
     temperature, softcap = case.options.get("temperature", 1.0), case.options.get("softcap")
-    asked = ("entropy",) if case.options.get("return_entropy") else ()
+    asked: tuple[str, ...] = ("entropy",) if case.options.get("return_entropy") else ()
+    if case.op == "token_stats":
+        asked = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
     def run() -> Outputs:
         outputs = function.apply(
@@ -123,8 +138,11 @@ def _cce(case: Case, arguments: Arguments) -> Call:
 
 
 def of(op: str) -> list[Peer]:
+    if op == "token_stats":  # nobody else has them all
+        return [REFERENCE, Peer("TRL ChunkedLogProbFunction", "trl", _trl_chunked)]
     return [
         REFERENCE,
+        Peer("torch linear + log_softmax + gather", "torch", _eager),
         Peer("torch.compile", "torch", compiled_reference),
         Peer("torch linear_cross_entropy", "torch", _torch_fused),
         Peer("TRL ChunkedLogProbFunction", "trl", _trl_chunked),

@@ -1,6 +1,8 @@
-"""Hidden states and heads of the cases of linear_token_logprobs and linear_token_loss."""
+"""Hidden states and heads of the cases of linear_token_logprobs, linear_token_loss and
+token_stats."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +47,9 @@ def linear_bytes(case: Case, arguments: Arguments) -> int:
     """Forward: hidden, weight and ids in, a log-prob (and an entropy) a row out. Backward: these
     in again, the two gradients out."""
     matrices = size_in_bytes(arguments["hidden"]) + size_in_bytes(arguments["weight"])
-    outputs = 2 if case.options.get("return_entropy") or case.op == "linear_token_loss" else 1
-    forward = matrices + (8 + 4 * outputs) * case.shape[0]
+    outputs = 4 * (2 if case.options.get("return_entropy") else 1)
+    outputs = {"linear_token_loss": 8, "token_stats": 17}.get(case.op, outputs)
+    forward = matrices + (8 + outputs) * case.shape[0]
     backward = forward + matrices
     return {"forward": forward, "backward": backward, "both": forward + backward}[case.mode]
 
@@ -62,9 +65,12 @@ def linear_definition(case: Case, arguments: Arguments) -> Outputs:
     hidden, weight, token_ids = (arguments[k] for k in ("hidden", "weight", "token_ids"))
     has_loss = case.op == "linear_token_loss"
     options = {"return_entropy": True} if has_loss else case.options
+    function: Any = reference.linear_token_logprobs
+    if case.op == "token_stats":
+        function = reference.token_stats
 
     def rows(start: int, x: Tensor, ids: Tensor) -> Outputs:
-        outputs = reference.linear_token_logprobs(x, weight, ids, **options)
+        outputs = function(x, weight, ids, **options)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     outputs = in_blocks(rows, [hidden, token_ids], max(1, BLOCK // len(weight)), axis=0)
@@ -95,5 +101,9 @@ WORKLOADS = {
     "linear_token_loss": Workload(
         make_hidden, linear_bytes, _LEARNED, whole, linear_definition,
         upstream_shape=_scalar, count_flops=linear_flops, product_shape=_product, learns_from=1,
+    ),
+    "token_stats": Workload(
+        make_hidden, linear_bytes, (), whole, linear_definition,
+        upstream_shape=_one_a_row, count_flops=linear_flops, product_shape=_product,
     ),
 }  # fmt: skip

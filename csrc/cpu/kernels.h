@@ -26,8 +26,8 @@ struct TokenLogprobsGrad {
   double grad_logprob, grad_entropy;
   double logprob, max, log_total, entropy;  // as the forward pass gave them
   double temperature;
-  int64_t token_id;
-  bool stream;  // the gradient is too large to stay in a cache
+  int64_t token_id;  // -1: not among these columns
+  bool stream;       // the gradient is too large to stay in a cache
 };
 
 // One trajectory, or a row of a batch of them: `length` steps behind each pointer.

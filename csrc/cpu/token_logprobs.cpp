@@ -58,6 +58,27 @@ void merge(RowState& s, const RowState& next, double scale) {
   s = merged;
 }
 
+// Where id stands among `vocab` columns that begin at vocab_start; -1: not among them.
+int64_t column_of(int64_t id, int64_t vocab_start, int64_t vocab) {
+  const uint64_t at = static_cast<uint64_t>(id) - static_cast<uint64_t>(vocab_start);
+  return at < static_cast<uint64_t>(vocab) ? static_cast<int64_t>(at) : -1;
+}
+
+double value(float x) { return x; }
+double value(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  return f;
+}
+double value(Half x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  const double magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
+                           : exponent == 0 ? std::ldexp(fraction, -24)
+                                           : std::ldexp(1024 + fraction, exponent - 25);
+  return x.bits & 0x8000 ? -magnitude : magnitude;
+}
+
 struct Forward {
   const int64_t* token_ids;
   double temperature;
@@ -67,10 +88,9 @@ struct Forward {
 
   template <class T>
   void finish(const T* logits, int64_t vocab, int64_t row, const RowState& s) const {
-    const int64_t id = token_ids[row];
     const double total_log = std::log1p(s.rest + (s.count - 1.0));
-    const bool in_range = id >= 0 && id < vocab;  // a wild id gives NaN and is not read
-    const double logit = in_range ? value(logits[id]) : kNan;
+    const int64_t column = column_of(token_ids[row], 0, vocab);
+    const double logit = column < 0 ? kNan : value(logits[column]);  // a wild id is not read
     // -inf everywhere is no distribution: NaN, as -inf - -inf gives it.
     logprobs[row] = static_cast<float>((logit - s.max) / temperature - total_log);
     if (return_entropy) {
@@ -85,25 +105,36 @@ struct Forward {
     logprobs[row] = row_max[row] = log_total[row] = 0.0f;
     if (return_entropy) entropy[row] = 0.0f;
   }
-
-  static double value(float x) { return x; }
-  static double value(BFloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float f;
-    std::memcpy(&f, &bits, sizeof(f));
-    return f;
-  }
-  static double value(Half x) {
-    const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-    const double magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
-                             : exponent == 0 ? std::ldexp(fraction, -24)
-                                             : std::ldexp(1024 + fraction, exponent - 25);
-    return x.bits & 0x8000 ? -magnitude : magnitude;
-  }
 };
 
-template <class T>
-void forward(const T* logits, const Rows& rows, const LogprobKernels<T>& k, const Forward& f) {
+// The state itself, for those who merge slices of a vocabulary: (max, rest, count, weighted, the
+// target's logit, how many slices hold the target).
+struct State {
+  const int64_t* token_ids;
+  double temperature;
+  int64_t ignore_index, vocab_start;
+  bool return_entropy;
+  double* state;
+
+  static constexpr int64_t kSize = 6;
+
+  template <class T>
+  void finish(const T* logits, int64_t vocab, int64_t row, const RowState& s) const {
+    const int64_t column = column_of(token_ids[row], vocab_start, vocab);
+    const double found[kSize] = {s.max,
+                                 s.rest,
+                                 s.count,
+                                 s.weighted,
+                                 column < 0 ? 0.0 : value(logits[column]),
+                                 column < 0 ? 0.0 : 1.0};
+    std::memcpy(state + row * kSize, found, sizeof(found));
+  }
+
+  void ignore(int64_t row) const { std::memset(state + row * kSize, 0, kSize * sizeof(double)); }
+};
+
+template <class T, class Sink>
+void forward(const T* logits, const Rows& rows, const LogprobKernels<T>& k, const Sink& f) {
   const int64_t chunks = (rows.vocab + kVocabChunk - 1) / kVocabChunk;
   const auto chunk_state = [&](const T* row, int64_t chunk) {
     const int64_t start = chunk * kVocabChunk;
@@ -161,14 +192,30 @@ void dispatch(const Tensor& logits, Body body) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd_cpu(
-    const Tensor& logits, const Tensor& token_ids, double temperature, int64_t ignore_index,
-    bool return_entropy, bool /*inplace_backward: autograd's affair*/) {
-  const Rows rows(logits);
+void check_forward(const Rows& rows, const Tensor& token_ids) {
   STD_TORCH_CHECK(rows.vocab > 0, "token_logprobs: the vocabulary is empty");
   STD_TORCH_CHECK(token_ids.scalar_type() == ScalarType::Long && token_ids.is_contiguous() &&
                       token_ids.numel() == rows.count,
                   "token_logprobs: token_ids must be contiguous int64, one per row of logits");
+}
+
+Tensor token_logprobs_state_cpu(const Tensor& logits, const Tensor& token_ids, double temperature,
+                                int64_t ignore_index, int64_t vocab_start, bool return_entropy) {
+  const Rows rows(logits);
+  check_forward(rows, token_ids);
+  Tensor state = empty_cpu({rows.count, State::kSize}, ScalarType::Double);
+  const State f{ptr<int64_t>(token_ids),   temperature, ignore_index, vocab_start, return_entropy,
+                mutable_ptr<double>(state)};
+  dispatch(logits,
+           [&](auto dtype, const auto& k) { forward(ptr<decltype(dtype)>(logits), rows, k, f); });
+  return state;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd_cpu(
+    const Tensor& logits, const Tensor& token_ids, double temperature, int64_t ignore_index,
+    bool return_entropy, bool /*inplace_backward: autograd's affair*/) {
+  const Rows rows(logits);
+  check_forward(rows, token_ids);
   const auto shape = shape_of(token_ids);
   Tensor logprobs = empty_cpu(shape, ScalarType::Float);
   Tensor entropy = empty_cpu(return_entropy ? shape : std::vector<int64_t>{0}, ScalarType::Float);
@@ -208,7 +255,7 @@ void check_saved(const Saved& s, const Rows& rows) {
 }
 
 void backward(const Tensor& logits, const Saved& s, double temperature, int64_t ignore_index,
-              const Rows& in, const Tensor& grad, const Rows& out) {
+              int64_t vocab_start, const Rows& in, const Tensor& grad, const Rows& out) {
   check_saved(s, in);
   const auto* g = ptr<float>(s.grad_logprobs);
   const auto* h = ptr<float>(s.grad_entropy);
@@ -229,10 +276,11 @@ void backward(const Tensor& logits, const Saved& s, double temperature, int64_t 
           std::memset(static_cast<void*>(row), 0, in.vocab * sizeof(T));
           continue;
         }
-        const bool in_range = ids[r] >= 0 && ids[r] < in.vocab;
+        const bool is_defined = logprobs[r] == logprobs[r];  // not for a wild id
         k.row_grad(x + in.offset(r), in.vocab,
-                   {in_range ? (g ? g[r] : 0.0) : kNan, h ? h[r] : 0.0, logprobs[r], row_max[r],
-                    log_total[r], h ? entropy[r] : 0.0, temperature, in_range ? ids[r] : 0, stream},
+                   {is_defined ? (g ? g[r] : 0.0) : kNan, h ? h[r] : 0.0, logprobs[r], row_max[r],
+                    log_total[r], h ? entropy[r] : 0.0, temperature,
+                    column_of(ids[r], vocab_start, in.vocab), stream},
                    row);
       }
     });
@@ -243,11 +291,12 @@ Tensor token_logprobs_bwd_cpu(const std::optional<Tensor>& grad_logprobs,
                               const std::optional<Tensor>& grad_entropy, const Tensor& logits,
                               const Tensor& token_ids, const Tensor& logprobs,
                               const std::optional<Tensor>& entropy, const Tensor& row_max,
-                              const Tensor& log_total, double temperature, int64_t ignore_index) {
+                              const Tensor& log_total, double temperature, int64_t ignore_index,
+                              int64_t vocab_start) {
   const Rows rows(logits);
   Tensor grad = empty_cpu(shape_of(logits), logits.scalar_type());
   backward(logits, {grad_logprobs, grad_entropy, token_ids, logprobs, entropy, row_max, log_total},
-           temperature, ignore_index, rows, grad, Rows(grad));
+           temperature, ignore_index, vocab_start, rows, grad, Rows(grad));
   return grad;
 }
 
@@ -256,16 +305,17 @@ void token_logprobs_bwd_inplace_cpu(const std::optional<Tensor>& grad_logprobs,
                                     const Tensor& token_ids, const Tensor& logprobs,
                                     const std::optional<Tensor>& entropy, const Tensor& row_max,
                                     const Tensor& log_total, double temperature,
-                                    int64_t ignore_index) {
+                                    int64_t ignore_index, int64_t vocab_start) {
   const Rows rows(logits);
   backward(logits, {grad_logprobs, grad_entropy, token_ids, logprobs, entropy, row_max, log_total},
-           temperature, ignore_index, rows, logits, rows);
+           temperature, ignore_index, vocab_start, rows, logits, rows);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastrl, CPU, m) {
   m.impl("token_logprobs_fwd", TORCH_BOX(&token_logprobs_fwd_cpu));
+  m.impl("token_logprobs_state", TORCH_BOX(&token_logprobs_state_cpu));
   m.impl("token_logprobs_bwd", TORCH_BOX(&token_logprobs_bwd_cpu));
   m.impl("token_logprobs_bwd_", TORCH_BOX(&token_logprobs_bwd_inplace_cpu));
 }

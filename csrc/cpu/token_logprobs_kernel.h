@@ -212,6 +212,7 @@ void row_grad(const T* x, int64_t n, const TokenLogprobsGrad& row, T* grad) {
   } else {
     fill_grad<true>(x, n, m, exp, va, vb, row.stream, grad);
   }
+  if (row.token_id < 0) return;
   const double logprob = row.logprob, p = std::exp(logprob);
   const double entropy_part = p > 0.0 ? h * p * (logprob + row.entropy) : 0.0;
   const double grad_target = (-g * std::expm1(logprob) - entropy_part) * scale;

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl import _vocabulary
 from fastrl.kernels._math import expm1, log1p, ordered_sum
 
 # Not measured on a GPU yet. Compiled for sm_90: no spills, 16 bytes a load.
@@ -34,7 +35,7 @@ _LOG2E = 1.4426950408889634
 # What changes from step to step: neither its value nor its divisors make another kernel. Of the
 # strides, which in logits [B, T, V] change with T, ALIGNED says what a kernel needs to know.
 _RUNTIME = [
-    "N", "num_chunks", "num_blocks", "inner_size", "ignore_index",
+    "N", "num_chunks", "num_blocks", "inner_size", "ignore_index", "vocab_start",
     "stride_outer", "stride_inner", "grad_stride_outer", "grad_stride_inner",
 ]  # fmt: skip
 # Read once a row: where a slice of them begins does not matter.
@@ -166,7 +167,7 @@ def _token_logprobs_bwd_kernel(
     grad_ptr,  # -> [N, V]
     V, num_blocks, inner_size, stride_outer: tl.int64, stride_inner: tl.int64,
     grad_stride_outer: tl.int64, grad_stride_inner: tl.int64,
-    scale, inverse_temperature, ignore_index: tl.int64,
+    scale, inverse_temperature, ignore_index: tl.int64, vocab_start: tl.int64,
     BLOCK_V: tl.constexpr, LOGPROBS: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program per block of a row, which it loads before it stores: grad may be logits."""
@@ -190,7 +191,7 @@ def _token_logprobs_bwd_kernel(
     if ENTROPY:
         h = tl.load(grad_entropy_ptr + n)
         entropy = tl.load(entropy_ptr + n)
-    g = tl.where((token_id < 0) | (token_id >= V), float("nan"), g)
+    g = tl.where(logprob == logprob, g, float("nan"))  # an id outside the whole vocabulary
     d = x - tl.load(row_max_ptr + n)
     p = tl.exp2(d * scale) * tl.exp(-log_total)
     grad = -g * p
@@ -203,7 +204,7 @@ def _token_logprobs_bwd_kernel(
     grad_target = -g * expm1(logprob)
     if ENTROPY:
         grad_target -= tl.where(p_target > 0, h * p_target * (logprob + entropy), 0.0)
-    grad = tl.where(offs_v == token_id, grad_target, grad) * inverse_temperature
+    grad = tl.where(offs_v == token_id - vocab_start, grad_target, grad) * inverse_temperature
     tl.store(out_ptr, grad.to(grad_ptr.dtype.element_ty), mask=mask_v)
 
 
@@ -228,15 +229,51 @@ def token_logprobs_fwd(
     inplace_backward: bool,  # autograd's affair
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprobs, entropy ([0] unless asked for), row max, log total: [...] float32 each."""
-    V, N = logits.shape[-1], token_ids.numel()
+    N = token_ids.numel()
     logprobs = logits.new_empty(token_ids.shape, dtype=torch.float32)
     row_max, log_total = torch.empty_like(logprobs), torch.empty_like(logprobs)
     entropy = torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0)
     if N == 0:
         return logprobs, entropy, row_max, log_total
+    shared = _partial_states(logits, token_ids, temperature, ignore_index, return_entropy)
+    _token_logprobs_merge_kernel[(triton.cdiv(N, MERGE["BLOCK_N"]),)](
+        logprobs_ptr=logprobs, entropy_ptr=entropy, row_max_ptr=row_max, log_total_ptr=log_total,
+        N=N, inverse_temperature=1.0 / temperature, **shared, **MERGE,
+    )  # fmt: skip
+    return logprobs, entropy, row_max, log_total
+
+
+def token_logprobs_state(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    ignore_index: int,
+    vocab_start: int,
+    return_entropy: bool,
+) -> Tensor:
+    """[N, 6] float64, as fastrl._vocabulary describes it: of a slice of the vocabulary."""
+    N, V = token_ids.numel(), logits.shape[-1]
+    if N == 0:
+        return logits.new_empty((0, _vocabulary.SIZE), dtype=torch.float64)
+    partials = _partial_states(logits, token_ids, temperature, ignore_index, return_entropy)
+    column = token_ids.reshape(-1) - vocab_start
+    found = (column >= 0) & (column < V)
+    target = logits.gather(-1, column.clamp(0, V - 1).view(*token_ids.shape, 1)).reshape(-1)
+    counted = token_ids.reshape(-1) != ignore_index
+    if not return_entropy:
+        partials["state_ptr"][..., 3] = 0.0
+    states = _vocabulary.partial_states(partials["state_ptr"], target, found, counted)
+    return _vocabulary.merge_states(states, temperature)
+
+
+def _partial_states(
+    logits: Tensor, token_ids: Tensor, temperature: float, ignore_index: int, return_entropy: bool
+) -> dict[str, Any]:
+    """Launches the pass over the logits; returns what the merge takes as well."""
+    V, N = logits.shape[-1], token_ids.numel()
     source, inner_size, stride_outer, stride_inner = _rows(logits)
     num_chunks = triton.cdiv(V, CHUNK)
-    state = logprobs.new_empty((N, num_chunks, 4))
+    state = logits.new_empty((N, num_chunks, 4), dtype=torch.float32)
     shared = dict(
         logits_ptr=source, token_ids_ptr=token_ids, state_ptr=state, V=V, num_chunks=num_chunks,
         inner_size=inner_size, stride_outer=stride_outer, stride_inner=stride_inner,
@@ -246,11 +283,7 @@ def token_logprobs_fwd(
     _token_logprobs_fwd_kernel[(N * num_chunks,)](
         CHUNK=CHUNK, ALIGNED=aligned, **shared, **block_for(V)
     )
-    _token_logprobs_merge_kernel[(triton.cdiv(N, MERGE["BLOCK_N"]),)](
-        logprobs_ptr=logprobs, entropy_ptr=entropy, row_max_ptr=row_max, log_total_ptr=log_total,
-        N=N, inverse_temperature=1.0 / temperature, **shared, **MERGE,
-    )  # fmt: skip
-    return logprobs, entropy, row_max, log_total
+    return shared
 
 
 def token_logprobs_bwd(
@@ -260,6 +293,17 @@ def token_logprobs_bwd(
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _backward(grad, grad_logprobs, grad_entropy, logits, *saved)
     return grad
+
+
+def token_logprobs_bwd_out(
+    grad: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    *saved: Any,
+) -> None:
+    """The same, into `grad` [N, V], which may be of a narrower dtype."""
+    _backward(grad, grad_logprobs, grad_entropy, logits, *saved)
 
 
 def token_logprobs_bwd_(
@@ -284,6 +328,7 @@ def _backward(
     log_total: Tensor,
     temperature: float,
     ignore_index: int,
+    vocab_start: int,
 ) -> None:
     V, N = logits.shape[-1], token_ids.numel()
     if N == 0:
@@ -300,6 +345,6 @@ def _backward(
         inner_size=inner_size, stride_outer=stride_outer, stride_inner=stride_inner,
         grad_stride_outer=grad_stride_outer, grad_stride_inner=grad_stride_inner,
         scale=_LOG2E / temperature, inverse_temperature=1.0 / temperature,
-        ignore_index=ignore_index, LOGPROBS=grad_logprobs is not None,
+        ignore_index=ignore_index, vocab_start=vocab_start, LOGPROBS=grad_logprobs is not None,
         ENTROPY=grad_entropy is not None, ALIGNED=aligned, **block,
     )  # fmt: skip

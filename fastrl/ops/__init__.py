@@ -12,16 +12,17 @@ from fastrl.ops.gae import gae
 from fastrl.ops.group_advantages import group_advantages
 from fastrl.ops.kl_penalty import kl_penalty
 from fastrl.ops.lambda_returns import lambda_returns
+from fastrl.ops.linear_token_logprobs import linear_token_logprobs
+from fastrl.ops.linear_token_loss import linear_token_loss
 from fastrl.ops.policy_gradient_loss import policy_gradient_loss
 from fastrl.ops.ppo_loss import ppo_loss
 from fastrl.ops.sample_tokens import sample_tokens
 from fastrl.ops.token_logprobs import token_logprobs
+from fastrl.ops.token_stats import token_stats
 from fastrl.ops.value_loss import value_loss
 from fastrl.ops.whiten import whiten
 
 attention = unavailable(reference.attention)
-linear_token_logprobs = unavailable(reference.linear_token_logprobs)
-linear_token_loss = unavailable(reference.linear_token_loss)
 n_step_returns = unavailable(reference.n_step_returns)
 retrace_returns = unavailable(reference.retrace_returns)
 vtrace = unavailable(reference.vtrace)
@@ -42,6 +43,7 @@ __all__ = [
     "retrace_returns",
     "sample_tokens",
     "token_logprobs",
+    "token_stats",
     "value_loss",
     "vtrace",
     "whiten",

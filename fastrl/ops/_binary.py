@@ -15,13 +15,19 @@ try:
 except ImportError as error:  # an install without a compiler still has fastrl.reference
     missing = str(error)
 
+# Products of the vendor's library, and the kernels of token_logprobs on each slice of them.
+_SLICES = {"cpu": "products in slices, C++", "cuda": "products in slices, Triton"}
+
 # What runs an op with kernels of its own on which device. `_checks.implemented` refuses the others,
 # `fastrl info` prints it, and a test holds it against the dispatcher's own list.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "discounted_returns": {"cpu": "C++"},
     "gae": {"cpu": "C++"},
     "lambda_returns": {"cpu": "C++"},
+    "linear_token_logprobs": _SLICES,
+    "linear_token_loss": _SLICES,
     "token_logprobs": {"cpu": "C++", "cuda": "Triton"},
+    "token_stats": _SLICES,
 }
 
 
@@ -70,6 +76,19 @@ def register_autograd(name: str, backward: Callable[..., Any], *, setup_context:
         torch.library.register_autograd(f"fastrl::{name}", backward, setup_context=setup_context)
 
 
+def register_torch(function: Callable[..., Any]) -> None:
+    """A function of PyTorch and other ops as the implementation, on every device, of the op of its
+    name. Autocast ends at the op: what its inputs are cast to is decided before."""
+
+    def call(*args: Any) -> Any:
+        kind = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+        with torch.autocast(kind, enabled=False):
+            return function(*args)
+
+    if module is not None:
+        torch.library.register_kernel(f"fastrl::{function.__name__}", ("cpu", "cuda"), call)
+
+
 def register_triton(kernels: str, *names: str) -> None:
     """Launchers of these names in fastrl.kernels.<kernels> as the ops' CUDA implementations.
 
@@ -78,10 +97,12 @@ def register_triton(kernels: str, *names: str) -> None:
     if module is not None:
         for name in names:
             # Not torch.library.impl: Dynamo would trace the launcher, called from a frame it skips.
-            torch.library.register_kernel(f"fastrl::{name}", "cuda", _launch(kernels, name))
+            torch.library.register_kernel(f"fastrl::{name}", "cuda", launcher(kernels, name))
 
 
-def _launch(kernels: str, name: str) -> Callable[..., Any]:
+def launcher(kernels: str, name: str) -> Callable[..., Any]:
+    """A launcher of fastrl.kernels, called on the device of its first tensor."""
+
     def call(*args: Any) -> Any:
         try:
             launcher = getattr(importlib.import_module(f"fastrl.kernels.{kernels}"), name)

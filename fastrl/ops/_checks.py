@@ -94,6 +94,12 @@ def whole(op: str, name: str, x: object, low: int) -> None:
         raise fail(op, f"{name} >= {low}", x, f"Pass {low} or more.")
 
 
+def index(op: str, name: str, x: object) -> None:
+    if isinstance(x, bool) or not isinstance(x, int):
+        got = type(x).__name__
+        raise wrong_type(op, f"{name} as an int", got, "Pass an id, such as -100.")
+
+
 def one_of(op: str, name: str, x: object, choices: tuple[str, ...]) -> None:
     if x not in choices:
         listed = ", ".join(map(repr, choices))

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrl import reference
-from fastrl.ops import _binary, _checks
+from fastrl.ops import _binary, _checks, _sharded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,8 +51,11 @@ def token_logprobs(
             memory itself.
         kept: (ids int64 [K], cu_seqlens int32 [rows + 1]): row i is renormalised over the ids in
             ids[cu_seqlens[i]:cu_seqlens[i + 1]]. Computed by fastrl.reference.
-        group, vocab_start: logits are this rank's slice of the vocabulary, which starts at
-            vocab_start. Computed by fastrl.reference, which gathers the logits.
+        group: process group whose ranks hold slices of the vocabulary, in rank order, of any sizes.
+            token_ids are the same on every rank, and so are the results, bit for bit: six numbers a
+            row are gathered. Together with kept it is computed by fastrl.reference.
+        vocab_start: first id of this rank's slice; None finds it out, which takes a round of
+            messages and synchronises.
     Returns:
         logprobs: [...] float32, nats.
         entropy: [...] float32, nats, if return_entropy.
@@ -65,13 +68,20 @@ def token_logprobs(
     Differentiable in: logits.
     """
     _check(logits, token_ids, temperature, ignore_index, kept, group, vocab_start)
-    if kept is not None or group is not None:
+    if kept is not None:
         return reference.token_logprobs(
             logits, token_ids, temperature=temperature, ignore_index=ignore_index,
             return_entropy=return_entropy, kept=kept, group=group, vocab_start=vocab_start,
         )  # fmt: skip
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
+    if group is not None:
+        flat = logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1)
+        outputs = _sharded.token_logprobs(
+            *flat, temperature, ignore_index, return_entropy, group, vocab_start
+        )
+        logprobs, entropy = (x.reshape(token_ids.shape) for x in outputs)
+        return (logprobs, entropy) if return_entropy else logprobs
     inplace = inplace_backward and not torch.compiler.is_compiling()
     logprobs, entropy, _, _ = _fwd(
         logits, token_ids.contiguous(), temperature, ignore_index, return_entropy, inplace
@@ -103,20 +113,16 @@ def _check(
         )
     _checks.same_device(op, "token_ids", token_ids, "logits", logits)
     _checks.positive(op, "temperature", temperature, "sample_tokens knows greedy, as 0.")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise _checks.wrong_type(
-            op, "ignore_index as an int", type(ignore_index).__name__, "Pass an id, such as -100."
-        )
-    if vocab_start is not None and group is None:
-        raise _checks.fail(op, "group with vocab_start", "None", "Pass the process group.")
+    _checks.index(op, "ignore_index", ignore_index)
+    _sharded.check(op, group, vocab_start)
     if kept is not None:
         _check_kept(op, kept, logits)
+    _checks.implemented(op, logits)
     if group is None:
-        _checks.implemented(op, logits)
-        _check_ids(op, token_ids, logits.shape[-1], ignore_index)
+        check_ids(op, token_ids, logits.shape[-1], ignore_index)
 
 
-def _check_ids(op: str, token_ids: Tensor, vocab: int, ignore_index: int) -> None:
+def check_ids(op: str, token_ids: Tensor, vocab: int, ignore_index: int) -> None:
     if token_ids.numel() == 0 or not _checks.contents_are_known(token_ids):
         return
     low, high = (int(x) for x in token_ids.aminmax())
@@ -191,11 +197,11 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
         return (None,) * 6
     saved = (g, h, logits, token_ids, logprobs, entropy, row_max, log_total, *ctx.numbers)
     if ctx.inplace:
-        _bwd_inplace(*saved)
+        _bwd_inplace(*saved, 0)
         # So that autograd refuses, loudly, to use the logits as logits again.
         torch.autograd.graph.increment_version(logits)
         return logits, *(None,) * 5
-    return _bwd(*saved), *(None,) * 5
+    return _bwd(*saved, 0), *(None,) * 5
 
 
 _binary.register_fake("token_logprobs_fwd", _fwd_fake)

@@ -21,6 +21,7 @@ from fastrl.reference.ppo_loss import ppo_loss
 from fastrl.reference.retrace_returns import retrace_returns
 from fastrl.reference.sample_tokens import sample_tokens
 from fastrl.reference.token_logprobs import token_logprobs
+from fastrl.reference.token_stats import token_stats
 from fastrl.reference.value_loss import value_loss
 from fastrl.reference.vtrace import vtrace
 from fastrl.reference.whiten import whiten
@@ -41,6 +42,7 @@ __all__ = [
     "retrace_returns",
     "sample_tokens",
     "token_logprobs",
+    "token_stats",
     "value_loss",
     "vtrace",
     "whiten",

@@ -48,17 +48,11 @@ def linear_token_logprobs(
         entropy: the same, if return_entropy.
     Differentiable in: hidden, weight, bias.
     """
-    dtype = compute_dtype(hidden, weight, bias)
-    x = hidden.to(dtype).masked_fill((token_ids == ignore_index)[..., None], 0)
+    x = hidden.masked_fill((token_ids == ignore_index)[..., None], 0)
     if group is not None:
-        x = SumGradient.apply(x, group)
-    logits = torch.nn.functional.linear(
-        x, weight.to(dtype), None if bias is None else bias.to(dtype)
-    )
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+        x = SumGradient.apply(x.to(compute_dtype(hidden, weight, bias)), group)
     return token_logprobs(
-        logits,
+        head_logits(x, weight, bias, softcap),
         token_ids,
         temperature=temperature,
         ignore_index=ignore_index,
@@ -66,3 +60,14 @@ def linear_token_logprobs(
         group=group,
         vocab_start=vocab_start,
     )
+
+
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+) -> Tensor:
+    """[..., V], in the compute dtype."""
+    dtype = compute_dtype(hidden, weight, bias)
+    logits = torch.nn.functional.linear(
+        hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    )
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

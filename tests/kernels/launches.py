@@ -42,8 +42,16 @@ def _token_logprobs() -> Iterator[Launch]:
             for return_entropy in (False, True):
                 arguments = (logits, ids, 1.0, -100, return_entropy, False)
                 yield Launch(token_logprobs.token_logprobs_fwd, arguments)
+                state = (logits, ids, 1.0, -100, 0, return_entropy)
+                yield Launch(token_logprobs.token_logprobs_state, state)
             for g, h in ((row, None), (None, row), (row, row)):
                 saved = (row, row if h is not None else None, row, row)
-                arguments = (g, h, logits, ids, *saved, 1.0, -100)
+                arguments = (g, h, logits, ids, *saved, 1.0, -100, 0)
                 yield Launch(token_logprobs.token_logprobs_bwd, arguments)
                 yield Launch(token_logprobs.token_logprobs_bwd_, arguments)
+    # The gradient of a slice of float32 logits, as the factor of a 16-bit product.
+    for dtype in FLOATS[1:]:
+        logits, grad = torch.empty(2, 16384), torch.empty(2, 16384, dtype=dtype)
+        for h in (None, row):
+            saved = (ids, row, row if h is not None else None, row, row, 1.0, -100, 0)
+            yield Launch(token_logprobs.token_logprobs_bwd_out, (grad, row, h, logits, *saved))

@@ -89,7 +89,7 @@ def test_neither_the_number_of_rows_nor_where_they_begin_makes_a_new_kernel(reco
         row = torch.empty(count + first)[first:].view(shape)
         ids = torch.empty(count + first, dtype=torch.int64)[first:].view(shape)
         forward = record(90, token_logprobs_fwd, logits, ids, 1.0, -100, True, False)
-        saved = (ids, row, row, row, row, 1.0, -100)
+        saved = (ids, row, row, row, row, 1.0, -100, 0)
         backward = record(90, token_logprobs_bwd, row, row, logits, *saved)
         keys.add(tuple(request.key for request in forward + backward))
     assert len(keys) == 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 from budget import assert_within_budget
 
-from fastrl import reference
+from fastrl import _vocabulary, reference
 
 MODULE = "fastrl.kernels.token_logprobs"
 FLOATS = [torch.float32, torch.float16]
@@ -31,7 +31,7 @@ def ours(interpreted):
         )
         logprobs, entropy, *rest = outputs
         saved = (logprobs, None if h is None else entropy, *rest)
-        arguments = (g, h, logits, token_ids, *saved, *numbers)
+        arguments = (g, h, logits, token_ids, *saved, *numbers, 0)
         if inplace:
             interpreted(MODULE, "token_logprobs_bwd_", *arguments)
             return logprobs, entropy, logits
@@ -205,6 +205,46 @@ def test_empty_batches(ours, shape):
         g, h = torch.empty(shape), torch.empty(shape)
         out = ours(torch.empty(*shape, 5), token_ids, g, h, inplace=inplace)
         assert [x.shape for x in out] == [shape, shape, (*shape, 5)]
+
+
+def test_slices_of_a_vocabulary_add_up_to_the_whole(ours, interpreted):
+    """Unequal slices; a row whose maximum is in each, an ignored one, and a wild id."""
+    bounds = [0, 40, 40 + CHUNK + 100, CHUNK + 1200]
+    logits = 3 * torch.randn(6, bounds[-1])
+    logits[3, :40] = -math.inf
+    token_ids = torch.tensor([0, 45, bounds[-1] - 1, 7, -100, bounds[-1]])
+    logits[torch.arange(3), token_ids[:3]] = 30.0
+    g, h, T = torch.randn(6), torch.randn(6), 0.7
+    slices = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    states = [
+        interpreted(MODULE, "token_logprobs_state", logits[:, s], token_ids, T, -100, s.start, True)
+        for s in slices
+    ]
+    whole = _vocabulary.merge_states(torch.stack(states), T)
+    found = _vocabulary.finish(whole, token_ids, T, -100)
+    expected = ours(logits, token_ids, g, h, temperature=T)
+    for a, b in zip(found, expected[:2], strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
+    grads = []
+    for s in slices:  # into a buffer of its own, and over the logits
+        arguments = (g, h, logits[:, s].clone(), token_ids, *found, T, -100, s.start)
+        grad = torch.empty(6, s.stop - s.start, dtype=torch.float16)
+        interpreted(MODULE, "token_logprobs_bwd_out", grad, *arguments)
+        interpreted(MODULE, "token_logprobs_bwd_", *arguments)
+        grads.append(arguments[2])
+        torch.testing.assert_close(grad, grads[-1].half(), equal_nan=True)
+    grad = torch.cat(grads, 1)
+    torch.testing.assert_close(grad, expected[2], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_a_state_without_entropy(interpreted):
+    logits, token_ids = torch.randn(3, 50), torch.tensor([1, 60, -100])
+    state = interpreted(MODULE, "token_logprobs_state", logits, token_ids, 1.0, -100, 20, False)
+    assert state[:2].isfinite().all() and not state[2].any()
+    assert state[:2, 5].tolist() == [0, 1] and state[1, 4] == logits[1, 40]
+    none = torch.empty(0, dtype=torch.int64)
+    empty = interpreted(MODULE, "token_logprobs_state", logits[:0], none, 1.0, -100, 0, True)
+    assert empty.shape == (0, 6)
 
 
 def test_the_sizes_above_are_the_kernels():

@@ -20,7 +20,7 @@ def test_without_triton_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     message = "token_logprobs: expected the package triton for a GPU tensor, got none"
     with pytest.raises(ImportError, match=message):
-        _binary._launch(*LAUNCHER)(torch.zeros(1))
+        _binary.launcher(*LAUNCHER)(torch.zeros(1))
 
 
 def test_another_missing_module_is_not_called_triton(monkeypatch):
@@ -28,4 +28,4 @@ def test_another_missing_module_is_not_called_triton(monkeypatch):
     forget(monkeypatch)
     monkeypatch.setitem(sys.modules, "fastrl.kernels._math", None)
     with pytest.raises(ModuleNotFoundError, match="fastrl.kernels._math"):
-        _binary._launch(*LAUNCHER)(torch.zeros(1))
+        _binary.launcher(*LAUNCHER)(torch.zeros(1))

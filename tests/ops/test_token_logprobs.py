@@ -227,7 +227,15 @@ def test_opcheck(device, return_entropy):
     g = torch.randn(3, device=device)
     grads = (g, 2 * g if return_entropy else None)
     x = logits.detach()
-    backward = (*grads, x, token_ids, *(s if s is None else s.detach() for s in saved), 0.8, -100)
+    backward = (
+        *grads,
+        x,
+        token_ids,
+        *(s if s is None else s.detach() for s in saved),
+        0.8,
+        -100,
+        0,
+    )
     torch.library.opcheck(torch.ops.fastrl.token_logprobs_bwd.default, backward)
     torch.library.opcheck(torch.ops.fastrl.token_logprobs_bwd_.default, backward)
 

@@ -1,0 +1,179 @@
+"""A per-token loss from hidden states, whose gradients form during the forward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrl.ops import _binary
+from fastrl.ops._head import CountedRows, Head
+from fastrl.ops._token_loss import TokenLoss
+from fastrl.ops.linear_token_logprobs import autocast, check_head
+from fastrl.ops.token_logprobs import check_ids
+
+_fwd = _binary.op("token_logprobs_fwd")
+
+_ALL = slice(None)
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of a per-token loss over the rows that count, with three products in all.
+
+        loss = sum_i loss_fn(logprobs, entropy, rows)_i
+
+    For such a loss a row's log-prob and entropy tell all of that row's gradient. So for some
+    hundred rows at a time the logits are formed, loss_fn is differentiated on the small vectors,
+    the logits become their own gradient, and the gradients of hidden and weight follow, all in the
+    forward pass: nothing is computed again, where `linear_token_logprobs` computes the logits
+    twice. That one takes less memory (slices of the vocabulary and not of the rows), and serves
+    losses that are not per token.
+
+    loss_fn gets logprobs [n], entropy [n] and rows [n] int64, the indices of its tokens in
+    token_ids.flatten(): index with them whatever else the loss needs. It returns [n], entry i a
+    function of logprobs[i] and entropy[i] alone. It is called several times, on parts of the rows;
+    rows whose token id is ignore_index are never passed. (On a GPU they are, with 0 for both, and
+    what comes back for them is dropped: who picks rows would have to wait for it.) Divide inside it
+    for a mean.
+
+    A Python function, not a registered op: torch.compile breaks its graph here.
+
+    Args:
+        hidden, weight, token_ids, bias, temperature, softcap, ignore_index: as in
+            `linear_token_logprobs`.
+        loss_fn: see above.
+    Returns:
+        loss: scalar float32.
+        logprobs: [...] float32, detached, nats; 0 in ignored rows.
+        entropy: [...] float32, detached, nats; 0 in ignored rows.
+    Raises:
+        ValueError: as `linear_token_logprobs`; loss_fn closes over a tensor that requires grad,
+            does not return [n], or mixes tokens (on a GPU, where looking would synchronise, the
+            loss is NaN then).
+        TypeError, NotImplementedError: as `linear_token_logprobs`; loss_fn is not callable, or
+            returns no tensor.
+        RuntimeError: a second backward pass, since the first one hands its gradients out.
+    Differentiable in: hidden, weight, bias.
+    """
+    op = "linear_token_loss"
+    check_head(op, hidden, weight, token_ids, bias, temperature, softcap, ignore_index)
+    check_ids(op, token_ids, weight.shape[0], ignore_index)
+    per_token = TokenLoss(op, loss_fn)
+    leading = token_ids.shape
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    loss, logprobs, entropy = _apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, token_ids.reshape(-1), per_token,
+        temperature, softcap, ignore_index,
+    )  # fmt: skip
+    return loss, logprobs.reshape(leading), entropy.reshape(leading)
+
+
+@torch.compiler.disable
+def _apply(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _LinearTokenLoss.apply(*arguments)
+
+
+class _LinearTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        loss_fn: TokenLoss,
+        temperature: float,
+        softcap: float | None,
+        ignore_index: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs = ctx.needs_input_grad[:3]
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = CountedRows(hidden, token_ids, ignore_index)
+            head = Head(rows.hidden, weight, bias, softcap)
+            gradients = _Gradients(head, needs)
+            loss = hidden.new_zeros((), dtype=torch.float64)
+            logprobs = hidden.new_empty(len(rows.token_ids), dtype=torch.float32)
+            entropy = torch.empty_like(logprobs)
+            for part in head.row_slices():
+                logits = head.logits(part, _ALL, for_backward=any(needs))
+                ids = rows.token_ids[part]
+                found = _fwd(logits, ids, temperature, ignore_index, True, False)
+                logprobs[part], entropy[part] = found[0], found[1]
+                total, g, h = loss_fn(found[0], found[1], rows.index(part), ids != ignore_index)
+                loss += total
+                if any(needs):
+                    numbers = (temperature, ignore_index, 0)
+                    gradients.add(part, head.gradient(logits, g, h, ids, *found, *numbers))
+            ctx.gradients = gradients.of_inputs(rows, hidden)
+        logprobs, entropy = rows.scatter(logprobs), rows.scatter(entropy)
+        ctx.mark_non_differentiable(logprobs, entropy)
+        ctx.set_materialize_grads(False)
+        return loss.float(), logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_token_loss: expected one backward pass, got a second. The first one hands "
+                "its gradients out; call the op again."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        if grad_loss is None:
+            return (None,) * 8
+        # Over themselves: a copy of the weight's gradient would double the memory.
+        if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
+            for grad in gradients:
+                if grad is not None:
+                    grad.mul_(grad_loss)
+        return *gradients, *(None,) * 5
+
+
+class _Gradients:
+    """Of hidden, weight and bias, those that are needed; sums over slices of rows in float32."""
+
+    def __init__(self, head: Head, needs: tuple[bool, ...]) -> None:
+        self._head = head
+        none: Tensor | None = None
+        x, w, b = head.hidden, head.weight, head.bias
+        self.hidden = torch.empty_like(x, dtype=torch.float32) if needs[0] else none
+        self.weight = torch.empty_like(w, dtype=torch.float32) if needs[1] else none
+        self.bias = torch.empty_like(b, dtype=torch.float32) if needs[2] and b is not None else none
+        self._is_first = True
+
+    def add(self, part: slice, logits: Tensor) -> None:
+        """logits: the gradient of these rows' logits."""
+        head, more = self._head, not self._is_first
+        if self.hidden is not None:
+            head.product(logits, head.weight_of(_ALL), self.hidden[part])
+        if self.weight is not None:
+            head.product(logits.t(), head.hidden[part], self.weight, add=more)
+        if self.bias is not None:
+            of_part = logits.sum(0, dtype=torch.float32)
+            self.bias = self.bias.add_(of_part) if more else self.bias.copy_(of_part)
+        self._is_first = False
+
+    def of_inputs(self, rows: CountedRows, hidden: Tensor) -> tuple[Tensor | None, ...]:
+        """In the inputs' dtypes."""
+        if self._is_first:  # no row counted
+            for grad in (self.weight, self.bias):
+                if grad is not None:
+                    grad.zero_()
+        like = (hidden, self._head.weight, self._head.bias)
+        of_hidden = None if self.hidden is None else rows.scatter(self.hidden)
+        grads = (of_hidden, self.weight, self.bias)
+        return tuple(
+            None if grad is None or x is None else grad.to(x.dtype)
+            for grad, x in zip(grads, like, strict=True)
+        )

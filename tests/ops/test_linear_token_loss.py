@@ -1,0 +1,199 @@
+import math
+
+import pytest
+import torch
+from budget import assert_within_budget
+
+import fastrl
+from fastrl import reference
+from fastrl.ops import _head
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    """Many slices of small problems."""
+    monkeypatch.setattr(_head, "_CPU_ROWS", 16)
+    monkeypatch.setattr(_head, "_GPU_ROWS", 16)
+
+
+class ClippedLoss:
+    """PPO's, with an entropy bonus: needs both statistics and other tensors by row."""
+
+    def __init__(self, rows, device):
+        self.advantages = torch.randn(rows, device=device)
+        self.old = -5 - torch.rand(rows, device=device)
+
+    def __call__(self, logprobs, entropy, rows):
+        ratio = (logprobs - self.old[rows]).exp()
+        a = self.advantages[rows].to(logprobs.dtype)
+        return -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) - 0.01 * entropy
+
+
+def problem(rows, dtype, device):
+    hidden = torch.randn(rows, 24, device=device).to(dtype)
+    weight = (torch.randn(301, 24, device=device) * 24**-0.5).to(dtype)
+    bias = torch.randn(301, device=device).to(dtype)
+    token_ids = torch.randint(301, (rows,), device=device)
+    token_ids[rows // 2] = -100
+    return hidden, weight, token_ids, bias
+
+
+def run(function, hidden, weight, token_ids, bias, loss_fn, scale=1.0, **options):
+    leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
+    loss, logprobs, entropy = function(
+        leaves[0], leaves[1], token_ids, loss_fn, bias=leaves[2], **options
+    )
+    assert not logprobs.requires_grad and not entropy.requires_grad
+    (scale * loss).backward()
+    return [loss.detach(), logprobs, entropy, *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("rows", [2, 16, 65])  # one slice, a whole one, several
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_error_budget(device, dtype, rows, softcap):
+    hidden, weight, token_ids, bias = problem(rows, dtype, device)
+    loss_fn = ClippedLoss(rows, device)
+    options = dict(temperature=0.7, softcap=softcap, scale=0.25)
+    actual = run(fastrl.linear_token_loss, hidden, weight, token_ids, bias, loss_fn, **options)
+    plain = reference.linear_token_loss
+    eager = run(plain, hidden, weight, token_ids, bias, loss_fn, **options)
+    wide = (x.double() for x in (hidden, weight))
+    truth = run(plain, *wide, token_ids, bias.double(), loss_fn, **options)
+    for i, parts in enumerate(zip(actual, eager, truth, strict=True)):
+        assert parts[0].dtype == (torch.float32 if i < 3 else dtype)
+        assert_within_budget(*parts, torch.float32 if i < 3 and device == "cpu" else dtype)
+
+
+def test_it_takes_three_products(device, monkeypatch):
+    calls = []
+    product = _head.Head.product
+    monkeypatch.setattr(_head.Head, "product", lambda *a, **k: calls.append(1) or product(*a, **k))
+    hidden, weight, token_ids, bias = problem(16, torch.float32, device)
+    loss_fn = ClippedLoss(16, device)
+    run(fastrl.linear_token_loss, hidden, weight, token_ids, bias, loss_fn)
+    assert len(calls) == 3
+    calls.clear()
+    with torch.no_grad():
+        fastrl.linear_token_loss(hidden, weight, token_ids, loss_fn)
+    assert len(calls) == 1
+    calls.clear()
+    fastrl.linear_token_loss(hidden.clone().requires_grad_(), weight, token_ids, loss_fn)
+    assert len(calls) == 2
+
+
+def test_ignored_rows_are_never_passed_and_may_hold_anything(device):
+    hidden, weight, token_ids, _ = problem(40, torch.float32, device)
+    token_ids[::3] = -100
+    hidden[token_ids == -100] = math.nan
+    seen = []
+
+    def loss_fn(logprobs, entropy, rows):
+        seen.append(rows)
+        return -logprobs
+
+    x, w = hidden.requires_grad_(), weight.requires_grad_()
+    loss, logprobs, entropy = fastrl.linear_token_loss(x, w, token_ids, loss_fn)
+    loss.backward()
+    torch.testing.assert_close(loss, -logprobs.sum())
+    assert not logprobs[::3].any() and not entropy[::3].any() and not x.grad[::3].any()
+    assert w.grad.isfinite().all() and x.grad.isfinite().all()
+    if device == "cpu":
+        assert not (token_ids[torch.cat(seen)] == -100).any()
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_row_counts(device, rows):
+    x = torch.randn(rows, 3, device=device, requires_grad=True)
+    w = torch.randn(5, 3, device=device, requires_grad=True)
+    ids = torch.full((rows,), -100, device=device)
+    loss, logprobs, _ = fastrl.linear_token_loss(x, w, ids, lambda logprobs, *_: -logprobs)
+    loss.backward()
+    assert loss == 0 and logprobs.shape == (rows,)
+    assert not x.grad.any() and not w.grad.any()
+
+
+def test_a_loss_that_needs_nothing_has_zero_gradients(device):
+    hidden, weight, token_ids, _ = problem(5, torch.float32, device)
+    x, w = hidden.requires_grad_(), weight.requires_grad_()
+    loss, *_ = fastrl.linear_token_loss(x, w, token_ids, lambda p, *_: torch.ones_like(p))
+    loss.backward()
+    assert loss == 4 and not x.grad.any() and not w.grad.any()
+
+
+def test_leading_axes_give_flat_rows(device):
+    hidden, weight, token_ids, _ = problem(12, torch.float32, device)
+    weights = torch.arange(12.0, device=device)
+    loss, logprobs, _ = fastrl.linear_token_loss(
+        hidden.view(3, 4, -1), weight, token_ids.view(3, 4), lambda p, e, r: weights[r] * p
+    )
+    torch.testing.assert_close(loss, (weights * logprobs.flatten()).sum())
+
+
+def test_a_second_backward_pass_is_refused(device):
+    hidden, weight, token_ids, _ = problem(4, torch.float32, device)
+    x = hidden.requires_grad_()
+    loss, *_ = fastrl.linear_token_loss(x, weight, token_ids, lambda p, *_: p)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="expected one backward pass, got a second"):
+        loss.backward()
+
+
+ROWS = 40
+SEQUENCE = torch.arange(ROWS) // 5
+FOREIGN = torch.ones(3, requires_grad=True)
+
+
+def sequence_mean(x, rows):
+    sums = torch.zeros(ROWS).index_add(0, SEQUENCE[rows], x)
+    return sums[SEQUENCE[rows]] / 5
+
+
+MIXING = {
+    "a mean that is differentiated": lambda p, e, r: p - p.mean(),
+    "a mean that is not": lambda p, e, r: p - p.detach().mean(),
+    "GSPO": lambda p, e, r: -sequence_mean(p, r).exp(),
+    "strides of four": lambda p, e, r: p * torch.roll(p, 4),
+    "by the entropy": lambda p, e, r: p * e.flip(0),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_losses_that_mix_tokens_are_refused(name):
+    hidden, weight, token_ids, _ = problem(ROWS, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="loss_fn to be a function of each token by itself"):
+        fastrl.linear_token_loss(hidden.requires_grad_(), weight, token_ids, MIXING[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["a mean that is differentiated", "by the entropy"])
+def test_on_a_gpu_they_are_nan(name):
+    hidden, weight, token_ids, _ = problem(ROWS, torch.float32, "cuda")
+    loss, *_ = fastrl.linear_token_loss(hidden.requires_grad_(), weight, token_ids, MIXING[name])
+    assert loss.isnan()
+
+
+BAD = [
+    (3, TypeError, "loss_fn to be callable, got int"),
+    (lambda p, e, r: 1.0, TypeError, "loss_fn to return a tensor, got float"),
+    (lambda p, e, r: p.sum(), ValueError, r"loss_fn to return \[n\] = \(4,\), got \(\)"),
+    (lambda p, e, r: p[:, None], ValueError, r"got \(4, 1\)"),
+    (lambda p, e, r: p * FOREIGN[0], ValueError, "close over no tensor that requires grad"),
+    (lambda p, e, r: p + (2 * FOREIGN).sum(), ValueError, r"one of shape \(3,\). Detach it"),
+]
+
+
+@pytest.mark.parametrize("loss_fn, error, message", BAD)
+def test_bad_losses(loss_fn, error, message):
+    ids = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(error, match=message) as caught:
+        x = torch.randn(4, 3, requires_grad=True)
+        fastrl.linear_token_loss(x, torch.randn(5, 3), ids, loss_fn)
+    assert str(caught.value).startswith("linear_token_loss: expected ")

@@ -1,0 +1,90 @@
+"""Two processes hold unequal slices of one vocabulary; run as a script this file is one of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import fastrl
+from fastrl import reference
+
+WIDTHS = (300, 401)  # of the ranks' slices of the vocabulary
+
+
+def problem():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(9, sum(WIDTHS))
+    logits[0, :300] = -torch.inf  # nothing of it on the first rank
+    logits[1, 5] = 40.0  # all of it there
+    hidden, weight = torch.randn(9, 16), torch.randn(sum(WIDTHS), 16)
+    bias = torch.randn(sum(WIDTHS))
+    ids = torch.tensor([310, 5, -100, 299, 300, 700, 0, 17, 650])
+    return logits, hidden, weight, bias, ids
+
+
+def results(ops, logits, hidden, weight, bias, ids, **parallel):
+    """Outputs, and the gradients in the leaves."""
+    leaves = [x.clone().requires_grad_() for x in (logits, hidden, weight, bias)]
+    logits, hidden, weight, bias = leaves
+    options = {"temperature": 0.7, "return_entropy": True, **parallel}
+    outputs = (
+        *ops.token_logprobs(logits, ids, **options),
+        *ops.linear_token_logprobs(hidden, weight, ids, bias=bias, softcap=4.0, **options),
+        ops.token_logprobs(logits, ids, **(options | {"return_entropy": False})),
+    )
+    loss = sum((output * (1 + i)).sin().sum() for i, output in enumerate(outputs))
+    gradients = torch.autograd.grad(loss, leaves)
+    return [output.detach() for output in outputs], list(gradients)
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
+    logits, hidden, weight, bias, ids = problem()
+    start = sum(WIDTHS[:rank])
+    own = slice(start, start + WIDTHS[rank])
+    parts = (logits[:, own], hidden, weight[own], bias[own], ids)
+    found = results(fastrl, *parts, group=dist.group.WORLD, vocab_start=start)
+    again = results(fastrl, *parts, group=dist.group.WORLD)  # where it starts is found out
+    torch.save((*found, *again), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_slices_give_the_result_of_the_whole(tmp_path: Path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, __file__]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)
+    ]
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for rank in (first, second):
+        for a, b in zip([*rank[0], *rank[1]], [*rank[2], *rank[3]], strict=True):
+            assert torch.equal(a, b)  # run to run
+    for a, b in zip(first[0], second[0], strict=True):
+        assert torch.equal(a, b)  # rank to rank
+
+    logits, hidden, weight, bias, ids = problem()
+    wide = (x.double() for x in (logits, hidden, weight, bias))
+    outputs, gradients = results(reference, *wide, ids)
+    whole, whole_gradients = results(fastrl, logits, hidden, weight, bias, ids)
+    for ours, one, truth in zip(first[0], whole, outputs, strict=True):
+        torch.testing.assert_close(ours, one, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=2e-5)
+    sharded = [
+        torch.cat([first[1][0], second[1][0]], 1),
+        first[1][1],
+        torch.cat([first[1][2], second[1][2]]),
+        torch.cat([first[1][3], second[1][3]]),
+    ]
+    assert torch.equal(first[1][1], second[1][1])  # hidden: whole on every rank
+    for ours, one, truth in zip(sharded, whole_gradients, gradients, strict=True):
+        torch.testing.assert_close(ours, one, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), sys.argv[2])
