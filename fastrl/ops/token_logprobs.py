@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastrl import reference
 from fastrl.ops import _binary, _checks, _sharded
+from fastrl.ops._kept_logprobs import kept_logprobs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,7 +51,8 @@ def token_logprobs(
             read afterwards: no memory beside it. Has no effect under torch.compile, which plans
             memory itself.
         kept: (ids int64 [K], cu_seqlens int32 [rows + 1]): row i is renormalised over the ids in
-            ids[cu_seqlens[i]:cu_seqlens[i + 1]]. Computed by fastrl.reference.
+            ids[cu_seqlens[i]:cu_seqlens[i + 1]], in any order, each once. A token outside them has
+            log-probability -inf. Only their logits are read; inplace_backward has no effect.
         group: process group whose ranks hold slices of the vocabulary, in rank order, of any sizes.
             token_ids are the same on every rank, and so are the results, bit for bit: six numbers a
             row are gathered. Together with kept it is computed by fastrl.reference.
@@ -68,13 +70,16 @@ def token_logprobs(
     Differentiable in: logits.
     """
     _check(logits, token_ids, temperature, ignore_index, kept, group, vocab_start)
-    if kept is not None:
+    if kept is not None and group is not None:
         return reference.token_logprobs(
             logits, token_ids, temperature=temperature, ignore_index=ignore_index,
             return_entropy=return_entropy, kept=kept, group=group, vocab_start=vocab_start,
         )  # fmt: skip
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
+    if kept is not None:
+        both = kept_logprobs(logits, token_ids, kept, temperature, ignore_index, return_entropy)
+        return both if return_entropy else both[0]
     if group is not None:
         flat = logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1)
         outputs = _sharded.token_logprobs(

@@ -7,11 +7,6 @@ import fastrl
 from fastrl import reference
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    return request.param
-
-
 def test_draws_are_those_of_the_reference_and_logprobs_those_of_token_logprobs(device):
     logits = torch.randn(2, 5, 40, device=device)
     seeds = torch.arange(10, device=device).view(2, 5)

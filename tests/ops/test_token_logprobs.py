@@ -6,31 +6,12 @@ from budget import assert_within_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrl
-from fastrl import _C, reference
+from fastrl import reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # One column; odd and prime; one vector of any width and its neighbours; a block; more than one
 # stretch of the vocabulary, with a tail.
 VOCABULARIES = [1, 2, 7, 16, 31, 33, 1024, 1025, 2049, 16384, 40001]
-
-
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-
-
-@pytest.fixture(params=["cpu", GPU])
-def device(request):
-    return request.param
-
-
-@pytest.fixture(params=[*(f"cpu-{level}" for level in _C.build_facts()["simd_levels"]), GPU])
-def any_kernel(request):
-    """The device, with each of its kernels in turn."""
-    device, _, level = request.param.partition("-")
-    before = _C.simd_level()
-    if level and not _C.select_simd_level(level):
-        pytest.skip(f"this processor has no {level}")
-    yield device
-    assert _C.select_simd_level(before)
 
 
 def run(function, logits, token_ids, g, h, **options):
