@@ -27,7 +27,7 @@ ALONE = {
     "_vocabulary": {"torch"},
 }
 # The core's own dependencies may be imported anywhere; those of the extras not at import time.
-EXTRAS = {"tokenizers", "safetensors", "rich", "matplotlib", "tyro", "transformers"}
+EXTRAS = {"tokenizers", "safetensors", "rich", "matplotlib", "tyro", "transformers", "trl"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
