@@ -30,7 +30,7 @@ def several_token_logprobs(
         logits, best_ids.squeeze(-1), temperature=temperature, return_entropy=return_entropy
     )
     logprobs, entropy = result if return_entropy else (result, None)
-    # Without gradient at b itself, where 1 - p_b would drown in + g - g; -inf - -inf is no number.
+    # Constant where b is asked for again: 1 - p_b would drown in + g - g. And -inf - -inf is NaN.
     is_best = (ids == best_ids) | (best_logit == -torch.inf)
     distance = ((chosen - best_logit) / temperature).masked_fill(is_best, 0)
     logprobs = logprobs[..., None] + distance

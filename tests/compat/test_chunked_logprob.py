@@ -141,6 +141,7 @@ def test_autocast_decides_the_dtype(original):
             assert x.dtype == y.dtype
             if x.dtype != torch.bool:
                 assert_within_budget(x, y, z, torch.bfloat16)
+    assert all(torch.equal(x, x.bfloat16().float()) for x in mine[1])  # as the docstring tells
 
 
 def test_no_rows():

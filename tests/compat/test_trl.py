@@ -103,13 +103,15 @@ def plain(logits, index):
 
 @pytest.mark.parametrize("gap", [2.0, 10.0, 16.0, 20.0])
 @pytest.mark.parametrize("place", [0, 2])
-def test_k_ids_keep_the_digits_of_a_likely_one(gap, place):
+@pytest.mark.parametrize("twice", [False, True])
+def test_k_ids_keep_the_digits_of_a_likely_one(gap, place, twice):
     logits = torch.randn(6, VOCAB)
     index = torch.stack([torch.randperm(VOCAB)[:K] for _ in logits])
     likely = index[:, place, None]
+    if twice:  # its two gradients must not meet in a sum with 1 - p
+        index[:, 3] = index[:, place]
     logits.scatter_(1, likely, logits.amax(-1, keepdim=True) + gap)
-    upstream = torch.zeros(6, K)
-    upstream[:, place] = 1.0
+    upstream = (index == likely).float() / (2 if twice else 1)
     values, grad = k_ids(ours.selective_log_softmax, logits, index, upstream)
     # 1 - p from the other tokens, since 1.0 - p loses digits in float64 as well.
     x = logits.double().scatter(1, likely, -math.inf) - logits.double().gather(1, likely)
@@ -118,7 +120,7 @@ def test_k_ids_keep_the_digits_of_a_likely_one(gap, place):
     true_grad.scatter_(1, likely, -true_grad.sum(-1, keepdim=True))
     assert ((grad - true_grad).abs() <= 1e-5 * true_grad.abs()).all()
     true_values = plain(logits.double(), index)
-    true_values[:, place] = -odds.sum(-1).log1p()
+    true_values[index == likely] = -odds.sum(-1).log1p().repeat_interleave(2 if twice else 1)
     assert ((values - true_values).abs() <= 2e-6 * true_values.abs()).all()
 
 
