@@ -157,6 +157,13 @@ def test_k_ids_take_one_pass(monkeypatch, with_entropy):
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(-1, index))
 
 
+def test_k_ids_compile_whole():
+    logits, index, upstream = torch.randn(6, VOCAB), torch.randint(VOCAB, (6, K)), torch.randn(6, K)
+    compiled = torch.compile(ours.selective_log_softmax, fullgraph=True, backend="aot_eager")
+    expected = k_ids(ours.selective_log_softmax, logits, index, upstream)
+    torch.testing.assert_close(k_ids(compiled, logits, index, upstream), expected)
+
+
 def test_excluded_tokens_have_no_entropy():
     logits = torch.tensor([[0.0, 0.0, -math.inf]], requires_grad=True)
     entropy = ours.entropy_from_logits(logits)
