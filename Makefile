@@ -1,5 +1,5 @@
 # make demo   everything in .venv, then the main job: train a language model on real text
-# make test   everything in .venv, then the tests; `make test-all` with the peers, so TRL's as well
+# make test   everything in .venv, then the tests
 # make gpu    on a machine with an NVIDIA GPU: build, GPU tests and benchmarks, one report
 #
 # TORCH=       the torch to install (default: the one in constraints.txt)
@@ -35,7 +35,7 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
 
-test-all: $(VENV)/.peers
+test-all: $(VENV)/.built
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 bench: $(VENV)/.peers
