@@ -99,7 +99,7 @@ SAMPLE_TOKENS = [
         inputs=("seeds",), options={"temperature": 0.7},
     ),
     Case(
-        "sample_tokens", (8, 151936), "vocabulary 152k with top_k and top_p: a sort, today",
+        "sample_tokens", (8, 151936), "vocabulary 152k with top_k and top_p, without a sort",
         inputs=("seeds",), options={"top_k": 50, "top_p": 0.9},
     ),
 ]  # fmt: skip

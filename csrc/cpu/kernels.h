@@ -59,11 +59,58 @@ struct LogprobKernels {
   void (*row_grad)(const T* logits, int64_t n, const TokenLogprobsGrad& row, T* grad);
 };
 
+// The ids of a row that may be drawn: those whose logit is above `lowest`, and of those equal to it
+// the ids up to last_id. A logit of -inf is never kept, nor is any if `lowest` is NaN.
+struct Kept {
+  float lowest = -__builtin_inff();
+  int64_t last_id = -1;
+
+  Kept from(int64_t first_id) const { return {lowest, last_id - first_id}; }
+};
+
+// Masses are exp((x - max) / temperature).
+struct RowScale {
+  float max;
+  double temperature;
+};
+
+// What falls into one of kBins equal stretches of (max - x) / temperature, the last one endless.
+// kSpareBins more, which nobody reads, take what is not counted.
+struct Bin {
+  double mass, count;
+};
+constexpr int kBins = 2048, kSpareBins = 16;
+
+constexpr int64_t kSampleBlock = 256;  // columns; divides kVocabChunk
+
+// Here ids count from the first of the n logits, and row max is finite.
+template <class T>
+struct SampleKernels {
+  // The masses of the kept logits, 0 for the others, and their sum; n <= kSampleBlock, the size of
+  // masses.
+  double (*kept_block)(const T* logits, int64_t n, const Kept& kept, const RowScale& scale,
+                       float* masses);
+  double (*kept_mass)(const T* logits, int64_t n, const Kept& kept, const RowScale& scale);
+  // The maximum of each kSampleBlock columns.
+  void (*block_maxima)(const T* logits, int64_t n, float* maxima);
+  // Those of at least `floor`.
+  void (*add_to_bins)(const T* logits, int64_t n, float floor, const RowScale& scale, Bin* bins);
+  // The ids of those in one bin, and how many; n <= kSampleBlock, the size of ids.
+  int64_t (*list_bin)(const T* logits, int64_t n, const RowScale& scale, int bin, int64_t* ids);
+  int64_t (*count_kept)(const T* logits, int64_t n, const Kept& kept);
+  // The kept ids plus first_id, ascending, and how many.
+  int64_t (*list_kept)(const T* logits, int64_t n, const Kept& kept, int64_t first_id,
+                       int64_t* ids);
+};
+
 struct KernelTable {
   const char* name;
   LogprobKernels<float> logprobs_f32;
   LogprobKernels<BFloat16> logprobs_bf16;
   LogprobKernels<Half> logprobs_f16;
+  SampleKernels<float> sample_f32;
+  SampleKernels<BFloat16> sample_bf16;
+  SampleKernels<Half> sample_f16;
   Kernels<float> returns_f32;
   Kernels<double> returns_f64;
 };

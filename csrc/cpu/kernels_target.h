@@ -33,6 +33,7 @@ FASTRL_GCC_TARGET(FASTRL_TARGET)
 #include "simd.h"
 #include "returns_kernel.h"
 #include "token_logprobs_kernel.h"
+#include "sample_tokens_kernel.h"
 // clang-format on
 
 #ifdef FASTRL_TARGET
@@ -46,8 +47,9 @@ FASTRL_GCC_TARGET(FASTRL_TARGET)
 namespace fastrl::FASTRL_SIMD {
 
 const KernelTable kTable = {
-    FASTRL_NAME(FASTRL_SIMD), kLogprobs<float>, kLogprobs<BFloat16>,
-    kLogprobs<Half>,          kReturns<float>,  kReturns<double>,
+    FASTRL_NAME(FASTRL_SIMD), kLogprobs<float>,  kLogprobs<BFloat16>, kLogprobs<Half>,
+    kSample<float>,           kSample<BFloat16>, kSample<Half>,       kReturns<float>,
+    kReturns<double>,
 };
 
 }  // namespace fastrl::FASTRL_SIMD

@@ -37,13 +37,17 @@ inline T* mutable_ptr(const Tensor& t) {
 // The C function behind torch::stable::empty, without its trip through the dispatcher.
 inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size(), 1);
-  size_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  const bool is_eight = dtype == ScalarType::Double || dtype == ScalarType::Long;
+  const bool is_four = dtype == ScalarType::Float || dtype == ScalarType::Int;
+  size_t bytes = is_eight ? 8 : is_four ? 4 : 2;
   for (size_t d = shape.size(); d-- > 0;) {
     if (d + 1 < shape.size()) strides[d] = strides[d + 1] * std::max<int64_t>(1, shape[d + 1]);
     bytes *= shape[d];
   }
   const int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
                        : dtype == ScalarType::Double   ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::Long     ? aoti_torch_dtype_int64()
+                       : dtype == ScalarType::Int      ? aoti_torch_dtype_int32()
                        : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                        : aoti_torch_dtype_float16();
   if (bytes > kLarge) {

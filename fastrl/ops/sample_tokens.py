@@ -1,14 +1,16 @@
-"""Sampling: checks, the draw as fastrl.reference defines it, log-probs of our token_logprobs."""
+"""Sampling without a sort: one pass over the logits and a look at where u falls."""
 
 import torch
 from torch import Tensor
 
 from fastrl import reference
-from fastrl.ops import _checks
+from fastrl.ops import _binary, _checks
 from fastrl.ops.token_logprobs import token_logprobs
-from fastrl.reference.sample_tokens import draw_tokens, kept_ids
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_sample = _binary.op("sample_tokens")
+_kept_ids = _binary.op("kept_ids")
 
 
 @torch.no_grad()
@@ -23,14 +25,40 @@ def sample_tokens(
     return_kept: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     _check(logits, temperature, top_k, top_p, seeds, step)
-    token_ids, is_kept = draw_tokens(logits, temperature, top_k, top_p, seeds, step)
-    kept = kept_ids(is_kept) if return_kept else None
+    leading = logits.shape[:-1]
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    if seeds is None and temperature == 0:
+        seeds = torch.zeros(leading, dtype=torch.int64, device=logits.device)
+    elif seeds is None:  # drawn as fastrl.reference draws them: the same tokens
+        seeds = torch.randint(-(2**63), 2**63 - 1, (leading.numel(),), device=logits.device)
+        seeds = seeds.reshape(leading)
+    if top_k is not None:
+        top_k = min(top_k, logits.shape[-1])
+    signed_step = step - 2**64 if step >= 2**63 else step
+    token_ids, logprobs, lowest, last_id = _sample(
+        logits, seeds.contiguous(), signed_step, temperature, top_k, top_p
+    )
+    if not return_kept:
+        return token_ids, logprobs
+    kept = _kept_ids(logits, lowest, last_id)
     logprobs = token_logprobs(logits, token_ids, temperature=temperature or 1.0, kept=kept)
     assert isinstance(logprobs, Tensor)
-    return (token_ids, logprobs) if kept is None else (token_ids, logprobs, kept)
+    return token_ids, logprobs, kept
 
 
-sample_tokens.__doc__ = reference.sample_tokens.__doc__
+sample_tokens.__doc__ = f"""{reference.sample_tokens.__doc__}
+    Exact here: the log-probabilities are those of fastrl.token_logprobs, bit for bit, and ids are
+    kept by their logits, of equals the lowest ids. Cumulative probabilities are sums of float32
+    exponentials, good to about 1e-7: a draw differs from the reference's where u lies that close to
+    the boundary of two ids, and so does the last id that top_p keeps. A probability below 2^-127 of
+    the largest counts as 0. A row with NaN, or without a finite logit, gives id 0 and keeps none.
+    A row's result depends neither on the rest of the batch nor on the number of threads.
+    Raises:
+        ValueError: shapes disagree, or a number is out of its range.
+        TypeError: another dtype (float64: fastrl.reference.sample_tokens).
+        NotImplementedError: a device without a kernel.
+    """
 
 
 def _check(
@@ -54,6 +82,8 @@ def _check(
         if top_p == 0:
             raise _checks.fail(op, "top_p > 0", top_p, "temperature=0 is greedy.")
     _checks.whole(op, "step", step, 0)
+    if step >= 2**64:
+        raise _checks.fail(op, "step < 2^64", step, "Count from 0.")
     if seeds is not None:
         _checks.tensor(op, "seeds", seeds, (torch.int64,), "Use seeds.long().")
         if seeds.shape != logits.shape[:-1]:
@@ -64,3 +94,21 @@ def _check(
                 "Pass one seed per row.",
             )
         _checks.same_device(op, "seeds", seeds, "logits", logits)
+    _checks.implemented(op, logits)
+
+
+def _fake(logits: Tensor, seeds: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """token_ids int64, logprobs float32, lowest float32, last_id int64: [...] each."""
+    logprobs = logits.new_empty(seeds.shape, dtype=torch.float32)
+    token_ids = seeds.new_empty(seeds.shape)
+    return token_ids, logprobs, torch.empty_like(logprobs), torch.empty_like(token_ids)
+
+
+def _kept_ids_fake(logits: Tensor, lowest: Tensor, last_id: Tensor) -> tuple[Tensor, Tensor]:
+    """ids int64 [K], cu_seqlens int32 [rows + 1]; the values decide K."""
+    ids = last_id.new_empty(torch.library.get_ctx().new_dynamic_size())
+    return ids, last_id.new_empty(last_id.numel() + 1, dtype=torch.int32)
+
+
+_binary.register_fake("sample_tokens", _fake)
+_binary.register_fake("kept_ids", _kept_ids_fake)

@@ -2,9 +2,81 @@ import math
 
 import pytest
 import torch
+from draws import CUTS, assert_draws_agree, expected_of
 
 import fastrl
 from fastrl import reference
+
+
+def test_draws_of_many_seeds_and_steps(any_kernel):
+    """Both words of the seed and of the step count, signs included."""
+    logits = torch.randn(40, device=any_kernel).expand(4096, 40)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (4096,), device=any_kernel)
+    drawn = []
+    for step in (0, 2**32 - 1, 2**32, 2**63, 2**64 - 1):
+        token_ids, _ = fastrl.sample_tokens(logits, seeds=seeds, step=step)
+        expected = expected_of(logits, seeds, step=step)
+        assert_draws_agree(token_ids, *expected, logits, seeds, step=step)
+        drawn.append(token_ids)
+    assert all((a != drawn[0]).float().mean() > 0.8 for a in drawn[1:])
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_offsets(any_kernel, offset):
+    logits = torch.randn(32, 5000, device=any_kernel) + offset
+    seeds = torch.arange(32, device=any_kernel)
+    for cut in CUTS:
+        token_ids, _ = fastrl.sample_tokens(logits, seeds=seeds, **cut)
+        assert_draws_agree(token_ids, *expected_of(logits, seeds, **cut), logits, seeds)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_rows_without_a_distribution(any_kernel, cut):
+    logits = torch.randn(6, 40000, device=any_kernel)
+    logits[0, 3], logits[1, 39999], logits[2] = math.nan, math.inf, -math.inf
+    logits[3], logits[4, :33000] = math.nan, -math.inf
+    logits[4, 7] = math.nan
+    for temperature in (0, 1.0):
+        options = {"temperature": temperature, "seeds": torch.arange(6, device=any_kernel)} | cut
+        token_ids, logprobs, (ids, bounds) = fastrl.sample_tokens(
+            logits, return_kept=True, **options
+        )
+        assert ((token_ids >= 0) & (token_ids < 40000)).all()
+        for x in (logprobs, fastrl.sample_tokens(logits, **options)[1]):
+            assert x.isnan().tolist() == [True] * 5 + [False]
+        assert bounds[5] == 0 and token_ids[5] in ids
+
+
+def test_threads_and_strides_do_not_change_a_draw(device):
+    base = torch.randn(3, 4, 70001, device=device)
+    seeds = torch.arange(9, device=device).view(3, 3)
+    view = base[:, 1:]
+    threads = torch.get_num_threads()
+    for cut in CUTS:
+        expected = fastrl.sample_tokens(view.contiguous(), seeds=seeds, return_kept=True, **cut)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            actual = fastrl.sample_tokens(view, seeds=seeds, return_kept=True, **cut)
+            alone = fastrl.sample_tokens(view[1, 2], seeds=seeds[1, 2], **cut)
+            torch.set_num_threads(threads)
+            assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+            assert torch.equal(actual[2][0], expected[2][0])
+            assert alone[0] == expected[0][1, 2]
+    columns = base[0, :, ::3]
+    ours = fastrl.sample_tokens(columns, seeds=seeds.new_ones(4))
+    copied = fastrl.sample_tokens(columns.contiguous(), seeds=seeds.new_ones(4))
+    assert torch.equal(ours[0], copied[0]) and torch.equal(ours[1], copied[1])
+
+
+def test_without_seeds_torch_gives_them_as_to_the_reference(device):
+    logits = torch.randn(2, 5, 300, device=device)
+    drawn = []
+    for function in (fastrl.sample_tokens, reference.sample_tokens):
+        torch.manual_seed(11)
+        drawn.append([function(logits, temperature=t)[0] for t in (1.0, 0, 1.0)])
+    for ours, expected in zip(*drawn, strict=True):
+        assert torch.equal(ours, expected)
+    assert not torch.equal(drawn[0][0], drawn[0][2])
 
 
 def test_draws_are_those_of_the_reference_and_logprobs_those_of_token_logprobs(device):
@@ -64,6 +136,26 @@ def test_empty_batch(device):
     assert token_ids.shape == logprobs.shape == (0,)
 
 
+@pytest.mark.parametrize("cut", [(None, None), (5, 0.8)])
+def test_opcheck(device, cut):
+    logits = torch.randn(3, 4, 300, device=device)
+    seeds = torch.arange(12, device=device).view(3, 4)
+    arguments = (logits, seeds, 3, 0.9, *cut)
+    torch.library.opcheck(torch.ops.fastrl.sample_tokens.default, arguments)
+    _, _, lowest, last_id = torch.ops.fastrl.sample_tokens(*arguments)
+    torch.library.opcheck(torch.ops.fastrl.kept_ids.default, (logits, lowest, last_id))
+
+
+def test_compiles_without_a_break(device):
+    def draw(logits, seeds):
+        return fastrl.sample_tokens(logits * 2.0, seeds=seeds, step=4, top_k=7)
+
+    logits, seeds = torch.randn(3, 40, device=device), torch.arange(3, device=device)
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(compiled(logits, seeds), draw(logits, seeds), strict=True):
+        assert torch.equal(ours, eager)
+
+
 BAD = [
     ({"logits": torch.zeros(2, 3).double()}, TypeError, "got torch.float64"),
     ({"logits": torch.zeros(2, 0)}, ValueError, "V >= 1"),
@@ -76,6 +168,7 @@ BAD = [
     ({"seeds": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seeds \(2,\), got \(3,\)"),
     ({"seeds": torch.zeros(2)}, TypeError, "seeds of dtype int64"),
     ({"step": -1}, ValueError, "step >= 0"),
+    ({"step": 2**64}, ValueError, r"step < 2\^64"),
 ]
 
 
