@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastrl.kernels import token_logprobs
+from fastrl.kernels import sample_tokens, token_logprobs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,6 +28,7 @@ class Launch:
 
 def launches() -> Iterator[Launch]:
     yield from _token_logprobs()
+    yield from _sample_tokens()
 
 
 def _token_logprobs() -> Iterator[Launch]:
@@ -55,3 +56,14 @@ def _token_logprobs() -> Iterator[Launch]:
         for h in (None, row):
             saved = (ids, row, row if h is not None else None, row, row, 1.0, -100, 0)
             yield Launch(token_logprobs.token_logprobs_bwd_out, (grad, row, h, logits, *saved))
+
+
+def _sample_tokens() -> Iterator[Launch]:
+    # Rows on 16-byte bounds and not, for the kernel that draws and the one that cuts before.
+    for dtype in FLOATS:
+        for vocab in (151936, 50257):
+            logits, seeds = torch.empty(2, vocab, dtype=dtype), torch.empty(2, dtype=torch.int64)
+            for top_k in (None, 50):
+                arguments = (logits, seeds, 1, 1.0, top_k, None)
+                yield Launch(sample_tokens.sample_tokens, arguments)
+        yield Launch(sample_tokens.kept_ids, (logits, torch.empty(2), seeds))

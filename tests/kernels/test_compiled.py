@@ -17,17 +17,19 @@ def test_every_configuration_keeps_to_the_budget(compiled):
 
 
 def test_every_block_size_that_ships_is_compiled(compiled):
-    from fastrl.kernels import token_logprobs
+    from fastrl.kernels import sample_tokens, token_logprobs
 
-    walkers = [k.request for k in compiled if "_merge_" not in k.name]
-    shipped = {(b["BLOCK_V"], b["num_warps"]) for b in token_logprobs.BLOCKS}
-    for name in {request.name for request in walkers}:
+    shipped = dict.fromkeys(("fwd", "bwd"), token_logprobs.BLOCKS)
+    shipped = {f"token_logprobs._token_logprobs_{k}_kernel": v for k, v in shipped.items()}
+    both = (sample_tokens.DRAW, sample_tokens.TRUNCATE_AND_DRAW)
+    shipped["sample_tokens._sample_tokens_kernel"] = both
+    for name, blocks in shipped.items():
         reached = {
-            (r.named_constants["BLOCK_V"], r.options["num_warps"])
-            for r in walkers
-            if r.name == name and r.arch == 90
+            (k.request.named_constants["BLOCK_V"], k.request.options["num_warps"])
+            for k in compiled
+            if k.name == name and k.request.arch == 90
         }
-        assert reached == shipped
+        assert reached == {(block["BLOCK_V"], block["num_warps"]) for block in blocks}
 
 
 def test_aligned_rows_move_16_bytes_at_a_time(compiled):
@@ -49,14 +51,26 @@ def test_aligned_rows_move_16_bytes_at_a_time(compiled):
     assert len(seen) >= 6  # two kernels, three dtypes
 
 
+def test_the_passes_that_truncate_load_four_aligned_columns_at_a_time(compiled):
+    """Ahead of their use: from L2 a load takes as long as all that is done with it."""
+    seen = set()
+    for kernel in compiled:
+        constants = kernel.request.named_constants
+        if not (constants.get("TRUNCATE") and constants["ALIGNED"]):
+            continue
+        logits = next(iter(kernel.request.signature.values()))
+        width = 16 if logits == "*fp32" else 8
+        assert re.search(rf"cp\.async\.c\w\.shared\.global .*\b({width:#x}|{width})\b", kernel.ptx)
+        seen.add(logits)
+    assert len(seen) == 3
+
+
 def test_sums_do_not_depend_on_how_threads_share_a_block(compiled):
     """An alignment changes what a thread holds, and with it the order of a plain tl.sum. So every
-    sum is of two numbers, where there is but one order."""
-    pattern = r'"tt\.reduce"\(.*?arith\.(\w+) .*?\}\) : \(tensor<(\d+)\w*xf32'
+    sum of floats is of two numbers, where there is but one order."""
+    pattern = r'"tt\.reduce"\(.*?arith\.(\w+) .*?\}\) : \(tensor<(\d+)\w*x[fi]\d'
     addends = set()
     for kernel in compiled:
-        if not kernel.name.startswith("token_logprobs."):
-            continue
         reductions = re.findall(pattern, kernel.ttgir, re.DOTALL)
         assert len(reductions) == kernel.ttgir.count('"tt.reduce"')
         addends |= {int(size) for operation, size in reductions if operation == "addf"}
