@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastrl.kernels import sample_tokens, token_logprobs
+from fastrl.kernels import kept_logprobs, sample_tokens, token_logprobs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,6 +29,7 @@ class Launch:
 def launches() -> Iterator[Launch]:
     yield from _token_logprobs()
     yield from _sample_tokens()
+    yield from _kept_logprobs()
 
 
 def _token_logprobs() -> Iterator[Launch]:
@@ -67,3 +68,16 @@ def _sample_tokens() -> Iterator[Launch]:
                 arguments = (logits, seeds, 1, 1.0, top_k, None)
                 yield Launch(sample_tokens.sample_tokens, arguments)
         yield Launch(sample_tokens.kept_ids, (logits, torch.empty(2), seeds))
+
+
+def _kept_logprobs() -> Iterator[Launch]:
+    ids, row = torch.empty(2, dtype=torch.int64), torch.empty(2)
+    for dtype in FLOATS:
+        logits = torch.empty(2, 50257, dtype=dtype)
+        inputs = (logits, ids, ids, torch.empty(3, dtype=torch.int32))
+        for return_entropy in (False, True):
+            arguments = (*inputs, 1.0, -100, return_entropy)
+            yield Launch(kept_logprobs.kept_logprobs_fwd, arguments)
+        for g, h in ((row, None), (None, row), (row, row)):
+            saved = (row, row if h is not None else None, row, row)
+            yield Launch(kept_logprobs.kept_logprobs_bwd, (g, h, *inputs, *saved, 1.0, -100))
