@@ -26,7 +26,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "lambda_returns": {"cpu": "C++"},
     "linear_token_logprobs": _SLICES,
     "linear_token_loss": _SLICES,
-    "sample_tokens": {"cpu": "C++"},
+    "sample_tokens": {"cpu": "C++", "cuda": "Triton"},
     "token_logprobs": {"cpu": "C++", "cuda": "Triton"},
     "token_stats": _SLICES,
 }

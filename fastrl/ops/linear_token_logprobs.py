@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastrl import _vocabulary
 from fastrl.ops import _binary, _checks, _linear_slices, _sharded
 from fastrl.ops.token_logprobs import check_ids
 
@@ -193,6 +194,11 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     return grad_hidden, grad_weight, None, grad_bias, *(None,) * 4
 
 
+def _state_fake(hidden: Tensor, weight: Tensor, token_ids: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty((token_ids.numel(), _vocabulary.SIZE), dtype=torch.float64)
+
+
+_binary.register_fake("linear_token_logprobs_state", _state_fake)
 _binary.register_torch(_linear_slices.linear_token_logprobs_state)
 _binary.register_torch(_linear_slices.linear_token_logprobs_fwd)
 _binary.register_torch(_linear_slices.linear_token_logprobs_bwd)

@@ -112,3 +112,4 @@ def _kept_ids_fake(logits: Tensor, lowest: Tensor, last_id: Tensor) -> tuple[Ten
 
 _binary.register_fake("sample_tokens", _fake)
 _binary.register_fake("kept_ids", _kept_ids_fake)
+_binary.register_triton("sample_tokens", "sample_tokens", "kept_ids")

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastrl import reference
+from fastrl import _vocabulary, reference
 from fastrl.ops import _binary, _checks, _sharded
 from fastrl.ops._kept_logprobs import kept_logprobs
 
@@ -209,10 +209,19 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     return _bwd(*saved, 0), *(None,) * 5
 
 
+def _state_fake(logits: Tensor, token_ids: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty((token_ids.numel(), _vocabulary.SIZE), dtype=torch.float64)
+
+
+_binary.register_fake("token_logprobs_state", _state_fake)
 _binary.register_fake("token_logprobs_fwd", _fwd_fake)
 _binary.register_fake("token_logprobs_bwd", _bwd_fake)
 _binary.register_fake("token_logprobs_bwd_", lambda *_: None)
 _binary.register_autograd("token_logprobs_fwd", _backward, setup_context=_setup_context)
 _binary.register_triton(
-    "token_logprobs", "token_logprobs_fwd", "token_logprobs_bwd", "token_logprobs_bwd_"
+    "token_logprobs",
+    "token_logprobs_fwd",
+    "token_logprobs_bwd",
+    "token_logprobs_bwd_",
+    "token_logprobs_state",
 )

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the ops on hidden states: waiting, graphs, memory, narrow products."""
+"""What only a GPU can show of the ops on hidden states: waiting, graphs, memory, 16-bit factors."""
 
 import pytest
 import torch

@@ -233,6 +233,10 @@ def test_opcheck(device, softcap):
     arguments = (hidden, weight, ids, bias, 0.8, softcap, -100, True)
     torch.library.opcheck(torch.ops.fastrl.linear_token_logprobs_fwd.default, arguments)
     x, w, b = (t.detach() for t in (hidden, weight, bias))
+    state = (x, w, ids, b, 0.8, softcap, -100, 3, True)
+    torch.library.opcheck(torch.ops.fastrl.linear_token_logprobs_state.default, state)
+    state = (x, ids.clamp(0, 5), 0.8, -100, 3, True)
+    torch.library.opcheck(torch.ops.fastrl.token_logprobs_state.default, state)
     saved = torch.ops.fastrl.linear_token_logprobs_fwd(x, w, ids, b, *arguments[4:])
     g, h = torch.randn(2, 5, device=device)
     for needs in ((True, True, True), (False, True, False)):
