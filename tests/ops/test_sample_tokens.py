@@ -6,6 +6,7 @@ from draws import CUTS, assert_draws_agree, expected_of
 
 import fastrl
 from fastrl import reference
+from fastrl.reference._philox import uniform
 
 
 def test_draws_of_many_seeds_and_steps(any_kernel):
@@ -19,6 +20,18 @@ def test_draws_of_many_seeds_and_steps(any_kernel):
         assert_draws_agree(token_ids, *expected, logits, seeds, step=step)
         drawn.append(token_ids)
     assert all((a != drawn[0]).float().mean() > 0.8 for a in drawn[1:])
+
+
+def test_the_ends_of_u(any_kernel):
+    """u = 0 and u = 1 - 2^-24: the first and the last id that has a probability, in any chunk."""
+    logits = torch.full((2, 70001), -math.inf, device=any_kernel)
+    logits[:, 7:40000] = -100.0  # e^-100 is 0 in float32
+    logits[:, 40000:60000] = 0.0
+    seeds = torch.tensor([12121362, 16390493], device=any_kernel)
+    assert uniform(seeds, 0, torch.float32).tolist() == [0.0, 1 - 2.0**-24]
+    for cut in CUTS:
+        token_ids, _, kept = fastrl.sample_tokens(logits, seeds=seeds, return_kept=True, **cut)
+        assert token_ids.tolist() == [40000, kept[0].max().item()]
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])
