@@ -173,11 +173,11 @@ def truncate(row_ptr, stop, V, m, scale, top_k, top_p, BLOCK_V: tl.constexpr):
         wanted = share.to(tl.int64)
         wanted += (wanted.to(tl.float64) < share).to(tl.int64)
         wanted = tl.minimum(tl.maximum(wanted, 1), total)
-        key, above = _search(row_ptr, stop, low, high, wanted, m, scale, True, BLOCK_V)
-        lowest = _from_key(key, DTYPE)
+        # No more than top_k left of equals: together they weigh total, and wanted is no more.
+        low, above = _search(row_ptr, stop, low, high, wanted, m, scale, True, BLOCK_V)
+        lowest = _from_key(low, DTYPE)
         one = weight(lowest, m, scale)
-        enough = _times(one, wanted - above)
-        ties = tl.where(key > low, enough, tl.minimum(enough, ties))
+        ties = _times(one, wanted - above)
         total = above + ties * one
     last_id = tl.full([], -1, tl.int32)
     if ties > 0:

@@ -167,7 +167,7 @@ def test_the_random_bits_are_those_of_the_reference(interpreted):
         assert torch.equal(bits.float() * 2.0**-24, uniform(seeds, step, torch.float32))
 
 
-@pytest.mark.parametrize("vocab, top_k", [(4096, None), (2 * CHUNK, None), (1500, 1000)])
+@pytest.mark.parametrize("vocab, top_k", [(4096, None), (3 * CHUNK, None), (1500, 1000)])
 def test_equal_weights_are_cut_exactly(draw, vocab, top_k):
     """id = floor(u k): nothing is rounded, so there is no tolerance."""
     seeds = torch.arange(4) * 77
@@ -184,18 +184,28 @@ def test_chi_square_against_the_exact_distribution(draw):
     assert ((counts - n * p).square() / (n * p)).sum() < 21.1
 
 
-def test_stretches_of_very_different_weight(draw):
-    """A stretch may weigh nothing beside another, or lie 1e4 below it, or hold no number."""
-    logits = torch.randn(4, 2 * CHUNK)
+def test_stretches_of_different_weight(draw):
+    """One may weigh nothing beside another, or lie 1e4 below it, or hold no number."""
+    logits = torch.randn(6, 2 * CHUNK)
     logits[0, :CHUNK] -= 1e4
     logits[1, CHUNK:] = -math.inf
     logits[2, :CHUNK] = torch.finfo(torch.float32).min
-    logits[3, CHUNK:] -= 8.0
-    seeds = torch.arange(4)
+    logits[3:, :CHUNK] -= 0.5
+    seeds = torch.arange(6)
     token_ids, _, lowest, last_id = draw(logits, seeds)
     kept = kept_of(logits, lowest, last_id)
     assert_drawn_as_defined(logits, kept, token_ids, seeds)
-    assert (token_ids >= CHUNK).tolist()[:3] == [True, False, True]
+    in_second = (token_ids >= CHUNK).tolist()
+    assert in_second[:3] == [True, False, True] and {*in_second[3:]} == {True, False}
+
+
+def test_where_rounding_leaves_nothing_beyond_u_the_last_id_is_drawn(draw):
+    """u = 1 - 2^-24, and a total that float32 rounds up by more than that."""
+    logits, seeds = torch.full((1, CHUNK), -2.98064), torch.tensor([1499961])
+    logits[0, 0] = 0.0
+    assert uniform(seeds, STEP, torch.float32) == 1 - 2.0**-24
+    token_ids, *_ = draw(logits, seeds)
+    assert token_ids.tolist() == [CHUNK - 1]
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.5}])
@@ -242,6 +252,8 @@ def test_temperatures_far_from_one(draw, temperature):
 def test_kept_ids_are_written_in_order(interpreted):
     logits = torch.randn(5, CHUNK + 4000)
     logits[0, ::3] = 0.5
+    logits[3] = 0.0
+    logits[3, [5, 9000, CHUNK - 1, CHUNK + 3999]] = 3.0
     logits[4] = -math.inf
     lowest = torch.tensor([0.5, -math.inf, math.nan, 2.5, -math.inf])
     last_id = torch.tensor([CHUNK + 300, -1, -1, -1, -1])
