@@ -15,15 +15,17 @@ TOKEN_LOGPROBS = [
         "token_logprobs", (1024, 151936), "vocabulary 152k: scoring a batch, with entropy",
         options=ENTROPY,
         targets=(
-            Target("TRL *", "ratio", at_least=25),
-            Target("torch log_softmax*", "ratio", at_least=7),
+            Target("TRL *", "ratio", at_least=30),
+            Target("torch log_softmax + gather", "ratio", at_least=8),
+            Target("torch.compile", "ratio", at_least=2.5),
         ),
     ),
     Case(
         "token_logprobs", (1024, 151936), "vocabulary 152k: a training step, log-prob alone",
         mode="both", in_place=True,
         targets=(
-            Target("torch log_softmax*", "ratio", at_least=8),
+            Target("torch log_softmax + gather", "ratio", at_least=9),
+            Target("torch.compile", "ratio", at_least=7),
             Target("fastrl", "extra_memory_mib", at_most=GRADIENT_MIB + MEMORY_SLACK_MIB),
             Target(
                 "fastrl inplace_backward", "extra_memory_mib", at_most=MEMORY_SLACK_MIB
@@ -41,6 +43,11 @@ TOKEN_LOGPROBS = [
     Case(
         "token_logprobs", (8, 151936), "decoding: fewer rows than blocks to share among threads",
         options=ENTROPY, quick=True, devices=CPU,
+    ),
+    Case(
+        "token_logprobs", (1024, 151936), "the same in bfloat16, as models give it",
+        dtype=BF16, options=ENTROPY, devices=CPU,
+        targets=(Target("torch log_softmax + gather in 16 bits", "ratio", at_least=4),),
     ),
     Case(
         "token_logprobs", (512, 128256), "vocabulary 128k in the dtype that models give",
@@ -101,6 +108,19 @@ SAMPLE_TOKENS = [
     Case(
         "sample_tokens", (8, 151936), "vocabulary 152k with top_k and top_p, without a sort",
         inputs=("seeds",), options={"top_k": 50, "top_p": 0.9},
+    ),
+    Case(
+        "sample_tokens", (64, 151936), "vocabulary 152k: one step of a batch of rollouts",
+        inputs=("seeds",), quick=True,
+        targets=(Target("torch multinomial, no log-prob", "ratio", at_least=5),),
+    ),
+    Case(
+        "sample_tokens", (64, 151936), "the same with top_p alone: others sort",
+        inputs=("seeds",), options={"top_p": 0.9},
+    ),
+    Case(
+        "sample_tokens", (64, 151936), "decoding on a GPU", inputs=("seeds",), dtype=BF16,
+        options={"temperature": 0.7, "top_k": 50, "top_p": 0.9}, devices=CUDA, quick=True,
     ),
 ]  # fmt: skip
 

@@ -30,9 +30,20 @@ inline To bit_cast(const From& from) {
 }
 
 inline VecF splat(float x) { return x - VecF{}; }
-// Where a is NaN the second operand wins: max(x, m) skips NaN, at_least(d, lo) keeps it.
-inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
-inline VecF at_least(VecF d, VecF lo) { return lo > d ? lo : d; }
+// a > b ? a : b, so with NaN the second operand wins: max(x, m) skips NaN, at_least(d, lo) keeps
+// it. GCC makes a comparison and a blend of that, which take twice as long as the one instruction.
+inline VecF max(VecF a, VecF b) {
+#if defined(__x86_64__) && FASTRL_LANES == 16
+  return bit_cast<VecF>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__x86_64__) && FASTRL_LANES == 8
+  return bit_cast<VecF>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#elif defined(__x86_64__)
+  return bit_cast<VecF>(_mm_max_ps(bit_cast<__m128>(a), bit_cast<__m128>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+inline VecF at_least(VecF d, VecF lo) { return max(lo, d); }
 
 inline VecF load(const float* p) {
   VecF v;
@@ -102,35 +113,59 @@ inline void store(Half* p, VecF v) {
   store_u16(p, half | sign);
 }
 
-// exp(scale * d) for d <= 0: 2^n * 2^f with n whole and |f| <= 1/2, to 1.5e-7 relative.
-struct ScaledExp {
+// What is left of scale * log2(e) in float32 may be dropped where it moves no digit: 1.3e-8 of it
+// at a temperature that is a power of two.
+inline bool needs_low_part(double scale) {
+  const double log2e_scale = scale * 1.4426950408889634;
+  const float high = static_cast<float>(log2e_scale);
+  return std::fabs(log2e_scale - high) > 1.5e-8 * log2e_scale;
+}
+
+// exp(scale * d) for d <= 0: 2^n * 2^f with n whole and |f| <= 1/2, to 1.5e-7 relative. kLow false
+// leaves the low part of scale * log2(e) out. Below 2^-127, or without it below 2^-150, it is 0.
+template <bool kLow>
+struct ExpOf {
+  static constexpr bool kScalesByOneInstruction = !kLow && FASTRL_LANES == 16;
   VecF lowest, hi, lo;
 
-  explicit ScaledExp(double scale) {
+  explicit ExpOf(double scale) {
     const double log2e_scale = std::fmin(scale * 1.4426950408889634, 1e38);
     const float high = static_cast<float>(log2e_scale);
     hi = splat(high);
     lo = splat(static_cast<float>(log2e_scale - high));
-    lowest = splat(static_cast<float>(-127.0 / log2e_scale));
+    lowest = splat(static_cast<float>((kScalesByOneInstruction ? -160.0 : -127.0) / log2e_scale));
   }
 
   // Clamped so that exp() stays finite inside, -inf included, and is exactly 0 there; keeps NaN.
   VecF clamp(VecF d) const { return at_least(d, lowest); }
 
   VecF operator()(VecF clamped) const {
+#if defined(__x86_64__) && FASTRL_LANES == 16
+    if constexpr (kScalesByOneInstruction) {
+      const __m512 n = _mm512_roundscale_ps(bit_cast<__m512>(clamped * hi), 0);  // to nearest
+      const VecF p = power(clamped, bit_cast<VecF>(n));
+      return bit_cast<VecF>(_mm512_scalef_ps(bit_cast<__m512>(p), n));
+    }
+#endif
     // Adding 1.5 * 2^23 rounds to a whole number in the low bits; 127 more is float's bias.
     constexpr float kRound = 12582912.0f + 127.0f;
     const VecF t = clamped * hi + kRound;
-    const VecF n = t - kRound;
-    const VecF f = clamped * lo + (clamped * hi - n);
+    const VecF p = power(clamped, t - kRound);
+    return p * bit_cast<VecF>(bit_cast<VecI>(t) << 23);  // n = -127 gives a factor of exactly 0
+  }
+
+  // 2^f
+  VecF power(VecF clamped, VecF n) const {
+    VecF f = clamped * hi - n;
+    if constexpr (kLow) f = clamped * lo + f;
     VecF p = 0.0013390863f * f + 0.0096760319f;  // minimax on [-1/2, 1/2], 8e-8
     p = p * f + 0.0555035711f;
     p = p * f + 0.2402210749f;
     p = p * f + 0.6931471880f;
-    p = p * f + 1.0f;
-    return p * bit_cast<VecF>(bit_cast<VecI>(t) << 23);  // n = -127 gives a factor of exactly 0
+    return p * f + 1.0f;
   }
 };
+using ScaledExp = ExpOf<true>;
 
 inline VecD load_doubles(const float* p) {
   VecHalfF v;

@@ -31,8 +31,8 @@ struct BlockSums {
 
 // Sums one block against `m`, which no entry exceeds. Only a block that holds the maximum itself
 // pays for telling it from the rest.
-template <bool kHoldsMax, bool kEntropy, class T>
-inline void add_block(const T* x, int64_t n, VecF m, const ScaledExp& exp, BlockSums& sums) {
+template <bool kHoldsMax, bool kEntropy, class T, class Exp>
+inline void add_block(const T* x, int64_t n, VecF m, const Exp& exp, BlockSums& sums) {
   for (int64_t i = 0; i < n; i += kStep) {
     if (!prefetched_with_max(i)) prefetch(x, i);
     for (int u = 0; u < 2; ++u) {
@@ -93,8 +93,8 @@ inline bool has_nan(const T* x, int64_t n) {
   return any != 0;
 }
 
-template <bool kEntropy, class T>
-inline void add_to_state(const T* x, int64_t n, double scale, const ScaledExp& exp, ChunkState& s) {
+template <bool kEntropy, class T, class Exp>
+inline void add_to_state(const T* x, int64_t n, double scale, const Exp& exp, ChunkState& s) {
   const float m = block_max(x, n);
   const bool holds_max = m >= s.max;
   if (m > s.max) s.raise_max(m, scale);
@@ -122,10 +122,9 @@ constexpr BFloat16 kMinusInf<BFloat16> = {0xff80};
 template <>
 constexpr Half kMinusInf<Half> = {0xfc00};
 
-template <bool kEntropy, class T>
-inline RowState sum_chunk(const T* x, int64_t n, double temperature) {
-  const double scale = 1.0 / temperature;
-  const ScaledExp exp(scale);
+template <bool kEntropy, class Exp, class T>
+inline RowState sum_chunk(const T* x, int64_t n, double scale) {
+  const Exp exp(scale);
   ChunkState state;
   int64_t i = 0;
   for (; i + kStep <= n; i += kBlock) {
@@ -146,7 +145,13 @@ inline RowState sum_chunk(const T* x, int64_t n, double temperature) {
 
 template <class T>
 RowState chunk_state(const T* x, int64_t n, double temperature, bool entropy) {
-  return entropy ? sum_chunk<true>(x, n, temperature) : sum_chunk<false>(x, n, temperature);
+  const double scale = 1.0 / temperature;
+  if (needs_low_part(scale)) {
+    return entropy ? sum_chunk<true, ExpOf<true>>(x, n, scale)
+                   : sum_chunk<false, ExpOf<true>>(x, n, scale);
+  }
+  return entropy ? sum_chunk<true, ExpOf<false>>(x, n, scale)
+                 : sum_chunk<false, ExpOf<false>>(x, n, scale);
 }
 
 // d = (delta_jt - p_j) g - h p_j (log p_j + H), over the temperature; the target's own entry comes
