@@ -22,38 +22,48 @@ inline void prefetch(const T* x, int64_t i) {
   }
 }
 
-// Both passes over a block prefetch, each its share, so that memory is never idle.
-inline bool prefetched_with_max(int64_t i) { return i / kStep % 4 == 0; }
-
 struct BlockSums {
   VecF rest[2] = {}, count[2] = {}, weighted[2] = {};
 };
 
-// Sums one block against `m`, which no entry exceeds. Only a block that holds the maximum itself
-// pays for telling it from the rest.
-template <bool kHoldsMax, bool kEntropy, class T, class Exp>
-inline void add_block(const T* x, int64_t n, VecF m, const Exp& exp, BlockSums& sums) {
+// Sums a block against its maximum `m`, which stays out of `rest`.
+template <bool kEntropy, class T, class Exp>
+inline void add_max_block(const T* x, int64_t n, VecF m, const Exp& exp, BlockSums& sums) {
   for (int64_t i = 0; i < n; i += kStep) {
-    if (!prefetched_with_max(i)) prefetch(x, i);
     for (int u = 0; u < 2; ++u) {
-      const VecF d = exp.clamp(load(x + i + u * kLanes) - m);
-      VecF e = exp(d);
-      if constexpr (kHoldsMax) {
-        const VecF zero{};
-        e = d == zero ? zero : e;
-        sums.count[u] += d == zero ? zero + 1.0f : zero;
-      }
+      const VecF zero{}, d = exp.clamp(load(x + i + u * kLanes) - m);
+      const VecF e = d == zero ? zero : exp(d);
+      sums.count[u] += d == zero ? zero + 1.0f : zero;
       sums.rest[u] += e;
       if constexpr (kEntropy) sums.weighted[u] -= e * d;
     }
   }
 }
 
+// Sums a block against an `m` that it need not reach, and finds its maximum, in one pass. Where
+// that is m or larger, the sums are good for nothing.
+template <bool kEntropy, class T, class Exp>
+inline float add_block_below(const T* x, int64_t n, VecF m, const Exp& exp, BlockSums& sums) {
+  VecF top[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
+  for (int64_t i = 0; i < n; i += kStep) {
+    prefetch(x, i);
+    for (int u = 0; u < 2; ++u) {
+      const VecF v = load(x + i + u * kLanes);
+      top[u] = max(v, top[u]);
+      const VecF d = exp.clamp(v - m);
+      const VecF e = exp(d);
+      sums.rest[u] += e;
+      if constexpr (kEntropy) sums.weighted[u] -= e * d;
+    }
+  }
+  return max_lane(max(top[0], top[1]));
+}
+
 template <class T>
 inline float block_max(const T* x, int64_t n) {
   VecF m0 = splat(-__builtin_inff()), m1 = m0;
   for (int64_t i = 0; i < n; i += kStep) {
-    if (prefetched_with_max(i)) prefetch(x, i);
+    prefetch(x, i);
     m0 = max(load(x + i), m0);
     m1 = max(load(x + i + kLanes), m1);
   }
@@ -72,6 +82,12 @@ struct ChunkState {
       shift(rest.high, count.high, weighted.high, gap, shrink);
     }
     max = m;
+  }
+  template <bool kEntropy>
+  void add(const BlockSums& sums) {
+    rest.add(sums.rest[0] + sums.rest[1]);
+    count.add(sums.count[0] + sums.count[1]);
+    if constexpr (kEntropy) weighted.add(sums.weighted[0] + sums.weighted[1]);
   }
   static void shift(VecD& rest, VecD& count, VecD& weighted, double gap, double shrink) {
     rest += count;
@@ -95,22 +111,22 @@ inline bool has_nan(const T* x, int64_t n) {
 
 template <bool kEntropy, class T, class Exp>
 inline void add_to_state(const T* x, int64_t n, double scale, const Exp& exp, ChunkState& s) {
-  const float m = block_max(x, n);
-  const bool holds_max = m >= s.max;
+  float m;
+  if (s.max != -__builtin_inff()) {  // most blocks do not reach the maximum of those before
+    BlockSums sums;
+    m = add_block_below<kEntropy>(x, n, splat(s.max), exp, sums);
+    if (m < s.max) return s.add<kEntropy>(sums);
+  } else {
+    m = block_max(x, n);
+  }
   if (m > s.max) s.raise_max(m, scale);
   if (s.max == -__builtin_inff()) {  // nothing finite yet: -inf adds nothing, NaN must not vanish
     if (has_nan(x, n)) s.rest.low += __builtin_nan("");
     return;
   }
   BlockSums sums;
-  if (holds_max) {
-    add_block<true, kEntropy>(x, n, splat(s.max), exp, sums);
-    s.count.add(sums.count[0] + sums.count[1]);
-  } else {
-    add_block<false, kEntropy>(x, n, splat(s.max), exp, sums);
-  }
-  s.rest.add(sums.rest[0] + sums.rest[1]);
-  if constexpr (kEntropy) s.weighted.add(sums.weighted[0] + sums.weighted[1]);
+  add_max_block<kEntropy>(x, n, splat(s.max), exp, sums);
+  s.add<kEntropy>(sums);
 }
 
 template <class T>
