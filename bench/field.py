@@ -15,7 +15,7 @@ from bench.case import Arguments, Case, Outputs, Unavailable, Workload, bound
 from bench.gate import Gate
 from bench.peers import Peer
 from bench.results import CaseResult, Entry
-from bench.timing import Budget, Contestant, synchronize
+from bench.timing import SLOW, Budget, Contestant, synchronize
 
 _ANOTHER_FUNCTION = 0.05  # a peer whose error is larger does not compute what the case asks for
 
@@ -133,16 +133,20 @@ class Field:
         device = self._device
         extra = None
         with torch.set_grad_enabled(self._case.mode != "forward"):
+            once = 0.0
             if memory.can_measure(device):
                 contestant.ready()
+                start = time.perf_counter()
                 extra = memory.peak_extra_mib(contestant.call, device)
-            contestant.ready()
-            synchronize(device)
-            # By itself: measuring memory takes longer than a small call does.
-            start = time.perf_counter()
-            contestant.call()
-            synchronize(device)
-            contestant.plan(self._budget, device, time.perf_counter() - start)
+                once = time.perf_counter() - start
+            if once < SLOW:  # by itself: measuring memory takes longer than a small call does
+                contestant.ready()
+                synchronize(device)
+                start = time.perf_counter()
+                contestant.call()
+                synchronize(device)
+                once = time.perf_counter() - start
+            contestant.plan(self._budget, device, once)
         self._entered[name] = _Entered(version, contestant, error, extra)
 
     def _contestant(

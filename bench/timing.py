@@ -28,7 +28,8 @@ QUICK = Budget(seconds=0.8, least_rounds=5, most_rounds=21, patience_seconds=1.5
 QUICK_GPU = Budget(seconds=0.4, least_rounds=3, most_rounds=15)  # many cases in nine minutes
 
 # What takes seconds a call would take minutes of the run, and its share of noise is small.
-_SLOW, _SLOW_ROUNDS = 1.0, 3
+SLOW, _SLOW_ROUNDS = 1.0, 3
+_VERY_SLOW = 10.0  # one round
 
 
 def budget_for(device: torch.device, *, quick: bool) -> Budget:
@@ -63,9 +64,11 @@ class Contestant:
             for _ in range(2):  # a microsecond's call needs a loop to be timed at all
                 self.launches = max(1, min(20000, round(budget.turn_seconds / max(once, 1e-9))))
                 once = _seconds(self, device) / self.launches
-        self.is_slow = once >= _SLOW
+        self.is_slow = once >= SLOW
         rounds = int(budget.seconds / max(once * self.launches, 1e-9))
-        least = budget.least_rounds if once < _SLOW else min(_SLOW_ROUNDS, budget.least_rounds)
+        least = budget.least_rounds
+        if once >= SLOW:
+            least = 1 if once >= _VERY_SLOW else min(_SLOW_ROUNDS, least)
         self.rounds = min(max(rounds, least), budget.most_rounds)
 
     def ready(self) -> None:
