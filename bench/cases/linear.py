@@ -28,6 +28,11 @@ LINEAR_TOKEN_LOGPROBS = [
         ),
     ),
     Case(
+        "linear_token_logprobs", (512, 896, 151936), "the same with entropy, as TRL's GRPO asks",
+        devices=CPU, mode="both", options=_ENTROPY,
+        targets=(Target("TRL *", "ratio", at_least=1.6),),
+    ),
+    Case(
         "linear_token_logprobs", (64, 256, 8192), "a tiny model: what slicing costs",
         devices=CPU, mode="both", quick=True,
     ),

@@ -109,8 +109,14 @@ def _tests_part(ops: list[str], machine: dict[str, Any], files: Files) -> Part:
 
 
 def gpu_test_files(folder: Path = ROOT / "tests") -> list[Path]:
-    """Those that name the marker: the others may import what this machine lacks."""
-    return [p for p in sorted(folder.rglob("test_*.py")) if re.search(r"mark\.gpu", p.read_text())]
+    """Those that name the marker, or have a conftest.py beside them that does: the others may
+    import what this machine lacks."""
+
+    def names_it(path: Path) -> bool:
+        return path.exists() and re.search(r"mark\.gpu", path.read_text()) is not None
+
+    files = sorted(folder.rglob("test_*.py"))
+    return [p for p in files if names_it(p) or names_it(p.with_name("conftest.py"))]
 
 
 def _pictures_part(machine: dict[str, Any], files: Files) -> Part:

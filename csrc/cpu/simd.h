@@ -122,7 +122,8 @@ inline bool needs_low_part(double scale) {
 }
 
 // exp(scale * d) for d <= 0: 2^n * 2^f with n whole and |f| <= 1/2, to 1.5e-7 relative. kLow false
-// leaves the low part of scale * log2(e) out. Below 2^-127, or without it below 2^-150, it is 0.
+// leaves the low part of scale * log2(e) out. Below 2^-127 it is 0, on AVX-512 without the low part
+// below 2^-150.
 template <bool kLow>
 struct ExpOf {
   static constexpr bool kScalesByOneInstruction = !kLow && FASTRL_LANES == 16;
@@ -133,7 +134,8 @@ struct ExpOf {
     const float high = static_cast<float>(log2e_scale);
     hi = splat(high);
     lo = splat(static_cast<float>(log2e_scale - high));
-    lowest = splat(static_cast<float>((kScalesByOneInstruction ? -160.0 : -127.0) / log2e_scale));
+    const double least = (kScalesByOneInstruction ? -160.0 : -127.0) / log2e_scale;
+    lowest = splat(static_cast<float>(std::fmax(least, -3.4e38)));
   }
 
   // Clamped so that exp() stays finite inside, -inf included, and is exactly 0 there; keeps NaN.

@@ -211,6 +211,11 @@ inline void fill_grad(const T* x, int64_t n, VecF m, const ScaledExp& exp, VecF 
   __builtin_memcpy(out + whole, grad, (n - whole) * sizeof(T));
 }
 
+// At tiny temperatures: infinity times the 0 of the row's maximum would be NaN.
+inline float finite(double x) {
+  return static_cast<float>(x > 3.4e38 ? 3.4e38 : x < -3.4e38 ? -3.4e38 : x);
+}
+
 template <class T>
 inline void from_double(double value, T* x) {
   T padded[kLanes];
@@ -227,7 +232,7 @@ void row_grad(const T* x, int64_t n, const TokenLogprobsGrad& row, T* grad) {
   const VecF m = splat(static_cast<float>(row.max));
   const double a = -(g + h * (row.entropy - row.log_total)) * scale * inv_total;
   const double b = -h * scale * scale * inv_total;
-  const VecF va = splat(static_cast<float>(a)), vb = splat(static_cast<float>(b));
+  const VecF va = splat(finite(a)), vb = splat(finite(b));
   if (h == 0.0) {
     fill_grad<false>(x, n, m, exp, va, vb, row.stream, grad);
   } else {

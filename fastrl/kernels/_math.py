@@ -8,6 +8,8 @@ called once a row.
 import triton
 import triton.language as tl
 
+LOG2E = 1.4426950408889634
+
 
 @triton.jit
 def log1p(z):

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._math import expm1, log1p, ordered_sum
-from fastrl.kernels.token_logprobs import _LOG2E, _below, _row_start, _rows
+from fastrl.kernels._math import LOG2E, expm1, log1p, ordered_sum
+from fastrl.kernels._rows import below, finite, row_start, rows_of
 
 # Not measured on a GPU yet. Compiled for sm_90: no spills. Kept sets have tens to thousands of ids.
 BLOCK = {"BLOCK_K": 1024, "num_warps": 4}
@@ -61,7 +61,7 @@ def _kept_logprobs_fwd_kernel(
         if ENTROPY:
             tl.store(entropy_ptr + n, 0.0)
         return
-    row_ptr = logits_ptr + _row_start(n, inner_size, stride_outer, stride_inner, False)
+    row_ptr = logits_ptr + row_start(n, inner_size, stride_outer, stride_inner, False)
     first, end = _bounds(cu_seqlens_ptr, n, K)
     m = -3.4028234663852886e38  # a finite floor: a block of -inf must not give inf - inf
     rest = tl.zeros([BLOCK_K], tl.float32)
@@ -75,7 +75,7 @@ def _kept_logprobs_fwd_kernel(
         is_target |= (mask_k & (ids == token_id)).to(tl.int32)
         m_new = tl.maximum(m, tl.max(x, axis=0))
         if m_new > m:
-            rest, count, weighted = _below(m, m_new, rest, count, weighted, scale)
+            rest, count, weighted = below(m, m_new, rest, count, weighted, scale)
             m = m_new
         d = x - m
         at_max = d == 0.0  # false for inf - inf: +inf and NaN logits reach the sum as NaN
@@ -113,7 +113,7 @@ def _kept_logprobs_bwd_kernel(
     token_id = tl.load(token_ids_ptr + n)
     if token_id == ignore_index:
         return
-    row_ptr = logits_ptr + _row_start(n, inner_size, stride_outer, stride_inner, False)
+    row_ptr = logits_ptr + row_start(n, inner_size, stride_outer, stride_inner, False)
     out_ptr = grad_ptr + n * grad_stride
     first, end = _bounds(cu_seqlens_ptr, n, K)
     row_max, log_total = tl.load(row_max_ptr + n), tl.load(log_total_ptr + n)
@@ -162,14 +162,14 @@ def kept_logprobs_fwd(
     entropy = torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0)
     if N == 0:
         return logprobs, entropy, row_max, log_total
-    source, inner_size, stride_outer, stride_inner = _rows(logits)
+    source, inner_size, stride_outer, stride_inner = rows_of(logits)
     _kept_logprobs_fwd_kernel[(N,)](
         logits_ptr=source, token_ids_ptr=token_ids, kept_ids_ptr=kept_ids,
         cu_seqlens_ptr=cu_seqlens, logprobs_ptr=logprobs, entropy_ptr=entropy, row_max_ptr=row_max,
         log_total_ptr=log_total, V=V, K=kept_ids.numel(), inner_size=inner_size,
-        stride_outer=stride_outer, stride_inner=stride_inner, scale=_LOG2E / temperature,
-        inverse_temperature=1.0 / temperature, ignore_index=ignore_index, ENTROPY=return_entropy,
-        **BLOCK,
+        stride_outer=stride_outer, stride_inner=stride_inner, scale=finite(LOG2E / temperature),
+        inverse_temperature=finite(1.0 / temperature), ignore_index=ignore_index,
+        ENTROPY=return_entropy, **BLOCK,
     )  # fmt: skip
     return logprobs, entropy, row_max, log_total
 
@@ -193,14 +193,14 @@ def kept_logprobs_bwd(
     grad = logits.new_zeros(logits.shape)
     if N == 0:
         return grad
-    source, inner_size, stride_outer, stride_inner = _rows(logits)
+    source, inner_size, stride_outer, stride_inner = rows_of(logits)
     _kept_logprobs_bwd_kernel[(N,)](
         grad_logprobs_ptr=grad_logprobs, grad_entropy_ptr=grad_entropy, logits_ptr=source,
         token_ids_ptr=token_ids, kept_ids_ptr=kept_ids, cu_seqlens_ptr=cu_seqlens,
         logprobs_ptr=logprobs, entropy_ptr=entropy, row_max_ptr=row_max, log_total_ptr=log_total,
         grad_ptr=grad, V=V, K=kept_ids.numel(), inner_size=inner_size, stride_outer=stride_outer,
-        stride_inner=stride_inner, grad_stride=V, scale=_LOG2E / temperature,
-        inverse_temperature=1.0 / temperature, ignore_index=ignore_index,
+        stride_inner=stride_inner, grad_stride=V, scale=finite(LOG2E / temperature),
+        inverse_temperature=finite(1.0 / temperature), ignore_index=ignore_index,
         LOGPROBS=grad_logprobs is not None, ENTROPY=grad_entropy is not None, **BLOCK,
     )  # fmt: skip
     return grad

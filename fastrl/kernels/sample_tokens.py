@@ -23,16 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl.kernels._rows import finite, row_start, rows_of
 from fastrl.kernels._truncation import ONE, is_kept, truncate, weight
 from fastrl.kernels.token_logprobs import (
-    _LOG2E,
     CHUNK,
     MERGE,
-    _row_start,
-    _rows,
-    _token_logprobs_fwd_kernel,
+    _partial_states,
     _token_logprobs_merge_kernel,
-    block_for,
 )
 
 # Not measured on a GPU yet. Compiled for sm_90: no spills. One program works on a row, with 4
@@ -120,7 +117,7 @@ def _sample_tokens_kernel(
 ):  # fmt: skip
     """One program per row: which ids are kept, and which one is drawn."""
     n = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + _row_start(n, inner_size, stride_outer, stride_inner, ALIGNED)
+    row_ptr = logits_ptr + row_start(n, inner_size, stride_outer, stride_inner, ALIGNED)
     size = V
     if ALIGNED:
         size = (V // 16) * 16  # is V, and tells so
@@ -168,7 +165,7 @@ def _kept_count_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     n, start = pid // num_chunks, (pid % num_chunks).to(tl.int32) * _CHUNK
-    row_ptr = logits_ptr + _row_start(n, inner_size, stride_outer, stride_inner, False)
+    row_ptr = logits_ptr + row_start(n, inner_size, stride_outer, stride_inner, False)
     lowest, last_id = tl.load(lowest_ptr + n), tl.load(last_id_ptr + n)
     stop = tl.minimum(start + _CHUNK, V)
     count = tl.zeros([BLOCK_V], tl.int32)
@@ -188,7 +185,7 @@ def _kept_write_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     n, start = pid // num_chunks, (pid % num_chunks).to(tl.int32) * _CHUNK
-    row_ptr = logits_ptr + _row_start(n, inner_size, stride_outer, stride_inner, False)
+    row_ptr = logits_ptr + row_start(n, inner_size, stride_outer, stride_inner, False)
     lowest, last_id = tl.load(lowest_ptr + n), tl.load(last_id_ptr + n)
     stop = tl.minimum(start + _CHUNK, V)
     remaining = tl.load(counts_ptr + pid)
@@ -230,20 +227,10 @@ def sample_tokens(
     lowest, last_id = torch.empty_like(logprobs), torch.empty_like(seeds)
     if N == 0:
         return token_ids, logprobs, lowest, last_id
-    source, inner_size, stride_outer, stride_inner = _rows(logits)
-    num_chunks = triton.cdiv(V, CHUNK)
     scaled_by = temperature if temperature > 0 else 1.0
-    state = logprobs.new_empty((N, num_chunks, 4))
-    shared = dict(
-        logits_ptr=source, token_ids_ptr=token_ids, state_ptr=state, V=V, num_chunks=num_chunks,
-        inner_size=inner_size, stride_outer=stride_outer, stride_inner=stride_inner,
-        scale=_LOG2E / scaled_by,
-    )  # fmt: skip
-    aligned = (stride_outer | stride_inner) % 16 == 0
-    of_logprobs = dict(shared, ignore_index=-1, ENTROPY=False)
-    _token_logprobs_fwd_kernel[(N * num_chunks,)](
-        CHUNK=CHUNK, ALIGNED=aligned, **of_logprobs, **block_for(V)
-    )
+    of_logprobs = _partial_states(logits, token_ids, scaled_by, -1, False)
+    shared = {k: v for k, v in of_logprobs.items() if k not in ("ignore_index", "ENTROPY")}
+    aligned = (shared["stride_outer"] | shared["stride_inner"] | V) % 16 == 0
     top_k = V if top_k is None else min(top_k, V)
     top_p = 1.0 if top_p is None else float(top_p)
     truncates = top_k < V or top_p < 1
@@ -251,12 +238,12 @@ def sample_tokens(
         seeds_ptr=seeds, lowest_ptr=lowest, last_id_ptr=last_id,
         step_low=signed_word(step), step_high=signed_word(step >> 32), top_k=top_k, top_p=top_p,
         greedy=int(temperature == 0), TRUNCATE=truncates,
-        ALIGNED=aligned and V % 16 == 0, **shared, **(TRUNCATE_AND_DRAW if truncates else DRAW),
+        ALIGNED=aligned, **shared, **(TRUNCATE_AND_DRAW if truncates else DRAW),
     )  # fmt: skip
     row_max, log_total = torch.empty_like(logprobs), torch.empty_like(logprobs)
     _token_logprobs_merge_kernel[(triton.cdiv(N, MERGE["BLOCK_N"]),)](
         logprobs_ptr=logprobs, entropy_ptr=logprobs, row_max_ptr=row_max, log_total_ptr=log_total,
-        N=N, inverse_temperature=1.0 / scaled_by, **of_logprobs, **MERGE,
+        N=N, inverse_temperature=finite(1.0 / scaled_by), **of_logprobs, **MERGE,
     )  # fmt: skip
     return token_ids, logprobs, lowest, last_id
 
@@ -267,7 +254,7 @@ def kept_ids(logits: Tensor, lowest: Tensor, last_id: Tensor) -> tuple[Tensor, T
     cu_seqlens = last_id.new_zeros(N + 1, dtype=torch.int32)
     if N == 0:
         return last_id.new_empty(0), cu_seqlens
-    source, inner_size, stride_outer, stride_inner = _rows(logits)
+    source, inner_size, stride_outer, stride_inner = rows_of(logits)
     num_chunks = triton.cdiv(V, CHUNK)
     counts = cu_seqlens.new_zeros((N, num_chunks))
     shared = dict(

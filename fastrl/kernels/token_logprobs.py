@@ -24,14 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl import _vocabulary
-from fastrl.kernels._math import expm1, log1p, ordered_sum
+from fastrl.kernels._math import LOG2E, expm1, log1p, ordered_sum
+from fastrl.kernels._rows import below, finite, row_start, rows_of
 
 # Not measured on a GPU yet. Compiled for sm_90: no spills, 16 bytes a load.
 CHUNK = 32768
 BLOCKS = ({"BLOCK_V": 1024, "num_warps": 4}, {"BLOCK_V": 4096, "num_warps": 8})
 MERGE = {"BLOCK_N": 128, "num_warps": 4}
 
-_LOG2E = 1.4426950408889634
 # What changes from step to step: neither its value nor its divisors make another kernel. Of the
 # strides, which in logits [B, T, V] change with T, ALIGNED says what a kernel needs to know.
 _RUNTIME = [
@@ -50,31 +50,6 @@ def block_for(vocab: int) -> dict[str, int]:
     return BLOCKS[0] if vocab <= BLOCKS[0]["BLOCK_V"] else BLOCKS[1]
 
 
-@triton.jit
-def _row_start(n, inner_size, stride_outer, stride_inner, ALIGNED: tl.constexpr):
-    """Offset of row n of an [outer, inner, V] tensor with any strides on its first two axes."""
-    offset = (n // inner_size) * stride_outer + (n % inner_size) * stride_inner
-    if ALIGNED:
-        offset = tl.multiple_of(offset, 16)
-    return offset
-
-
-@triton.jit
-def _below(m, m_new, rest, count, weighted, scale):
-    """Sums relative to the maximum m, made relative to m_new >= m."""
-    gap = m_new - m
-    shrink = tl.exp2(-gap * scale)
-    total = rest + count
-    moved = m < m_new
-    # gap is infinite between entries at the two ends of float32.
-    shifted = tl.where(shrink > 0, shrink * (weighted + gap * total), 0.0)
-    return (
-        tl.where(moved, shrink * total, rest),
-        tl.where(moved, 0.0, count),
-        tl.where(moved, shifted, weighted),
-    )
-
-
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_OF_A_ROW)
 def _token_logprobs_fwd_kernel(
     logits_ptr, token_ids_ptr, state_ptr,  # [N, V], [N] -> [N, num_chunks, 4]
@@ -87,7 +62,7 @@ def _token_logprobs_fwd_kernel(
     n, chunk = pid // num_chunks, pid % num_chunks
     if tl.load(token_ids_ptr + n) == ignore_index:
         return
-    row_ptr = logits_ptr + _row_start(n, inner_size, stride_outer, stride_inner, ALIGNED)
+    row_ptr = logits_ptr + row_start(n, inner_size, stride_outer, stride_inner, ALIGNED)
     start = (chunk * CHUNK).to(tl.int32)
     stop = tl.minimum(start + CHUNK, V)
     m = -3.4028234663852886e38  # a finite floor: a block of -inf must not give inf - inf
@@ -98,7 +73,7 @@ def _token_logprobs_fwd_kernel(
         x = tl.load(row_ptr + offs_v, mask=offs_v < stop, other=float("-inf")).to(tl.float32)
         m_new = tl.maximum(m, tl.max(x, axis=0))
         if m_new > m:
-            rest, count, weighted = _below(m, m_new, rest, count, weighted, scale)
+            rest, count, weighted = below(m, m_new, rest, count, weighted, scale)
             m = m_new
         d = x - m
         at_max = d == 0.0  # false for inf - inf: +inf and NaN logits reach the sum as NaN
@@ -139,8 +114,8 @@ def _token_logprobs_merge_kernel(
         if ENTROPY:
             weighted_next = tl.load(at + 3, mask=counted, other=0.0)
         m_new = tl.maximum(m, m_next)
-        rest, count, weighted = _below(m, m_new, rest, count, weighted, scale)
-        rest_next, count_next, weighted_next = _below(
+        rest, count, weighted = below(m, m_new, rest, count, weighted, scale)
+        rest_next, count_next, weighted_next = below(
             m_next, m_new, rest_next, count_next, weighted_next, scale
         )
         rest, count, weighted = rest + rest_next, count + count_next, weighted + weighted_next
@@ -148,8 +123,8 @@ def _token_logprobs_merge_kernel(
     log_total = log1p(rest + (count - 1.0))
     # Ids outside [0, V) give NaN: a wild read hides, a host check synchronises.
     in_range = counted & (token_id >= 0) & (token_id < V)
-    row_start = _row_start(n, inner_size, stride_outer, stride_inner, False)
-    target_ptr = logits_ptr + row_start + token_id
+    start_of_row = row_start(n, inner_size, stride_outer, stride_inner, False)
+    target_ptr = logits_ptr + start_of_row + token_id
     logit = tl.load(target_ptr, mask=in_range, other=float("nan")).to(tl.float32)
     logprob = (logit - m) * inverse_temperature - log_total
     tl.store(logprobs_ptr + n, tl.where(counted, logprob, 0.0), mask=mask_n)
@@ -175,13 +150,13 @@ def _token_logprobs_bwd_kernel(
     n, block = pid // num_blocks, pid % num_blocks
     offs_v = (block * BLOCK_V).to(tl.int32) + tl.arange(0, BLOCK_V)
     mask_v = offs_v < V
-    grad_row_start = _row_start(n, inner_size, grad_stride_outer, grad_stride_inner, ALIGNED)
+    grad_row_start = row_start(n, inner_size, grad_stride_outer, grad_stride_inner, ALIGNED)
     out_ptr = grad_ptr + grad_row_start + offs_v
     token_id = tl.load(token_ids_ptr + n)
     if token_id == ignore_index:
         tl.store(out_ptr, tl.zeros([BLOCK_V], grad_ptr.dtype.element_ty), mask=mask_v)
         return
-    row_ptr = logits_ptr + _row_start(n, inner_size, stride_outer, stride_inner, ALIGNED)
+    row_ptr = logits_ptr + row_start(n, inner_size, stride_outer, stride_inner, ALIGNED)
     x = tl.load(row_ptr + offs_v, mask=mask_v, other=float("-inf")).to(tl.float32)
     logprob = tl.load(logprobs_ptr + n)
     log_total = tl.load(log_total_ptr + n)
@@ -208,18 +183,6 @@ def _token_logprobs_bwd_kernel(
     tl.store(out_ptr, grad.to(grad_ptr.dtype.element_ty), mask=mask_v)
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """x [..., V], dense along V, as (x, inner_size, stride_outer, stride_inner); a copy only where
-    its leading axes do not fold into two."""
-    if x.dim() == 1:
-        return x, 1, 0, x.shape[0]  # as in a batch of one
-    if x.dim() == 2:
-        return x, max(1, x.shape[0]), 0, x.stride(0)
-    if x.dim() > 3:
-        x = x.flatten(0, -3)
-    return x, max(1, x.shape[1]), x.stride(0), x.stride(1)
-
-
 def token_logprobs_fwd(
     logits: Tensor,
     token_ids: Tensor,
@@ -238,7 +201,7 @@ def token_logprobs_fwd(
     shared = _partial_states(logits, token_ids, temperature, ignore_index, return_entropy)
     _token_logprobs_merge_kernel[(triton.cdiv(N, MERGE["BLOCK_N"]),)](
         logprobs_ptr=logprobs, entropy_ptr=entropy, row_max_ptr=row_max, log_total_ptr=log_total,
-        N=N, inverse_temperature=1.0 / temperature, **shared, **MERGE,
+        N=N, inverse_temperature=finite(1.0 / temperature), **shared, **MERGE,
     )  # fmt: skip
     return logprobs, entropy, row_max, log_total
 
@@ -271,13 +234,13 @@ def _partial_states(
 ) -> dict[str, Any]:
     """Launches the pass over the logits; returns what the merge takes as well."""
     V, N = logits.shape[-1], token_ids.numel()
-    source, inner_size, stride_outer, stride_inner = _rows(logits)
+    source, inner_size, stride_outer, stride_inner = rows_of(logits)
     num_chunks = triton.cdiv(V, CHUNK)
     state = logits.new_empty((N, num_chunks, 4), dtype=torch.float32)
     shared = dict(
         logits_ptr=source, token_ids_ptr=token_ids, state_ptr=state, V=V, num_chunks=num_chunks,
         inner_size=inner_size, stride_outer=stride_outer, stride_inner=stride_inner,
-        scale=_LOG2E / temperature, ignore_index=ignore_index, ENTROPY=return_entropy,
+        scale=finite(LOG2E / temperature), ignore_index=ignore_index, ENTROPY=return_entropy,
     )  # fmt: skip
     aligned = (stride_outer | stride_inner) % 16 == 0  # both are
     _token_logprobs_fwd_kernel[(N * num_chunks,)](
@@ -310,7 +273,7 @@ def token_logprobs_bwd_(
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *saved: Any
 ) -> None:
     """The same, over the logits."""
-    rows, *_ = _rows(logits)
+    rows, *_ = rows_of(logits)
     _backward(rows, grad_logprobs, grad_entropy, rows, *saved)
     if rows.data_ptr() != logits.data_ptr():  # their axes did not fold, and they had to be copied
         logits.copy_(rows.view(logits.shape))
@@ -333,8 +296,8 @@ def _backward(
     V, N = logits.shape[-1], token_ids.numel()
     if N == 0:
         return
-    source, inner_size, stride_outer, stride_inner = _rows(logits)
-    target, _, grad_stride_outer, grad_stride_inner = _rows(grad)
+    source, inner_size, stride_outer, stride_inner = rows_of(logits)
+    target, _, grad_stride_outer, grad_stride_inner = rows_of(grad)
     aligned = (stride_outer | stride_inner | grad_stride_outer | grad_stride_inner) % 16 == 0
     block = block_for(V)
     num_blocks = triton.cdiv(V, block["BLOCK_V"])
@@ -344,7 +307,7 @@ def _backward(
         log_total_ptr=log_total, grad_ptr=target, V=V, num_blocks=num_blocks,
         inner_size=inner_size, stride_outer=stride_outer, stride_inner=stride_inner,
         grad_stride_outer=grad_stride_outer, grad_stride_inner=grad_stride_inner,
-        scale=_LOG2E / temperature, inverse_temperature=1.0 / temperature,
+        scale=finite(LOG2E / temperature), inverse_temperature=finite(1.0 / temperature),
         ignore_index=ignore_index, vocab_start=vocab_start, LOGPROBS=grad_logprobs is not None,
         ENTROPY=grad_entropy is not None, ALIGNED=aligned, **block,
     )  # fmt: skip

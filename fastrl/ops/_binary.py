@@ -83,7 +83,8 @@ def register_torch(function: Callable[..., Any]) -> None:
 
     def call(*args: Any) -> Any:
         kind = next(x.device.type for x in args if isinstance(x, torch.Tensor))
-        with torch.autocast(kind, enabled=False):
+        # With create_graph grad mode is still on here, and products into buffers refuse it.
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
             return function(*args)
 
     if module is not None:

@@ -113,11 +113,13 @@ def contents_are_known(*tensors: Tensor) -> bool:
     )
 
 
-def cu_seqlens(op: str, x: object, num_tokens: int, like_tensor: Tensor) -> None:
+def cu_seqlens(
+    op: str, x: object, num_tokens: int, like_tensor: Tensor, *, like: str = "rewards"
+) -> None:
     """int32 [S + 1], rising from 0 to the number of packed tokens."""
     tensor(op, "cu_seqlens", x, (torch.int32,), "Use cu_seqlens.int().")
     assert isinstance(x, Tensor)
-    same_device(op, "cu_seqlens", x, "rewards", like_tensor)
+    same_device(op, "cu_seqlens", x, like, like_tensor)
     remedy = "Pass the S + 1 boundaries of the S segments."
     if x.dim() != 1 or x.numel() == 0:
         raise fail(op, "cu_seqlens [S + 1]", shape(x), remedy)

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from fastrl import _vocabulary
 from fastrl.ops import _binary
-from fastrl.ops._head import CountedRows, Head
+from fastrl.ops._head import ALL, CountedRows, Head
 
 _state = _binary.op("token_logprobs_state")
-
-_ALL = slice(None)
 
 
 def linear_token_logprobs_state(
@@ -31,16 +29,11 @@ def linear_token_logprobs_state(
     """[N, 6] float64, as fastrl._vocabulary describes it, of this slice of the vocabulary."""
     rows = CountedRows(hidden, token_ids, ignore_index)
     head = Head(rows.hidden, weight, bias, softcap)
-    states = [
-        _state(
-            head.logits(_ALL, columns), rows.token_ids, temperature, ignore_index,
-            vocab_start + columns.start, return_entropy,
-        )
-        for columns in head.vocab_slices()
-    ]  # fmt: skip
-    if len(states) == 1:
-        return rows.scatter(states[0])
-    return rows.scatter(_vocabulary.merge_states(torch.stack(states), temperature))
+    whole = _RunningState(temperature)
+    for columns in head.vocab_slices():
+        logits, start = head.logits(ALL, columns), vocab_start + columns.start
+        whole.add(_state(logits, rows.token_ids, temperature, ignore_index, start, return_entropy))
+    return rows.scatter(whole.merged())
 
 
 def linear_token_logprobs_fwd(
@@ -88,13 +81,13 @@ def linear_token_logprobs_bwd(
     # Three tensors even where they are empty: an op's outputs may not be one.
     grad_hidden, grad_weight, grad_bias = (hidden.new_empty(0) for _ in range(3))
     if needs_hidden:
-        grad_hidden = torch.zeros_like(head.hidden, dtype=torch.float32)
+        grad_hidden = hidden.new_zeros(head.hidden.shape, dtype=torch.float32)
     if needs_weight:
         grad_weight = torch.empty_like(weight)
     if needs_bias and bias is not None:
         grad_bias = torch.empty_like(bias)
     for columns in head.vocab_slices():
-        logits = head.logits(_ALL, columns, for_backward=True)
+        logits = head.logits(ALL, columns, for_backward=True)
         grad = head.gradient(
             logits, g, h, rows.token_ids, *saved, temperature, ignore_index,
             vocab_start + columns.start,
@@ -125,20 +118,19 @@ def token_stats(
     best = hidden.new_full((n,), -torch.inf, dtype=torch.float32)
     top = torch.zeros_like(ids)
     # sum p^2 is the total at half the temperature over the square of the total.
-    states: dict[float, list[Tensor]] = {temperature: [], temperature / 2: []}
+    states = [_RunningState(temperature), _RunningState(temperature / 2)]
     for columns in head.vocab_slices():
-        logits = head.logits(_ALL, columns)
-        for t, so_far in states.items():
-            start = columns.start
-            so_far.append(_state(logits, ids, t, ignore_index, start, t == temperature))
-        sums += logits.sum(-1, dtype=torch.float64)
+        logits = head.logits(ALL, columns)
+        for state in states:
+            t = state.temperature
+            state.add(_state(logits, ids, t, ignore_index, columns.start, t == temperature))
+        sums += logits.sum(-1)
         highest, at = logits.max(-1)
         is_higher = highest > best  # the first of equals stays
         best = torch.where(is_higher, highest, best)
         top = torch.where(is_higher, at + columns.start, top)
     finished = [
-        _vocabulary.finish(_vocabulary.merge_states(torch.stack(found), t), ids, t, ignore_index)
-        for t, found in states.items()
+        _vocabulary.finish(state.merged(), ids, state.temperature, ignore_index) for state in states
     ]
     (logprobs, entropy, _, log_total), (_, _, _, log_total_squares) = finished
     counted = ids != ignore_index
@@ -146,3 +138,22 @@ def token_stats(
     log_sum_sq_probs = log_total_squares - 2 * log_total
     found = (logprobs, entropy, log_sum_sq_probs, mean, (top == ids) & counted)
     return tuple(rows.scatter(x) for x in found)
+
+
+class _RunningState:
+    """The states of slices, merged in their order, some at a time: a call for each would cost more
+    than its sums, and all of them together more memory than a slice."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self._waiting: list[Tensor] = []
+
+    def add(self, state: Tensor) -> None:
+        self._waiting.append(state)
+        if len(self._waiting) == 8:
+            self._waiting = [self.merged()]
+
+    def merged(self) -> Tensor:
+        if len(self._waiting) == 1:
+            return self._waiting[0]
+        return _vocabulary.merge_states(torch.stack(self._waiting), self.temperature)

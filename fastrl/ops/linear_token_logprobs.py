@@ -61,7 +61,8 @@ def linear_token_logprobs(
         return_entropy: return the entropy as well.
         group: process group whose ranks hold slices of weight and bias, in rank order, of any
             sizes. hidden and token_ids are the same on every rank, and so are the results, bit for
-            bit. The gradient of hidden is the whole one on every rank (summed in backward).
+            bit; an id outside of all slices gives NaN. The gradient of hidden is the whole one on
+            every rank (summed in backward).
         vocab_start: first id of this rank's slice; None finds it out, which takes a round of
             messages and synchronises.
     Returns:
@@ -98,7 +99,7 @@ def linear_token_logprobs(
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast as autocast casts what goes into a product."""
     kind = next(x.device.type for x in tensors if x is not None)
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if x is None else x.to(dtype) for x in tensors)
@@ -161,7 +162,7 @@ def _bwd_fake(
     none = hidden.new_empty(0)
     needs_hidden, needs_weight, needs_bias = rest[-3:]
     return (
-        torch.empty_like(hidden, dtype=torch.float32) if needs_hidden else none,
+        hidden.new_empty(hidden.shape, dtype=torch.float32) if needs_hidden else none,
         torch.empty_like(weight) if needs_weight else none.clone(),
         torch.empty_like(bias) if needs_bias else none.clone(),
     )

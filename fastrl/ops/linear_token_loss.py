@@ -8,14 +8,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrl.ops import _binary
-from fastrl.ops._head import CountedRows, Head
+from fastrl.ops._head import ALL, CountedRows, Head
 from fastrl.ops._token_loss import TokenLoss
 from fastrl.ops.linear_token_logprobs import autocast, check_head
 from fastrl.ops.token_logprobs import check_ids
 
 _fwd = _binary.op("token_logprobs_fwd")
-
-_ALL = slice(None)
 
 
 def linear_token_loss(
@@ -42,10 +40,11 @@ def linear_token_loss(
 
     loss_fn gets logprobs [n], entropy [n] and rows [n] int64, the indices of its tokens in
     token_ids.flatten(): index with them whatever else the loss needs. It returns [n], entry i a
-    function of logprobs[i] and entropy[i] alone. It is called several times, on parts of the rows;
-    rows whose token id is ignore_index are never passed. (On a GPU they are, with 0 for both, and
-    what comes back for them is dropped: who picks rows would have to wait for it.) Divide inside it
-    for a mean.
+    function of logprobs[i] and entropy[i] alone. It is called several times, on parts of the rows,
+    and on the first part twice, the second time with other numbers, to see that it mixes nothing:
+    nothing random, and no counting, belongs in it. Rows whose token id is ignore_index are never
+    passed. (On a GPU they are, with 0 for both, and what comes back for them is dropped: who picks
+    rows would have to wait for it.) Divide inside it for a mean.
 
     A Python function, not a registered op: torch.compile breaks its graph here.
 
@@ -72,9 +71,12 @@ def linear_token_loss(
     per_token = TokenLoss(op, loss_fn)
     leading = token_ids.shape
     hidden, weight, bias = autocast(hidden, weight, bias)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    learns = torch.is_grad_enabled()
+    needs = tuple(learns and x is not None and x.requires_grad for x in (hidden, weight, bias))
     loss, logprobs, entropy = _apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, token_ids.reshape(-1), per_token,
-        temperature, softcap, ignore_index,
+        hidden, weight, bias, token_ids.reshape(-1), per_token, temperature, softcap, ignore_index,
+        needs,
     )  # fmt: skip
     return loss, logprobs.reshape(leading), entropy.reshape(leading)
 
@@ -96,8 +98,8 @@ class _LinearTokenLoss(torch.autograd.Function):
         temperature: float,
         softcap: float | None,
         ignore_index: int,
+        needs: tuple[bool, ...],  # which ctx does not know: it knows nothing of no_grad
     ) -> tuple[Tensor, Tensor, Tensor]:
-        needs = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
             rows = CountedRows(hidden, token_ids, ignore_index)
             head = Head(rows.hidden, weight, bias, softcap)
@@ -106,16 +108,19 @@ class _LinearTokenLoss(torch.autograd.Function):
             logprobs = hidden.new_empty(len(rows.token_ids), dtype=torch.float32)
             entropy = torch.empty_like(logprobs)
             for part in head.row_slices():
-                logits = head.logits(part, _ALL, for_backward=any(needs))
+                logits = head.logits(part, ALL, for_backward=any(needs))
                 ids = rows.token_ids[part]
                 found = _fwd(logits, ids, temperature, ignore_index, True, False)
                 logprobs[part], entropy[part] = found[0], found[1]
                 total, g, h = loss_fn(found[0], found[1], rows.index(part), ids != ignore_index)
                 loss += total
                 if any(needs):
+                    g, h, scale = _for_half_factors(g, h) if head.has_half_factors else (g, h, None)
                     numbers = (temperature, ignore_index, 0)
-                    gradients.add(part, head.gradient(logits, g, h, ids, *found, *numbers))
-            ctx.gradients = gradients.of_inputs(rows, hidden)
+                    grad = head.gradient(logits, g, h, ids, *found, *numbers)
+                    gradients.add(part, grad, scale)
+            ctx.gradients = gradients.of_inputs(rows)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         logprobs, entropy = rows.scatter(logprobs), rows.scatter(entropy)
         ctx.mark_non_differentiable(logprobs, entropy)
         ctx.set_materialize_grads(False)
@@ -131,13 +136,30 @@ class _LinearTokenLoss(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         if grad_loss is None:
-            return (None,) * 8
-        # Over themselves: a copy of the weight's gradient would double the memory.
+            return (None,) * 9
+        # Over themselves, in float32: a copy of the weight's gradient would double the memory, and
+        # before a loss scale is multiplied in, float16 could not hold them.
         if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
             for grad in gradients:
                 if grad is not None:
                     grad.mul_(grad_loss)
-        return *gradients, *(None,) * 5
+        cast = [
+            None if x is None else x.to(dtype)
+            for x, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return *cast, *(None,) * 6
+
+
+def _for_half_factors(
+    g: Tensor | None, h: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Scaled so that the largest is 1: no loss scale is in them yet, and p g would vanish in
+    float16. Last, what the products are to be multiplied by."""
+    given = [x.abs().amax() for x in (g, h) if x is not None]
+    if not given:
+        return g, h, torch.ones(())
+    scale = torch.stack(given).amax().clamp(min=torch.finfo(torch.float32).tiny)
+    return (None if g is None else g / scale), (None if h is None else h / scale), scale
 
 
 class _Gradients:
@@ -147,33 +169,50 @@ class _Gradients:
         self._head = head
         none: Tensor | None = None
         x, w, b = head.hidden, head.weight, head.bias
-        self.hidden = torch.empty_like(x, dtype=torch.float32) if needs[0] else none
-        self.weight = torch.empty_like(w, dtype=torch.float32) if needs[1] else none
+        self.hidden = x.new_empty(x.shape, dtype=torch.float32) if needs[0] else none
+        self.weight = w.new_empty(w.shape, dtype=torch.float32) if needs[1] else none
         self.bias = torch.empty_like(b, dtype=torch.float32) if needs[2] and b is not None else none
         self._is_first = True
 
-    def add(self, part: slice, logits: Tensor) -> None:
-        """logits: the gradient of these rows' logits."""
-        head, more = self._head, not self._is_first
-        if self.hidden is not None:
-            head.product(logits, head.weight_of(_ALL), self.hidden[part])
-        if self.weight is not None:
-            head.product(logits.t(), head.hidden[part], self.weight, add=more)
+    def add(self, part: slice, grad: Tensor, scale: Tensor | None) -> None:
+        """grad: of these rows' logits, over `scale` if given."""
+        self._add(self.hidden, part, grad, self._head.weight_of(ALL), scale, is_first=True)
+        rows = self._head.hidden[part]
+        self._add(self.weight, ALL, grad.t(), rows, scale, is_first=self._is_first)
         if self.bias is not None:
-            of_part = logits.sum(0, dtype=torch.float32)
-            self.bias = self.bias.add_(of_part) if more else self.bias.copy_(of_part)
+            of_part = grad.sum(0, dtype=torch.float32)
+            if scale is not None:
+                of_part *= scale
+            self.bias = self.bias.copy_(of_part) if self._is_first else self.bias.add_(of_part)
         self._is_first = False
 
-    def of_inputs(self, rows: CountedRows, hidden: Tensor) -> tuple[Tensor | None, ...]:
-        """In the inputs' dtypes."""
+    def _add(
+        self,
+        total: Tensor | None,
+        rows: slice,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor | None,
+        *,
+        is_first: bool,
+    ) -> None:
+        if total is None:
+            return
+        out = total[rows]
+        if scale is None:
+            self._head.product(a, b, out, add=not is_first)
+            return
+        product = self._head.product(a, b, torch.empty_like(out)).mul_(scale)
+        if is_first:
+            out.copy_(product)
+        else:
+            out.add_(product)
+
+    def of_inputs(self, rows: CountedRows) -> tuple[Tensor | None, ...]:
+        """Of all rows, in float32 still."""
         if self._is_first:  # no row counted
             for grad in (self.weight, self.bias):
                 if grad is not None:
                     grad.zero_()
-        like = (hidden, self._head.weight, self._head.bias)
         of_hidden = None if self.hidden is None else rows.scatter(self.hidden)
-        grads = (of_hidden, self.weight, self.bias)
-        return tuple(
-            None if grad is None or x is None else grad.to(x.dtype)
-            for grad, x in zip(grads, like, strict=True)
-        )
+        return of_hidden, self.weight, self.bias

@@ -55,7 +55,8 @@ def token_logprobs(
             log-probability -inf. Only their logits are read; inplace_backward has no effect.
         group: process group whose ranks hold slices of the vocabulary, in rank order, of any sizes.
             token_ids are the same on every rank, and so are the results, bit for bit: six numbers a
-            row are gathered. Together with kept it is computed by fastrl.reference.
+            row are gathered. An id outside of all slices gives NaN; inplace_backward has no effect.
+            Together with kept it is computed by fastrl.reference.
         vocab_start: first id of this rank's slice; None finds it out, which takes a round of
             messages and synchronises.
     Returns:
@@ -150,13 +151,16 @@ def _check_kept(op: str, kept: Any, logits: Tensor) -> None:
         )
     ids, bounds = kept
     _checks.tensor(op, "kept ids", ids, (torch.int64,), "Use ids.long().")
-    _checks.cu_seqlens(op, bounds, ids.numel(), logits)
+    _checks.same_device(op, "kept ids", ids, "logits", logits)
+    if ids.dim() != 1:
+        raise _checks.fail(op, "kept ids [K]", _checks.shape(ids), "sample_tokens returns it so.")
+    _checks.cu_seqlens(op, bounds, ids.numel(), logits, like="logits")
     rows = logits.shape[:-1].numel()
     if bounds.numel() != rows + 1:
         raise _checks.fail(
             op, f"kept cu_seqlens [{rows + 1}]", _checks.shape(bounds), "Pass one set per row."
         )
-    if ids.numel() and _checks.contents_are_known(ids):
+    if _checks.contents_are_known(ids) and ids.numel():
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= logits.shape[-1]:
             raise _checks.fail(

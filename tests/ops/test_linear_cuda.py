@@ -116,7 +116,7 @@ def test_ignored_hidden_states_may_hold_anything():
 @pytest.mark.parametrize("run", RUNS[:2])
 def test_memory_stays_within_slices(run):
     """Beside the gradients and one float32 buffer for each of them."""
-    hidden, weight, token_ids, advantages = inputs(4096, width=256, vocab=131072)
+    hidden, weight, token_ids, advantages = inputs(4096, width=4096, vocab=131072)
     run(fastrl, hidden, weight, token_ids, advantages)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -228,6 +228,7 @@ def test_mixed_dtypes_are_promoted(device):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_opcheck(device, softcap):
     hidden, weight, ids, bias = problem((5, 6, 40), torch.float32, device)
+    hidden = hidden.t().contiguous().t()  # what the gradient's strides must not follow
     for x in (hidden, weight, bias):
         x.requires_grad_()
     arguments = (hidden, weight, ids, bias, 0.8, softcap, -100, True)
@@ -235,7 +236,7 @@ def test_opcheck(device, softcap):
     x, w, b = (t.detach() for t in (hidden, weight, bias))
     state = (x, w, ids, b, 0.8, softcap, -100, 3, True)
     torch.library.opcheck(torch.ops.fastrl.linear_token_logprobs_state.default, state)
-    state = (x, ids.clamp(0, 5), 0.8, -100, 3, True)
+    state = (x.contiguous(), ids.clamp(0, 5), 0.8, -100, 3, True)
     torch.library.opcheck(torch.ops.fastrl.token_logprobs_state.default, state)
     saved = torch.ops.fastrl.linear_token_logprobs_fwd(x, w, ids, b, *arguments[4:])
     g, h = torch.randn(2, 5, device=device)
@@ -255,6 +256,22 @@ def test_compiles_without_a_break(device):
     ours = torch.autograd.grad(compiled(*leaves, ids), leaves)
     plain = torch.autograd.grad(loss(*leaves, ids), leaves)
     torch.testing.assert_close(ours, plain)
+
+
+def test_a_graph_of_the_backward_pass_may_be_asked_for(device):
+    hidden, weight, ids, _ = problem((5, 6, 40), torch.float32, device)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    out = fastrl.linear_token_logprobs(*leaves, ids).sum()
+    plain = torch.autograd.grad(out, leaves, retain_graph=True)
+    recorded = torch.autograd.grad(out, leaves, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
+
+
+def test_meta_tensors_have_shapes():
+    with torch.device("meta"):
+        ids = torch.zeros(2, 3, dtype=torch.int64)
+        out = fastrl.linear_token_logprobs(torch.zeros(2, 3, 4), torch.zeros(5, 4), ids)
+    assert out.shape == (2, 3) and out.device.type == "meta"
 
 
 def test_out_of_range_ids(device):

@@ -81,12 +81,42 @@ def test_it_takes_three_products(device, monkeypatch):
     run(fastrl.linear_token_loss, hidden, weight, token_ids, bias, loss_fn)
     assert len(calls) == 3
     calls.clear()
+    parameter = weight.clone().requires_grad_()
     with torch.no_grad():
-        fastrl.linear_token_loss(hidden, weight, token_ids, loss_fn)
+        fastrl.linear_token_loss(hidden, parameter, token_ids, loss_fn)
     assert len(calls) == 1
     calls.clear()
     fastrl.linear_token_loss(hidden.clone().requires_grad_(), weight, token_ids, loss_fn)
     assert len(calls) == 2
+
+
+def test_small_gradients_reach_the_loss_scale(device):
+    """Before it they are below what float16 can hold."""
+    hidden, weight, token_ids, bias = problem(40, torch.float16, device)
+
+    def tiny(logprobs, entropy, rows):
+        return -1e-7 * logprobs
+
+    actual = run(fastrl.linear_token_loss, hidden, weight, token_ids, bias, tiny, scale=2.0**16)
+    wide = (x.double() for x in (hidden, weight))
+    plain = reference.linear_token_loss
+    truth = run(plain, *wide, token_ids, bias.double(), tiny, scale=2.0**16)
+    for a, t in zip(actual[3:], truth[3:], strict=True):
+        torch.testing.assert_close(a.double(), t, rtol=1e-2, atol=float(1e-3 * t.abs().max()))
+
+
+def test_a_loss_of_small_differences_is_no_mixing(device):
+    """k3 cancels most of its digits: another rounding of exp would show."""
+    hidden, weight, token_ids, _ = problem(37, torch.float32, device)
+    x = hidden.requires_grad_()
+    _, old, _ = fastrl.linear_token_loss(x.detach(), weight, token_ids, lambda p, *_: p)
+
+    def k3(logprobs, entropy, rows):
+        gap = old[rows] + 1e-4 - logprobs
+        return gap.exp() - 1 - gap
+
+    loss, *_ = fastrl.linear_token_loss(x, weight, token_ids, k3)
+    assert loss.isfinite()
 
 
 def test_ignored_rows_are_never_passed_and_may_hold_anything(device):

@@ -219,12 +219,13 @@ def test_the_current_stream_is_used():
 
 
 def test_other_rows_steps_and_cuts_compile_nothing():
-    from fastrl.kernels import sample_tokens as module
+    from fastrl.kernels.sample_tokens import _sample_tokens_kernel
+    from fastrl.kernels.token_logprobs import _token_logprobs_fwd_kernel
 
     def count():
-        names = ("_sample_tokens_kernel", "_token_logprobs_fwd_kernel")
         device = torch.cuda.current_device()
-        return [len(getattr(module, name).device_caches[device][0]) for name in names]
+        kernels = (_sample_tokens_kernel, _token_logprobs_fwd_kernel)
+        return [len(kernel.device_caches[device][0]) for kernel in kernels]
 
     for cut in (CUTS[0], CUTS[3]):
         draw(*inputs(5), cut)

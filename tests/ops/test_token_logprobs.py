@@ -168,6 +168,20 @@ def test_rows_without_a_distribution_are_nan_and_leave_the_others_alone(device):
         assert x[4].isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-20, 1e37])
+def test_temperatures_at_the_ends(any_kernel, temperature):
+    logits = torch.tensor([[2.0, 0.0, -math.inf], [1.0, 1.0, -1.0]], device=any_kernel)
+    token_ids = torch.tensor([0, 1], device=any_kernel)
+    logprobs, entropy, grad = run(
+        fastrl.token_logprobs, logits, token_ids, 1.0, 1.0, temperature=temperature
+    )
+    ties = [0.0, math.log(2)] if temperature < 1 else [math.log(2), math.log(3)]
+    expected = torch.tensor(ties, device=any_kernel)
+    torch.testing.assert_close(entropy, expected)
+    torch.testing.assert_close(logprobs, -expected)
+    assert not grad.isnan().any()
+
+
 def test_empty_batches(device):
     logits = torch.randn(0, 30, device=device, requires_grad=True)
     none = torch.empty(0, dtype=torch.int64, device=device)
