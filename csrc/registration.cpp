@@ -45,6 +45,7 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
   m.def(
       "token_logprobs_state(Tensor logits, Tensor token_ids, float temperature, int ignore_index, "
       "int vocab_start, bool return_entropy) -> Tensor");
+  m.def("empty_matrix(Tensor like, int rows, int columns) -> Tensor");
   m.def(
       "linear_token_logprobs_state(Tensor hidden, Tensor weight, Tensor token_ids, Tensor? bias, "
       "float temperature, float? softcap, int ignore_index, int vocab_start, bool return_entropy) "
@@ -60,7 +61,8 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
       "int vocab_start, bool needs_hidden, bool needs_weight, bool needs_bias) "
       "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   m.def(
-      "token_stats(Tensor hidden, Tensor weight, Tensor token_ids, Tensor? bias, float temperature, "
+      "token_stats(Tensor hidden, Tensor weight, Tensor token_ids, Tensor? bias, float "
+      "temperature, "
       "float? softcap, int ignore_index) -> (Tensor logprobs, Tensor entropy, "
       "Tensor log_sum_sq_probs, Tensor mean_logits, Tensor is_top1)");
   m.def(

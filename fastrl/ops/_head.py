@@ -23,6 +23,7 @@ _CPU_ROWS, _GPU_ROWS = 256, 1024
 ALL = slice(None)
 
 _bwd_inplace = _binary.op("token_logprobs_bwd_")
+_empty = _binary.op("empty_matrix")
 
 
 class Head:
@@ -105,7 +106,7 @@ class Head:
         size = shape[0] * shape[1]
         found = self._buffers.get(name)
         if found is None or found.numel() < size:
-            found = self._buffers[name] = self.hidden.new_empty(size, dtype=dtype)
+            found = self._buffers[name] = empty_matrix(self.hidden, 1, size, dtype)[0]
         return found[:size].view(shape)
 
     def _as_factor(self, x: Tensor) -> Tensor:
@@ -113,6 +114,14 @@ class Head:
 
 
 _bwd_narrow = _binary.launcher("token_logprobs", "token_logprobs_bwd_out")
+
+
+def empty_matrix(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised. A CPU's system needs longer to find hundreds of megabytes than an op to fill
+    them: there it is memory that was used before."""
+    if like.device.type == "cpu":
+        return _empty(like.new_empty(0, dtype=dtype), rows, columns)
+    return like.new_empty((rows, columns), dtype=dtype)
 
 
 def _cut(size: int, width: int) -> Iterator[slice]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrl import _vocabulary
 from fastrl.ops import _binary
-from fastrl.ops._head import ALL, CountedRows, Head
+from fastrl.ops._head import ALL, CountedRows, Head, empty_matrix
 
 _state = _binary.op("token_logprobs_state")
 
@@ -83,7 +83,7 @@ def linear_token_logprobs_bwd(
     if needs_hidden:
         grad_hidden = hidden.new_zeros(head.hidden.shape, dtype=torch.float32)
     if needs_weight:
-        grad_weight = torch.empty_like(weight)
+        grad_weight = empty_matrix(weight, weight.shape[0], weight.shape[1], weight.dtype)
     if needs_bias and bias is not None:
         grad_bias = torch.empty_like(bias)
     for columns in head.vocab_slices():

@@ -163,7 +163,7 @@ def _bwd_fake(
     needs_hidden, needs_weight, needs_bias = rest[-3:]
     return (
         hidden.new_empty(hidden.shape, dtype=torch.float32) if needs_hidden else none,
-        torch.empty_like(weight) if needs_weight else none.clone(),
+        weight.new_empty(weight.shape) if needs_weight else none.clone(),
         torch.empty_like(bias) if needs_bias else none.clone(),
     )
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrl.ops import _binary
-from fastrl.ops._head import ALL, CountedRows, Head
+from fastrl.ops._head import ALL, CountedRows, Head, empty_matrix
 from fastrl.ops._token_loss import TokenLoss
 from fastrl.ops.linear_token_logprobs import autocast, check_head
 from fastrl.ops.token_logprobs import check_ids
@@ -170,7 +170,7 @@ class _Gradients:
         none: Tensor | None = None
         x, w, b = head.hidden, head.weight, head.bias
         self.hidden = x.new_empty(x.shape, dtype=torch.float32) if needs[0] else none
-        self.weight = w.new_empty(w.shape, dtype=torch.float32) if needs[1] else none
+        self.weight = empty_matrix(w, w.shape[0], w.shape[1], torch.float32) if needs[1] else none
         self.bias = torch.empty_like(b, dtype=torch.float32) if needs[2] and b is not None else none
         self._is_first = True
 
