@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from bench.results import CaseResult, Entry, Results
 
+COPY = "copy bandwidth, GB/s"
+
 # Below these a difference is noise of the measurement, whatever share of the figure it is.
 MEMORY_NOISE_MIB = 4.0
 ERROR_NOISE = 1e-7
@@ -45,15 +47,20 @@ def _case_changes(old: CaseResult, new: CaseResult, threshold: float) -> list[Ch
     if old.ours is None or new.ours is None:
         gone = old.ours is not None
         return [Change(new.name, "result", 1.0, math.nan, math.inf, True, True)] if gone else []
-    changes = [
+    changes = []
+    if old.copy_gb_s is not None and new.copy_gb_s is not None:
+        copies = old.copy_gb_s, new.copy_gb_s
+        changes.append(Change(new.name, COPY, *copies, copies[0] / copies[1] - 1, False))
+    relative = [
         Change(new.name, f"times {peer.name}", was.ratio, peer.ratio, was.ratio / peer.ratio - 1,
                False)
         for was, peer in _pairs(old, new) if not peer.name.startswith("fastrl inplace")
         and peer is not new.ours
     ]  # fmt: skip
     shares = old.ours.share_of_ceiling, new.ours.share_of_ceiling
-    changes.append(Change(new.name, "share of ceiling", *shares, shares[0] / shares[1] - 1, False))
-    middle = statistics.median(c.change for c in changes)
+    relative.append(Change(new.name, "share of ceiling", *shares, shares[0] / shares[1] - 1, False))
+    middle = statistics.median(c.change for c in relative)
+    changes += relative
     times = old.ours.time_us["p50"], new.ours.time_us["p50"]
     changes.append(Change(new.name, "time, us", *times, middle, True, middle > threshold))
     for was, now in _pairs(old, new):
@@ -78,3 +85,10 @@ def _size_changes(case: str, was: Entry, now: Entry, threshold: float) -> list[C
         is_worse = change > threshold and b - a > noise
         changes.append(Change(case, f"{now.name}: {name}", a, b, change, True, is_worse))
     return changes
+
+
+def unlike(changes: list[Change], threshold: float) -> list[str]:
+    """The cases in which the machine's own copy bandwidth was another: ratios between what memory
+    bounds and what arithmetic bounds follow it, whatever the code does."""
+    copies = [c for c in changes if c.figure == COPY]
+    return [c.case for c in copies if not 1 / (1 + threshold) <= c.old / c.new <= 1 + threshold]

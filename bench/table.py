@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bench.compare import Change
+from bench.compare import Change, unlike
 from bench.results import CaseResult, Entry, Results
 
 HEADER = (
@@ -50,6 +50,11 @@ def show_changes(changes: list[Change], threshold: float) -> None:
         "+ is worse. The change of `time, us` is the median over those listed above it, which are "
         "relative to what ran beside us.",
     ]
+    if other := unlike(changes, threshold):
+        closing.append(
+            f"{len(other)} of the cases found the machine in another state (copy bandwidth off by "
+            f"more than {threshold:.0%}): their ratios say less."
+        )
     header = ("figure", "old", "new", "change", "")
     _print(header, [Section(case, "", rows) for case, rows in by_case.items()], closing)
 

@@ -80,6 +80,15 @@ def test_one_noisy_peer_is_no_slow_down(found):
     assert not any(change.is_worse for change in compare(found, noisy, 0.1))
 
 
+def test_another_state_of_the_machine_is_named(found, saved, capsys):
+    other = copy.deepcopy(found)
+    other.cases[0].copy_gb_s *= 1.3
+    assert main(["--results", saved("a.json", other), "--compare", saved("b.json")]) == 0
+    assert "1 of the cases found the machine in another state" in capsys.readouterr().out
+    assert main(["--results", saved("b.json"), "--compare", saved("b.json")]) == 0
+    assert "another state" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("figure", "value"), [("extra_memory_mib", 32.0), ("error", 1e-5)])
 def test_more_memory_and_a_larger_error_are_worse(found, figure, value):
     new = copy.deepcopy(found)
