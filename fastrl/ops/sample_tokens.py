@@ -49,11 +49,14 @@ def sample_tokens(
 
 sample_tokens.__doc__ = f"""{reference.sample_tokens.__doc__}
     Exact here: the log-probabilities are those of fastrl.token_logprobs, bit for bit, and ids are
-    kept by their logits, of equals the lowest ids. Cumulative probabilities are sums of float32
-    exponentials, good to about 1e-7: a draw differs from the reference's where u lies that close to
-    the boundary of two ids, and so does the last id that top_p keeps. A probability below 2^-127 of
-    the largest counts as 0. A row with NaN, or without a finite logit, gives id 0 and keeps none.
-    A row's result depends neither on the rest of the batch nor on the number of threads.
+    kept by their logits, of equals the lowest ids. Cumulative probabilities are good to about 1e-7:
+    a draw differs from the reference's where u lies that close to the boundary of two ids, and so
+    does the last id that top_p keeps. What is too small beside the row's largest probability counts
+    as 0 in a draw: below 2^-127 on a CPU, below 2^-40 on a GPU, which adds in fixed point. A row
+    with NaN, or without a finite logit, gives an id of the vocabulary and keeps none. A row's
+    result depends neither on the rest of the batch nor on the number of threads.
+    Nothing waits for a GPU, but for return_kept: how many ids there are, the host must know. So it
+    cannot be captured in a CUDA graph, and neither can torch.compile trace it whole.
     Raises:
         ValueError: shapes disagree, or a number is out of its range.
         TypeError: another dtype (float64: fastrl.reference.sample_tokens).
