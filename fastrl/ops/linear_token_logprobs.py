@@ -99,7 +99,7 @@ def linear_token_logprobs(
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast as autocast casts what goes into a product."""
     kind = next(x.device.type for x in tensors if x is not None)
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if x is None else x.to(dtype) for x in tensors)
