@@ -136,6 +136,11 @@ def test_the_same_binary_loads_under_other_torch_versions(version, tmp_path):
         "torch.testing.assert_close(a, b);"
         "ids = torch.tensor([1, 2]); y = fastrl.token_logprobs(x, ids); y.sum().backward();"
         "torch.testing.assert_close(y, fastrl.reference.token_logprobs(x, ids));"
+        "w = torch.randn(40, 9, requires_grad=True); z = fastrl.linear_token_logprobs(x, w, ids);"
+        "z.sum().backward();"
+        "torch.testing.assert_close(z, fastrl.reference.linear_token_logprobs(x, w, ids));"
+        "t, p, _ = fastrl.sample_tokens(x.detach(), top_k=3, seeds=ids, return_kept=True);"
+        "assert torch.equal(t, fastrl.reference.sample_tokens(x.detach(), top_k=3, seeds=ids)[0]);"
         "print(torch.__version__, fastrl._C.__file__)"
     )
     out = subprocess.run(

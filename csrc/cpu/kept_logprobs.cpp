@@ -101,23 +101,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kept_logprobs_fwd_cpu(
                       token_ids.numel() == rows.count,
                   "kept_logprobs: token_ids must be contiguous int64, one per row of logits");
   const KeptRows kept(kept_ids, cu_seqlens, rows);
-  const auto shape = shape_of(token_ids);
-  Tensor logprobs = empty_cpu(shape, ScalarType::Float);
-  Tensor entropy = empty_cpu(return_entropy ? shape : std::vector<int64_t>{0}, ScalarType::Float);
-  Tensor row_max = empty_cpu(shape, ScalarType::Float);
-  Tensor log_total = empty_cpu(shape, ScalarType::Float);
-  const Forward f{ptr<int64_t>(token_ids),
-                  temperature,
-                  ignore_index,
-                  return_entropy,
-                  mutable_ptr<float>(logprobs),
-                  mutable_ptr<float>(entropy),
-                  mutable_ptr<float>(row_max),
-                  mutable_ptr<float>(log_total)};
+  const LogprobOutputs outputs(token_ids, return_entropy);
+  const Forward f = outputs.forward(token_ids, temperature, ignore_index, return_entropy);
   dispatch(logits, [&](auto dtype, const auto& k) {
     forward(ptr<decltype(dtype)>(logits), rows, kept, k, f);
   });
-  return {logprobs, entropy, row_max, log_total};
+  return outputs.all();
 }
 
 // Per row: what the forward pass gave, and what flows back.

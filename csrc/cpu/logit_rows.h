@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -104,6 +105,33 @@ struct Forward {
                              : exponent == 0 ? std::ldexp(fraction, -24)
                                              : std::ldexp(1024 + fraction, exponent - 25);
     return x.bits & 0x8000 ? -magnitude : magnitude;
+  }
+};
+
+// logprobs, entropy (empty unless asked for), row max and log total, shaped like token_ids.
+struct LogprobOutputs {
+  Tensor logprobs, entropy, row_max, log_total;
+
+  LogprobOutputs(const Tensor& token_ids, bool return_entropy)
+      : logprobs(empty_cpu(shape_of(token_ids), ScalarType::Float)),
+        entropy(empty_cpu(return_entropy ? shape_of(token_ids) : std::vector<int64_t>{0},
+                          ScalarType::Float)),
+        row_max(empty_cpu(shape_of(token_ids), ScalarType::Float)),
+        log_total(empty_cpu(shape_of(token_ids), ScalarType::Float)) {}
+
+  Forward forward(const Tensor& token_ids, double temperature, int64_t ignore_index,
+                  bool return_entropy) const {
+    return {ptr<int64_t>(token_ids),
+            temperature,
+            ignore_index,
+            return_entropy,
+            mutable_ptr<float>(logprobs),
+            mutable_ptr<float>(entropy),
+            mutable_ptr<float>(row_max),
+            mutable_ptr<float>(log_total)};
+  }
+  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const {
+    return {logprobs, entropy, row_max, log_total};
   }
 };
 
