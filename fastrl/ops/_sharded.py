@@ -29,39 +29,24 @@ def check(op: str, group: Any, vocab_start: Any) -> None:
 
 
 def token_logprobs(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: float,
-    ignore_index: int,
-    return_entropy: bool,
-    group: dist.ProcessGroup,
-    vocab_start: int | None,
+    logits: Tensor, *options: Any, group: dist.ProcessGroup, vocab_start: int | None
 ) -> tuple[Tensor, Tensor]:
-    """logprobs and entropy [N] from logits [N, V of this rank]."""
+    """logprobs and entropy [N] from logits [N, V of this rank]; options: as `_TokenLogprobs`."""
     start = _start(logits.shape[-1], group, logits.device) if vocab_start is None else vocab_start
-    return _TokenLogprobs.apply(
-        logits, token_ids, temperature, ignore_index, return_entropy, group, start
-    )
+    return _TokenLogprobs.apply(logits, *options, group, start)
 
 
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
-    token_ids: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    return_entropy: bool,
+    *options: Any,
     group: dist.ProcessGroup,
     vocab_start: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """logprobs and entropy [N] from hidden [N, D] and this rank's weight and bias."""
+    """logprobs and entropy [N] from hidden [N, D] and this rank's weight; options: as
+    `_LinearTokenLogprobs`."""
     start = _start(weight.shape[0], group, hidden.device) if vocab_start is None else vocab_start
-    return _LinearTokenLogprobs.apply(
-        hidden, weight, token_ids, bias, temperature, softcap, ignore_index, return_entropy, group,
-        start,
-    )  # fmt: skip
+    return _LinearTokenLogprobs.apply(hidden, weight, *options, group, start)
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -86,7 +86,7 @@ def linear_token_logprobs(
     if group is not None:
         logprobs, entropy = _sharded.linear_token_logprobs(
             hidden, weight, token_ids, bias, temperature, softcap, ignore_index, return_entropy,
-            group, vocab_start,
+            group=group, vocab_start=vocab_start,
         )  # fmt: skip
     else:
         logprobs, entropy, _, _ = _fwd(

@@ -84,7 +84,7 @@ def token_logprobs(
     if group is not None:
         flat = logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1)
         outputs = _sharded.token_logprobs(
-            *flat, temperature, ignore_index, return_entropy, group, vocab_start
+            *flat, temperature, ignore_index, return_entropy, group=group, vocab_start=vocab_start
         )
         logprobs, entropy = (x.reshape(token_ids.shape) for x in outputs)
         return (logprobs, entropy) if return_entropy else logprobs
