@@ -27,6 +27,11 @@ std::string cuda_architectures() { return ""; }
 #endif
 }  // namespace fastrl
 
+#define PATH                                                                  \
+  "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, " \
+  "Tensor? gamma_per_step, Tensor? lambda_per_step, float gamma, float gae_lambda"
+#define STEPS "Tensor? bootstrap_value, Tensor? next_values, " PATH
+
 STABLE_TORCH_LIBRARY(fastrl, m) {
   m.def(
       "token_logprobs_fwd(Tensor logits, Tensor token_ids, float temperature, int ignore_index, "
@@ -78,25 +83,40 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
       "float? top_p) -> (Tensor token_ids, Tensor logprobs, Tensor lowest, Tensor last_id)");
   m.def(
       "kept_ids(Tensor logits, Tensor lowest, Tensor last_id) -> (Tensor ids, Tensor cu_seqlens)");
+  // Returns and advantages. What all of them take after their own tensors, each [..., T] or packed:
+  // bootstrap_value, next_values, terminated, truncated, mask, cu_seqlens, gamma and lambda per
+  // step (or none, and then the two numbers count).
+  m.def("gae(Tensor rewards, Tensor values, " STEPS ") -> (Tensor advantages, Tensor returns)");
+  m.def("lambda_returns(Tensor rewards, Tensor values, " STEPS ") -> Tensor");
+  m.def("discounted_returns(Tensor rewards, " STEPS ") -> Tensor");
+  m.def("n_step_returns(Tensor rewards, Tensor values, " STEPS ", int n) -> Tensor");
+  // keep: td_error and carried are what the gradient of log_ratio needs; empty without.
+  m.def("vtrace(Tensor rewards, Tensor values, Tensor log_ratio, " STEPS
+        ", float rho_clip, float c_clip, bool keep) "
+        "-> (Tensor advantages, Tensor value_targets, Tensor td_error, Tensor carried)");
+  m.def("retrace_returns(Tensor rewards, Tensor values, Tensor q_values, Tensor log_ratio, " STEPS
+        ", float c_clip, bool keep) -> (Tensor returns, Tensor td_error)");
+  // The backward passes. grad_rewards decides all others but those of log_ratio and q_values:
+  // value_grads makes of it what flows to values (own: through v_t itself, as well as through
+  // v_{t+1}), next_values and bootstrap_value. grad_next is given where it is not c_t
+  // grad_rewards_t.
+  m.def("td_bwd(Tensor? grad_first, Tensor? grad_second, " PATH ") -> Tensor grad_rewards");
   m.def(
-      "gae(Tensor rewards, Tensor? values, Tensor? bootstrap_value, Tensor? next_values, "
-      "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, "
-      "Tensor? gamma_per_step, Tensor? lambda_per_step, float gamma, float gae_lambda) "
-      "-> (Tensor advantages, Tensor returns)");
+      "vtrace_bwd(Tensor? grad_advantages, Tensor? grad_targets, Tensor log_ratio, "
+      "Tensor? td_error, Tensor? carried, " PATH
+      ", float rho_clip, float c_clip) "
+      "-> (Tensor grad_rewards, Tensor grad_log_ratio)");
+  m.def("retrace_returns_bwd(Tensor grad, Tensor log_ratio, Tensor? td_error, " PATH
+        ", float c_clip, bool needs_q_values) "
+        "-> (Tensor grad_rewards, Tensor grad_log_ratio, Tensor grad_q_values)");
+  m.def("n_step_returns_bwd(Tensor grad, " PATH
+        ", int n) "
+        "-> (Tensor grad_rewards, Tensor grad_next)");
   m.def(
-      "lambda_returns(Tensor rewards, Tensor? values, Tensor? bootstrap_value, "
-      "Tensor? next_values, Tensor? terminated, Tensor? truncated, Tensor? mask, "
-      "Tensor? cu_seqlens, Tensor? gamma_per_step, Tensor? lambda_per_step, float gamma, "
-      "float gae_lambda) -> Tensor");
-  m.def(
-      "discounted_returns(Tensor rewards, Tensor? bootstrap_value, Tensor? next_values, "
-      "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, "
-      "Tensor? gamma_per_step, float gamma) -> Tensor");
-  m.def(
-      "returns_bwd(Tensor grad, bool bootstraps_every_step, bool has_next_values, "
-      "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, "
-      "Tensor? gamma_per_step, Tensor? lambda_per_step, float gamma, float gae_lambda) "
-      "-> (Tensor grad_rewards, Tensor grad_next, Tensor grad_bootstrap)");
+      "value_grads(Tensor grad_rewards, Tensor? grad_returns, Tensor? grad_next, bool own, "
+      "bool only_at_cuts, bool needs_values, bool has_next_values, " PATH
+      ") "
+      "-> (Tensor grad_values, Tensor grad_next_values, Tensor grad_bootstrap_value)");
 }
 
 namespace {
