@@ -51,6 +51,7 @@ FASTRL_DEVICE typename N::V through(typename N::D factor, typename N::V x) {
   return factor == typename N::D{} ? typename N::V{} : N::narrow(factor) * x;
 }
 
+// kOutputs results, of which the first kAlways are always wanted.
 struct Clips {
   double rho, c;
 };
@@ -69,7 +70,7 @@ FASTRL_DEVICE typename N::V unclipped(typename N::V ratio, double clip) {
 struct Gae {
   static constexpr unsigned kReads = kReward | kValue | kNextValue;
   static constexpr bool kForwardInTime = false, kEndsOnValue = false;
-  static constexpr int kOutputs = 2;  // advantages, returns
+  static constexpr int kOutputs = 2, kAlways = 2;  // advantages, returns
 
   template <class N>
   struct Formed {
@@ -90,7 +91,7 @@ struct Gae {
 };
 
 struct LambdaReturns : Gae {
-  static constexpr int kOutputs = 1;
+  static constexpr int kOutputs = 1, kAlways = 1;
 
   template <class N>
   FASTRL_DEVICE static void write(const Formed<N>& f, typename N::D x, typename N::D,
@@ -102,7 +103,7 @@ struct LambdaReturns : Gae {
 struct DiscountedReturns {
   static constexpr unsigned kReads = kReward | kValueAtCut;
   static constexpr bool kForwardInTime = false, kEndsOnValue = true;
-  static constexpr int kOutputs = 1;
+  static constexpr int kOutputs = 1, kAlways = 1;
 
   template <class N>
   struct Formed {
@@ -124,7 +125,8 @@ struct DiscountedReturns {
 struct Vtrace {
   static constexpr unsigned kReads = kReward | kValue | kNextValue | kLogRatio;
   static constexpr bool kForwardInTime = false, kEndsOnValue = false;
-  static constexpr int kOutputs = 4;  // advantages, value targets; for log_ratio: td_error, carried
+  static constexpr int kOutputs = 4,
+                       kAlways = 2;  // advantages, value targets; for log_ratio: td_error, carried
 
   template <class N>
   struct Formed {
@@ -154,7 +156,7 @@ struct Vtrace {
 struct RetraceReturns {
   static constexpr unsigned kReads = kReward | kValue | kNextValue | kQValue | kLogRatio;
   static constexpr bool kForwardInTime = false, kEndsOnValue = false;
-  static constexpr int kOutputs = 2;  // returns; for log_ratio: td_error = G - q
+  static constexpr int kOutputs = 2, kAlways = 1;  // returns; for log_ratio: td_error = G - q
 
   template <class N>
   struct Formed {
@@ -184,7 +186,7 @@ struct RetraceReturns {
 struct TdBackward {
   static constexpr unsigned kReads = kGrads;
   static constexpr bool kForwardInTime = true, kEndsOnValue = false;
-  static constexpr int kOutputs = 1;  // grad_rewards
+  static constexpr int kOutputs = 1, kAlways = 1;  // grad_rewards
 
   template <class N>
   struct Formed {
@@ -205,7 +207,7 @@ struct TdBackward {
 struct VtraceBackward {
   static constexpr unsigned kReads = kGrads | kLogRatio | kErrors;
   static constexpr bool kForwardInTime = true, kEndsOnValue = false;
-  static constexpr int kOutputs = 2;  // grad_rewards, grad_log_ratio
+  static constexpr int kOutputs = 2, kAlways = 1;  // grad_rewards, grad_log_ratio
 
   template <class N>
   struct Formed {
@@ -235,7 +237,7 @@ struct VtraceBackward {
 struct RetraceBackward {
   static constexpr unsigned kReads = kGrads | kLogRatio | kErrors;
   static constexpr bool kForwardInTime = true, kEndsOnValue = false;
-  static constexpr int kOutputs = 3;  // grad_rewards, grad_log_ratio, grad_q_values
+  static constexpr int kOutputs = 3, kAlways = 1;  // grad_rewards, grad_log_ratio, grad_q_values
 
   template <class N>
   struct Formed {

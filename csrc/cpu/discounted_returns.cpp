@@ -3,22 +3,15 @@
 namespace fastrl {
 namespace {
 
-Tensor discounted_returns_cpu(const Tensor& rewards, const std::optional<Tensor>& bootstrap_value,
-                              const std::optional<Tensor>& next_values,
-                              const std::optional<Tensor>& terminated,
-                              const std::optional<Tensor>& truncated,
-                              const std::optional<Tensor>& mask,
-                              const std::optional<Tensor>& cu_seqlens,
-                              const std::optional<Tensor>& gamma_per_step, double gamma) {
-  const std::optional<Tensor> none;
-  const ReturnsArgs args{rewards, none,       bootstrap_value, next_values, terminated, truncated,
-                         mask,    cu_seqlens, gamma_per_step,  none,        gamma,      1.0};
-  Tensor returns = empty_cpu(shape_of(rewards), rewards.scalar_type());
-  const Output out(returns);
-  for_each_trajectory(args, [&](const auto& k, const auto& row, int64_t, int64_t begin) {
-    using T = std::decay_t<decltype(*row.rewards)>;
-    k.discounted_returns(row, out.at<T>(begin));
-  });
+Tensor discounted_returns_cpu(const Tensor& rewards, FASTRL_STEPS_ARGUMENTS) {
+  const Path path = FASTRL_PATH;
+  const Bootstrap end{bootstrap_value, next_values};
+  const Rows rows(rewards, cu_seqlens);
+  Trajectories x = trajectories(rows, path, end);
+  x.rewards = rows.floats(rewards, "rewards");
+  const Tensor returns = rows.empty(result_type({&rewards}, path, end));
+  x.results[0] = rows.results(returns);
+  run(kernels().returns.discounted_returns, x, rows);
   return returns;
 }
 

@@ -5,24 +5,19 @@
 namespace fastrl {
 namespace {
 
-std::tuple<Tensor, Tensor> gae_cpu(
-    const Tensor& rewards, const std::optional<Tensor>& values,
-    const std::optional<Tensor>& bootstrap_value, const std::optional<Tensor>& next_values,
-    const std::optional<Tensor>& terminated, const std::optional<Tensor>& truncated,
-    const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens,
-    const std::optional<Tensor>& gamma_per_step, const std::optional<Tensor>& lambda_per_step,
-    double gamma, double gae_lambda) {
-  const ReturnsArgs args{rewards,   values,    bootstrap_value, next_values,    terminated,
-                         truncated, mask,      cu_seqlens,      gamma_per_step, lambda_per_step,
-                         gamma,     gae_lambda};
-  STD_TORCH_CHECK(values, "gae: values are missing");
-  Tensor advantages = empty_cpu(shape_of(rewards), rewards.scalar_type());
-  Tensor returns = empty_cpu(shape_of(rewards), rewards.scalar_type());
-  const Output a(advantages), r(returns);
-  for_each_trajectory(args, [&](const auto& k, const auto& row, int64_t, int64_t begin) {
-    using T = std::decay_t<decltype(*row.rewards)>;
-    k.gae(row, a.at<T>(begin), r.at<T>(begin));
-  });
+std::tuple<Tensor, Tensor> gae_cpu(const Tensor& rewards, const Tensor& values,
+                                   FASTRL_STEPS_ARGUMENTS) {
+  const Path path = FASTRL_PATH;
+  const Bootstrap end{bootstrap_value, next_values};
+  const Rows rows(rewards, cu_seqlens);
+  Trajectories x = trajectories(rows, path, end);
+  x.rewards = rows.floats(rewards, "rewards");
+  x.values = rows.floats(values, "values");
+  const ScalarType dtype = result_type({&rewards, &values}, path, end);
+  const Tensor advantages = rows.empty(dtype), returns = rows.empty(dtype);
+  x.results[0] = rows.results(advantages);
+  x.results[1] = rows.results(returns);
+  run(kernels().returns.gae, x, rows);
   return {advantages, returns};
 }
 

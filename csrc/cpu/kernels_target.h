@@ -2,6 +2,7 @@
 //
 // Standard headers come first, outside the target region: an inline function of theirs compiled
 // here for AVX-512 could be the copy that the linker keeps for the whole module.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -29,9 +30,19 @@ FASTRL_GCC_TARGET(FASTRL_TARGET)
 #endif
 #endif
 
+// What is inlined by hand is inlined: a vector in a call's arguments would go through memory.
+#define FASTRL_INLINE inline __attribute__((always_inline))
+
 // clang-format off: simd.h first
 #include "simd.h"
+#include "simd_doubles.h"
+#define FASTRL_DEVICE_NAMESPACE fastrl::FASTRL_SIMD
+#define FASTRL_DEVICE FASTRL_INLINE
+#include "../estimators.h"
+#include "returns_steps.h"
 #include "returns_kernel.h"
+#include "value_grads_kernel.h"
+#include "n_step_kernel.h"
 #include "token_logprobs_kernel.h"
 #include "sample_tokens_kernel.h"
 // clang-format on
@@ -48,8 +59,7 @@ namespace fastrl::FASTRL_SIMD {
 
 const KernelTable kTable = {
     FASTRL_NAME(FASTRL_SIMD), kLogprobs<float>,  kLogprobs<BFloat16>, kLogprobs<Half>,
-    kSample<float>,           kSample<BFloat16>, kSample<Half>,       kReturns<float>,
-    kReturns<double>,
+    kSample<float>,           kSample<BFloat16>, kSample<Half>,       kReturns,
 };
 
 }  // namespace fastrl::FASTRL_SIMD

@@ -1,246 +1,306 @@
-// Returns and advantages of one trajectory: x_t = b_t + a_t x_{t+1}, from the last step to the
-// first. Included by kernels_*.cpp, once per instruction set; the estimators differ in the few
-// lines that form (a_t, b_t) and in what they write.
+// The scan of the returns on a CPU, around the estimators of ../estimators.h. Included by
+// kernels_*.cpp after returns_steps.h, once per instruction set.
+//
+// Steps are taken kDoubles at a time. Of a row in memory they are the lanes of a vector: (a, b) are
+// composed across the lanes in log2 steps, and the chain from one vector to the next is a single
+// multiply-add. Of rows side by side in memory (time_major) the lanes are rows, and the same
+// compositions in the same order run over kDoubles vectors: a row gives the same bits either way.
 
 namespace fastrl::FASTRL_SIMD {
 
-constexpr int64_t kSteps = 1024;  // a block of a trajectory: its buffers stay in L1
+// b + a x; a factor of 0 cuts: what follows is not looked at, be it infinite.
+FASTRL_INLINE VecD apply(VecD a, VecD b, VecD x) { return a == 0.0 ? b : b + a * x; }
 
-// A block of the recursion. a is double: (gamma lambda)^T over a long row would magnify the
-// rounding of gamma itself to float.
-template <class T>
-struct Block {
-  double a[kSteps];
-  T b[kSteps];
-  T c[kSteps];       // gamma_t (1 - terminated_t)
-  T v_next[kSteps];  // the value after each step
+// What the scan of a row, or of kDoubles rows side by side, carries from vector to vector.
+struct Carry {
+  VecD a = VecD{} + 1.0, b = {};  // of the chunk so far
+  VecD x = {};                    // before the chunk
+  VecD later = {};                // values of the steps before these in the scan
+
+  VecD before() const { return apply(a, b, x); }
+  void next_chunk() {
+    x = before();
+    a = VecD{} + 1.0;
+    b = VecD{};
+  }
 };
 
-inline void clear_where(const uint8_t* flags, int64_t n, double* x) {
-  if (!flags) return;
-  for (int64_t i = 0; i < n; ++i) x[i] = flags[i] ? 0.0 : x[i];
-}
+template <class E>
+constexpr int kStepBack = E::kForwardInTime ? -1 : 1;  // to the lane before in the scan
 
-// c_t = gamma_t (1 - terminated_t), and a_t = c_t lambda_t (1 - truncated_t).
-template <class T>
-inline void load_discounts(const Trajectory<T>& row, int64_t start, int64_t n, Block<T>& s) {
-  const auto from = [start](const uint8_t* flags) { return flags ? flags + start : nullptr; };
-  const double gamma = row.constant_gamma, lambda = row.constant_lambda;
-  if (row.gamma) {
-    for (int64_t i = 0; i < n; ++i) s.a[i] = row.gamma[start + i];
-  } else {
-    for (int64_t i = 0; i < n; ++i) s.a[i] = gamma;
-  }
-  clear_where(from(row.terminated), n, s.a);
-  for (int64_t i = 0; i < n; ++i) s.c[i] = static_cast<T>(s.a[i]);
-  if (row.gae_lambda) {
-    for (int64_t i = 0; i < n; ++i) s.a[i] *= row.gae_lambda[start + i];
-  } else {
-    for (int64_t i = 0; i < n; ++i) s.a[i] *= lambda;
-  }
-  clear_where(from(row.truncated), n, s.a);
-}
-
-// v_{t+1} for each step of the block: given, or the value of the next step that is an action.
-// `after` is the value behind the block on entry, and that of the block's first action on return.
-template <class T>
-inline void load_next_values(const Trajectory<T>& row, int64_t start, int64_t n, T* v_next,
-                             T& after) {
-  if (row.next_values) {
-    std::memcpy(v_next, row.next_values + start, n * sizeof(T));
-    return;
-  }
-  const T* v = row.values + start;
-  if (row.mask) {
-    for (int64_t i = n - 1; i >= 0; --i) {
-      v_next[i] = after;
-      after = row.mask[start + i] ? v[i] : after;
-    }
-    return;
-  }
-  std::memcpy(v_next, v + 1, (n - 1) * sizeof(T));
-  v_next[n - 1] = after;
-  after = v[0];
-}
-
-// A masked step is (a, b) = (1, 0): the recursion carries over it, and nothing there is looked at.
-template <class T>
-inline void skip_masked(const Trajectory<T>& row, int64_t start, int64_t n, Block<T>& s) {
-  if (!row.mask) return;
-  const uint8_t* mask = row.mask + start;
-  for (int64_t i = 0; i < n; ++i) s.a[i] = mask[i] ? s.a[i] : 1.0;
-  for (int64_t i = 0; i < n; ++i) s.b[i] = mask[i] ? s.b[i] : T(0);
-}
-
-// (a, b) of lane i composed with those of the lanes behind it, S at a time: a scan in log2 steps.
-template <int S>
-inline void compose(VecD& a, VecD& b) {
+// (a, b) of each lane composed with those before it in the scan, S lanes at a time.
+template <class E, int S = 1>
+FASTRL_INLINE void compose_lanes(VecD& a, VecD& b) {
   if constexpr (S < kDoubles) {
-    b += a * shift<S>(b, VecD{});
-    a *= shift<S>(a, VecD{} + 1.0);
-    compose<2 * S>(a, b);
+    constexpr int kShift = S * kStepBack<E>;
+    b = apply(a, b, neighbour<kShift>(b, VecD{}));
+    a *= neighbour<kShift>(a, VecD{} + 1.0);
+    compose_lanes<E, 2 * S>(a, b);
   }
 }
-
-// What a block will be written to. Its lines are claimed while the block is scanned, which touches
-// no memory: a store that first waits for its line costs more than the recursion.
-template <class T>
-struct Outputs {
-  T* first;
-  T* second = nullptr;
-
-  void claim(int64_t i) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    if (i % kLine != 0) return;
-    __builtin_prefetch(first + i, 1);
-    if (second) __builtin_prefetch(second + i, 1);
-  }
-  Outputs from(int64_t start) const { return {first + start, second ? second + start : nullptr}; }
-};
-
-// x_i = b_i + a_i x_{i+1} over the block, in place of b. The sum is carried in double, and the
-// chain from one vector to the next is a single multiply-add. Short blocks end on a few plain
-// steps.
-template <class T>
-inline double scan_block(const double* a, T* b, int64_t n, const Outputs<T>& outputs, double x) {
-  int64_t i = n;
-  for (; i >= kDoubles; i -= kDoubles) {
-    outputs.claim(i - kDoubles);
-    VecD va = load_doubles(a + i - kDoubles), vb = load_doubles(b + i - kDoubles);
-    compose<1>(va, vb);
-    const VecD scanned = vb + va * x;
-    store_doubles(b + i - kDoubles, scanned);
-    x = scanned[0];
-  }
-  for (; i > 0; --i) {
-    x = b[i - 1] + a[i - 1] * x;
-    b[i - 1] = static_cast<T>(x);
-  }
-  return x;
-}
-
-template <class T>
-inline T end_value(const Trajectory<T>& row) {
-  return row.bootstrap_value ? *row.bootstrap_value : T(0);
-}
-
-// Blocks are cut from the row's end: a trajectory is summed in the same steps wherever it stands.
-template <class Body>
-inline void for_each_block_backwards(int64_t length, Body body) {
-  for (int64_t end = length; end > 0;) {
-    const int64_t n = end < kSteps ? end : kSteps;
-    body(end - n, n);
-    end -= n;
-  }
-}
-
-// A_t = delta_t + c_t lambda_t k_t A_{t+1}, delta_t = r_t + c_t v_{t+1} - v_t; write(start, n, A).
-template <class T, class Write>
-inline void for_each_advantage(const Trajectory<T>& row, const Outputs<T>& outputs, Write write) {
-  Block<T> s;
-  T after = end_value(row);
-  double advantage = 0.0;
-  for_each_block_backwards(row.length, [&](int64_t start, int64_t n) {
-    load_discounts(row, start, n, s);
-    load_next_values(row, start, n, s.v_next, after);
-    const T *r = row.rewards + start, *v = row.values + start;
-    for (int64_t i = 0; i < n; ++i) {
-      // 0 * inf would be nan: behind a termination nothing is looked at.
-      s.b[i] = r[i] + (s.c[i] == T(0) ? T(0) : s.c[i] * s.v_next[i]) - v[i];
+// The same over vectors, lane i of the above being vector i here.
+template <class E, int S = 1>
+FASTRL_INLINE void compose_vectors(VecD (&a)[kDoubles], VecD (&b)[kDoubles]) {
+  if constexpr (S < kDoubles) {
+    for (int k = 0; k < kDoubles; ++k) {
+      const int i = E::kForwardInTime ? kDoubles - 1 - k : k;
+      const int j = i + S * kStepBack<E>;
+      const bool exists = j >= 0 && j < kDoubles;
+      b[i] = apply(a[i], b[i], exists ? b[j] : VecD{});
+      if (exists) a[i] *= a[j];
     }
-    skip_masked(row, start, n, s);
-    advantage = scan_block(s.a, s.b, n, outputs.from(start), advantage);
-    write(start, n, s.b);
-  });
-}
-
-template <class T>
-inline void zero_masked(const Trajectory<T>& row, int64_t start, int64_t n, T* out) {
-  if (!row.mask) return;
-  for (int64_t i = 0; i < n; ++i) out[start + i] = row.mask[start + i] ? out[start + i] : T(0);
-}
-
-template <class T>
-void gae(const Trajectory<T>& row, T* advantages, T* returns) {
-  const Outputs<T> outputs{advantages, returns};
-  for_each_advantage(row, outputs, [&](int64_t start, int64_t n, const T* advantage) {
-    std::memcpy(advantages + start, advantage, n * sizeof(T));
-    for (int64_t i = 0; i < n; ++i) returns[start + i] = advantage[i] + row.values[start + i];
-    zero_masked(row, start, n, advantages);
-    zero_masked(row, start, n, returns);
-  });
-}
-
-template <class T>
-void lambda_returns(const Trajectory<T>& row, T* returns) {
-  for_each_advantage(row, Outputs<T>{returns}, [&](int64_t start, int64_t n, const T* advantage) {
-    for (int64_t i = 0; i < n; ++i) returns[start + i] = advantage[i] + row.values[start + i];
-    zero_masked(row, start, n, returns);
-  });
-}
-
-template <class T>
-inline int64_t last_action(const Trajectory<T>& row) {
-  int64_t t = row.length - 1;
-  while (row.mask && t >= 0 && !row.mask[t]) --t;
-  return t;
-}
-
-// R_t = r_t + c_t (k_t R_{t+1} + (1 - k_t) v_{t+1}); after the last action comes the bootstrap
-// value.
-template <class T>
-void discounted_returns(const Trajectory<T>& row, T* returns) {
-  const int64_t last = last_action(row);
-  if (last < 0) {
-    std::memset(returns, 0, row.length * sizeof(T));
-    return;
+    compose_vectors<E, 2 * S>(a, b);
   }
-  Block<T> s;
-  double x = row.next_values ? row.next_values[last] : end_value(row);
-  for_each_block_backwards(row.length, [&](int64_t start, int64_t n) {
-    load_discounts(row, start, n, s);
-    std::memcpy(s.b, row.rewards + start, n * sizeof(T));
-    if (row.truncated) {
-      for (int64_t i = 0; i < n; ++i) {
-        const bool cut = row.truncated[start + i] && s.c[i] != T(0);
-        s.b[i] += cut ? s.c[i] * row.next_values[start + i] : T(0);
+}
+
+// Each lane's value, or that of the nearest lane before it in the scan that exists; `later` has
+// been through this already.
+template <class E, int S = 1>
+FASTRL_INLINE VecD fill(VecD v, VecL exists, VecD later) {
+  if constexpr (S < kDoubles) {
+    constexpr int kShift = S * kStepBack<E>;
+    v = exists ? v : neighbour<kShift>(v, later);
+    exists |= neighbour<kShift>(exists, VecL{});
+    return fill<E, 2 * S>(v, exists, later);
+  }
+  return exists ? v : splat_double(later[E::kForwardInTime ? kDoubles - 1 : 0]);
+}
+
+template <class E>
+constexpr bool kLooksAhead = (E::kReads & kNextValue) != 0;
+
+template <class E, bool kAll, class At>
+FASTRL_INLINE void store_results(const Trajectories& row, const At& at, const Present& in,
+                                 const typename E::template Formed<Lanes>& formed, VecL exists,
+                                 VecD x, VecD x_before) {
+  VecD out[E::kOutputs];
+  E::write(formed, x, x_before, out);
+  for (int k = 0; k < E::kOutputs; ++k) {
+    const Results& r = row.results[k];
+    if (k >= E::kAlways && !r.data) continue;
+    const VecD kept = row.mask.data ? (exists ? out[k] : VecD{}) : out[k];
+    store<kAll>(r, at.in(r), kept, in);
+  }
+}
+
+// kDoubles steps of one row, the first of them t.
+template <class E, bool kAll, bool kWrite>
+FASTRL_INLINE void scan_lanes(const Trajectories& row, int64_t t, const Present& in,
+                              const Clips& clips, Carry& carry) {
+  const Place<false> at{t, 0};
+  Step<Lanes> s = load_step<E, kAll>(row, at, in);
+  const bool some_missing = !kAll || row.mask.data;
+  const VecL exists = load_actions<kAll>(row, at, in);
+  if constexpr (kLooksAhead<E>) {
+    if (!row.next_values.data) {
+      const VecD v = some_missing ? fill<E>(s.value, exists, carry.later) : s.value;
+      s.next_value = neighbour<kStepBack<E>>(v, carry.later);
+      carry.later = v;
+    }
+  }
+  const auto formed = E::form(s, clips);
+  VecD a = formed.a, b = formed.b;
+  if (some_missing) {
+    a = exists ? a : 1.0;
+    b = exists ? b : 0.0;
+  }
+  compose_lanes<E>(a, b);
+  if constexpr (kWrite) {
+    const VecD before = carry.before();
+    const VecD x = apply(a, b, before);
+    const VecD x_before = neighbour<kStepBack<E>>(x, before);
+    store_results<E, kAll>(row, at, in, formed, exists, x, x_before);
+  }
+  constexpr int kLast = E::kForwardInTime ? kDoubles - 1 : 0;
+  const VecD last_a = splat_double(a[kLast]), last_b = splat_double(b[kLast]);
+  carry.b = apply(last_a, last_b, carry.b);
+  carry.a *= last_a;
+}
+
+// The same for kDoubles rows side by side: steps t to t + kDoubles, of which those of `in` exist.
+template <class E, bool kAll, bool kWrite>
+FASTRL_INLINE void scan_vectors(const Trajectories& rows, int64_t t, int64_t lane,
+                                const Present& steps, const Present& in, const Clips& clips,
+                                Carry& carry) {
+  typename E::template Formed<Lanes> formed[kDoubles];
+  VecD a[kDoubles], b[kDoubles];
+  VecL exists[kDoubles];
+  for (int k = 0; k < kDoubles; ++k) {
+    const int i = E::kForwardInTime ? k : kDoubles - 1 - k;
+    a[i] = VecD{} + 1.0;
+    b[i] = VecD{};
+    if (i < steps.first || i >= steps.first + steps.count) {
+      formed[i] = typename E::template Formed<Lanes>{};
+      continue;
+    }
+    const Place<true> at{t + i, lane};
+    Step<Lanes> s = load_step<E, kAll>(rows, at, in);
+    exists[i] = load_actions<kAll>(rows, at, in);
+    if constexpr (kLooksAhead<E>) {
+      if (!rows.next_values.data) {
+        s.next_value = carry.later;
+        carry.later = exists[i] ? s.value : carry.later;
       }
     }
-    skip_masked(row, start, n, s);
-    x = scan_block(s.a, s.b, n, Outputs<T>{returns + start}, x);
-    std::memcpy(returns + start, s.b, n * sizeof(T));
-    zero_masked(row, start, n, returns);
-  });
-}
-
-// The transpose of the recursion runs forward in time: s_t = grad_t + a_{t-1} s_{t-1}. `td` tells
-// that v_{t+1} enters every step (gae, lambda_returns) and not only where the recursion is cut.
-template <class T>
-void returns_bwd(const Trajectory<T>& row, bool td, const T* grad, T* grad_rewards, T* grad_next,
-                 T* grad_bootstrap) {
-  double s = 0.0, carried = 0.0, to_value = 0.0;
-  const int64_t last = last_action(row);
-  for (int64_t t = 0; t < row.length; ++t) {
-    grad_rewards[t] = T(0);
-    if (grad_next) grad_next[t] = T(0);
-    if (row.mask && !row.mask[t]) continue;
-    const double gamma = row.gamma ? row.gamma[t] : row.constant_gamma;
-    const double lambda = row.gae_lambda ? row.gae_lambda[t] : row.constant_lambda;
-    const double c = row.terminated && row.terminated[t] ? 0.0 : gamma;
-    const double k = row.truncated && row.truncated[t] ? 0.0 : 1.0;
-    s = grad[t] + carried;
-    carried = c * k * lambda * s;
-    grad_rewards[t] = static_cast<T>(s);
-    if (grad_next && !row.next_values && td) grad_next[t] = static_cast<T>(to_value);
-    to_value = td ? c * s : c * (1.0 - k) * s;
-    if (!td && t == last) to_value = c * s;  // the end of the row stands for v_{t+1}
-    if (grad_next && row.next_values) grad_next[t] = static_cast<T>(to_value);
+    formed[i] = E::form(s, clips);
+    a[i] = exists[i] ? formed[i].a : a[i];
+    b[i] = exists[i] ? formed[i].b : b[i];
   }
-  if (grad_bootstrap) *grad_bootstrap = static_cast<T>(row.next_values ? 0.0 : to_value);
+  compose_vectors<E>(a, b);
+  if constexpr (kWrite) {
+    const VecD before = carry.before();
+    for (int i = steps.first; i < steps.first + steps.count; ++i) {
+      const int j = i + kStepBack<E>;
+      const VecD x = apply(a[i], b[i], before);
+      const VecD x_before = j < 0 || j >= kDoubles ? before : apply(a[j], b[j], before);
+      store_results<E, kAll>(rows, Place<true>{t + i, lane}, in, formed[i], exists[i], x, x_before);
+    }
+  }
+  constexpr int kLast = E::kForwardInTime ? kDoubles - 1 : 0;
+  carry.b = apply(a[kLast], b[kLast], carry.b);
+  carry.a *= a[kLast];
 }
 
-template <class T>
-constexpr Kernels<T> kReturns = {&gae<T>, &lambda_returns<T>, &discounted_returns<T>,
-                                 &returns_bwd<T>};
+// body(t, steps) for the vectors of steps [begin, end) in the scan's order; the last one may reach
+// over the end of the row, or of the piece.
+template <class E, class Body>
+FASTRL_INLINE void for_each_vector(int64_t begin, int64_t end, Body body) {
+  const int64_t whole = (end - begin) / kDoubles, rest = (end - begin) % kDoubles;
+  for (int64_t k = 0; k < whole; ++k) {
+    body(E::kForwardInTime ? begin + k * kDoubles : end - (k + 1) * kDoubles, Present{0, kDoubles});
+  }
+  const int left = static_cast<int>(rest);
+  if (left == 0) return;
+  if (E::kForwardInTime) {
+    body(end - left, Present{0, left});
+  } else {
+    body(begin + left - kDoubles, Present{kDoubles - left, left});
+  }
+}
+
+// The value that the first step of the scan sees as v_{t+1}: that of the next action behind the
+// piece, or bootstrap_value.
+template <class E>
+inline double value_behind(const Trajectories& row, const Piece& p, int lane) {
+  if (!kLooksAhead<E> || row.next_values.data) return 0.0;
+  for (int64_t t = p.end; t < p.length; ++t) {
+    if (!row.mask.data || row.mask.data[place(row, row.mask.stride, t, lane)]) {
+      return value_at(row.values, place(row, row.values.stride, t, lane));
+    }
+  }
+  return row.bootstrap_value.data ? value_at(row.bootstrap_value, p.number + lane) : 0.0;
+}
+
+template <class E, bool kWrite, bool kPlain>
+__attribute__((noinline)) void scan_row(const Trajectories& x, int64_t begin, int64_t end,
+                                        const Clips& clips, Carry& at_start) {
+  Trajectories row = x;  // a copy that no store can change
+  if constexpr (kPlain) assume_plain(row);
+  Carry carry = at_start;
+  for_each_vector<E>(begin, end, [&](int64_t t, const Present& in) __attribute__((always_inline)) {
+    if (__builtin_expect(in.count == kDoubles, true)) {
+      scan_lanes<E, true, kWrite>(row, t, in, clips, carry);
+    } else {
+      scan_lanes<E, false, kWrite>(row, t, in, clips, carry);
+    }
+  });
+  at_start = carry;
+}
+
+template <class E, bool kWrite>
+__attribute__((noinline)) void scan_rows_together(const Trajectories& x, int64_t begin, int64_t end,
+                                                  int count, const Clips& clips, Carry* carries) {
+  const Trajectories rows = x;
+  for_each_vector<E>(
+      begin, end, [&](int64_t t, const Present& steps) __attribute__((always_inline)) {
+        for (int lane = 0; lane < count; lane += kDoubles) {
+          const int lanes = std::min(kDoubles, count - lane);
+          Carry& carry = carries[lane / kDoubles];
+          if (lanes == kDoubles) {
+            scan_vectors<E, true, kWrite>(rows, t, lane, steps, {0, lanes}, clips, carry);
+          } else {
+            scan_vectors<E, false, kWrite>(rows, t, lane, steps, {0, lanes}, clips, carry);
+          }
+        }
+      });
+}
+
+// A piece chunk by chunk in the scan's order. begin(lane) is what its rows' scans start from;
+// end(lane, a, b) is told what the last chunk added up to.
+template <class E, bool kWrite, class Begin, class End>
+inline void scan_chunks(const Trajectories& x, const Piece& p, Carry* carries, Begin begin,
+                        End end) {
+  const Clips clips{x.rho_clip, x.c_clip};
+  const Trajectories row = from_row(x, p.row, p.origin);
+  const bool plain = is_plain(row);
+  for (int lane = 0; lane < p.count; ++lane) {
+    Carry& carry = carries[lane / kDoubles];
+    const double value = value_behind<E>(row, p, lane), before = begin(lane);
+    carry.later = x.time_major ? carry.later : splat_double(value);
+    carry.x = x.time_major ? carry.x : splat_double(before);
+    carry.later[lane % kDoubles] = value;
+    carry.x[lane % kDoubles] = before;
+  }
+  for (int64_t done = 0; done < p.end - p.begin; done += kRowChunk) {
+    const int64_t n = std::min(kRowChunk, p.end - p.begin - done);
+    const int64_t first = E::kForwardInTime ? p.begin + done : p.end - done - n;
+    for (int lane = 0; done > 0 && lane < p.count; lane += kDoubles) {
+      carries[lane / kDoubles].next_chunk();
+    }
+    if (x.time_major) {
+      scan_rows_together<E, kWrite>(row, first, first + n, p.count, clips, carries);
+    } else if (plain) {
+      scan_row<E, kWrite, true>(row, first, first + n, clips, carries[0]);
+    } else {
+      scan_row<E, kWrite, false>(row, first, first + n, clips, carries[0]);
+    }
+  }
+  for (int lane = 0; lane < p.count; ++lane) {
+    const Carry& carry = carries[lane / kDoubles];
+    end(lane, carry.a[lane % kDoubles], carry.b[lane % kDoubles]);
+  }
+}
+
+template <class E, bool kWrite, class Begin, class End>
+inline void scan_piece(const Trajectories& x, const Piece& p, Begin begin, End end) {
+  if (x.time_major) {
+    Carry carries[kRowsTogether / kDoubles];
+    scan_chunks<E, kWrite>(x, p, carries, begin, end);
+  } else {
+    Carry carry;
+    scan_chunks<E, kWrite>(x, p, &carry, begin, end);
+  }
+}
+
+template <class E>
+void compose(const Trajectories& x, const Piece& p, Affine* found) {
+  scan_piece<E, false>(
+      x, p, [](int) { return 0.0; }, [&](int lane, double a, double b) { found[lane] = {a, b}; });
+}
+
+template <class E>
+void write(const Trajectories& x, const Piece& p, const double* before) {
+  scan_piece<E, true>(x, p, [&](int lane) { return before[lane]; }, [](int, double, double) {});
+}
+
+inline double after(const Affine& chunk, double x) {
+  return apply(splat_double(chunk.a), splat_double(chunk.b), splat_double(x))[0];
+}
+
+// 0; or the value behind the row, bootstrap_value or next_values at its last action.
+template <class E>
+double before(const Trajectories& x, const Piece& p, int lane) {
+  if constexpr (E::kEndsOnValue) {
+    if (x.bootstrap_value.data) return value_at(x.bootstrap_value, p.number + lane);
+    if (!x.next_values.data) return 0.0;
+    const Trajectories row = from_row(x, p.row, p.origin);
+    const int64_t t = last_action(row, p.length, lane);
+    return t < 0 ? 0.0 : value_at(row.next_values, place(row, row.next_values.stride, t, lane));
+  }
+  return 0.0;
+}
+
+template <class E>
+constexpr Scan kScan = {&compose<E>, &write<E>, &after, &before<E>, E::kForwardInTime};
 
 }  // namespace fastrl::FASTRL_SIMD

@@ -20,6 +20,7 @@ constexpr int kDoubles = FASTRL_LANES / 2;
 typedef double VecD __attribute__((vector_size(4 * FASTRL_LANES)));
 typedef int64_t VecL __attribute__((vector_size(4 * FASTRL_LANES)));
 typedef float VecHalfF __attribute__((vector_size(2 * FASTRL_LANES)));
+typedef uint32_t VecHalfU __attribute__((vector_size(2 * FASTRL_LANES)));
 
 template <class To, class From>
 inline To bit_cast(const From& from) {
@@ -168,36 +169,6 @@ struct ExpOf {
   }
 };
 using ScaledExp = ExpOf<true>;
-
-inline VecD load_doubles(const float* p) {
-  VecHalfF v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return __builtin_convertvector(v, VecD);
-}
-inline VecD load_doubles(const double* p) {
-  VecD v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-inline void store_doubles(float* p, VecD v) {
-  const VecHalfF narrow = __builtin_convertvector(v, VecHalfF);
-  __builtin_memcpy(p, &narrow, sizeof(narrow));
-}
-inline void store_doubles(double* p, VecD v) { __builtin_memcpy(p, &v, sizeof(v)); }
-
-// Lane i of the result is lane i + S of v; what moves in at the end comes from `fill`.
-template <int S, int... I>
-inline VecD shift(VecD v, VecD fill, std::integer_sequence<int, I...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(v, fill, (I + S)...);
-#else
-  return __builtin_shuffle(v, fill, VecL{(I + S)...});
-#endif
-}
-template <int S>
-inline VecD shift(VecD v, VecD fill) {
-  return shift<S>(v, fill, std::make_integer_sequence<int, kDoubles>());
-}
 
 // A lane of doubles for each lane of floats: what many blocks add up to.
 struct WideSum {

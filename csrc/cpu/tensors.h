@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -35,15 +36,12 @@ inline T* mutable_ptr(const Tensor& t) {
 }
 
 // The C function behind torch::stable::empty, without its trip through the dispatcher.
-inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size(), 1);
+inline Tensor empty_cpu(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                        ScalarType dtype) {
   const bool is_eight = dtype == ScalarType::Double || dtype == ScalarType::Long;
   const bool is_four = dtype == ScalarType::Float || dtype == ScalarType::Int;
   size_t bytes = is_eight ? 8 : is_four ? 4 : 2;
-  for (size_t d = shape.size(); d-- > 0;) {
-    if (d + 1 < shape.size()) strides[d] = strides[d + 1] * std::max<int64_t>(1, shape[d + 1]);
-    bytes *= shape[d];
-  }
+  for (const int64_t size : shape) bytes *= size;
   const int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
                        : dtype == ScalarType::Double   ? aoti_torch_dtype_float64()
                        : dtype == ScalarType::Long     ? aoti_torch_dtype_int64()
@@ -59,6 +57,21 @@ inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
                                                   strides.data(), type,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+// strides[d] of a contiguous tensor, for d < dims; a step along dimension dims - 1 is `unit`.
+inline std::vector<int64_t> strides_of(const std::vector<int64_t>& shape, size_t dims,
+                                       int64_t unit) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t d = dims; d-- > 0;) {
+    strides[d] = unit;
+    unit *= std::max<int64_t>(1, shape[d]);
+  }
+  return strides;
+}
+
+inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
+  return empty_cpu(shape, strides_of(shape, shape.size(), 1), dtype);
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& t) {

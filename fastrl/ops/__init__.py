@@ -14,18 +14,18 @@ from fastrl.ops.kl_penalty import kl_penalty
 from fastrl.ops.lambda_returns import lambda_returns
 from fastrl.ops.linear_token_logprobs import linear_token_logprobs
 from fastrl.ops.linear_token_loss import linear_token_loss
+from fastrl.ops.n_step_returns import n_step_returns
 from fastrl.ops.policy_gradient_loss import policy_gradient_loss
 from fastrl.ops.ppo_loss import ppo_loss
+from fastrl.ops.retrace_returns import retrace_returns
 from fastrl.ops.sample_tokens import sample_tokens
 from fastrl.ops.token_logprobs import token_logprobs
 from fastrl.ops.token_stats import token_stats
 from fastrl.ops.value_loss import value_loss
+from fastrl.ops.vtrace import vtrace
 from fastrl.ops.whiten import whiten
 
 attention = unavailable(reference.attention)
-n_step_returns = unavailable(reference.n_step_returns)
-retrace_returns = unavailable(reference.retrace_returns)
-vtrace = unavailable(reference.vtrace)
 
 __all__ = [
     "actor_critic_loss",

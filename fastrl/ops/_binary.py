@@ -26,9 +26,12 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "lambda_returns": {"cpu": "C++"},
     "linear_token_logprobs": _SLICES,
     "linear_token_loss": _SLICES,
+    "n_step_returns": {"cpu": "C++"},
+    "retrace_returns": {"cpu": "C++"},
     "sample_tokens": {"cpu": "C++", "cuda": "Triton"},
     "token_logprobs": {"cpu": "C++", "cuda": "Triton"},
     "token_stats": _SLICES,
+    "vtrace": {"cpu": "C++"},
 }
 
 

@@ -1,18 +1,16 @@
-"""What the estimators of returns share: argument checks, and the backward pass of the recursion."""
+"""What the estimators of returns share: argument checks, and the layouts of their kernels."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl.ops import _binary, _checks
+from fastrl.ops import _checks
 
-_returns_bwd = _binary.op("returns_bwd")
-
-
-# What the op schemas share, in their order: rewards, values, bootstrap_value, next_values,
-# terminated, truncated, mask, cu_seqlens, gamma_per_step, lambda_per_step, gamma, gae_lambda.
+# What the op schemas share, in their order: rewards, the op's further tensors, bootstrap_value,
+# next_values, terminated, truncated, mask, cu_seqlens, gamma_per_step, lambda_per_step, gamma,
+# gae_lambda.
 Steps = tuple[Any, ...]
 
 
@@ -37,7 +35,7 @@ def _discount(op: str, name: str, x: float | Tensor, rewards: Tensor, mask: Tens
 def check(
     op: str,
     rewards: Tensor,
-    values: Tensor | None,
+    further: dict[str, Tensor],
     gamma: float | Tensor,
     gae_lambda: float | Tensor,
     bootstrap_value: Tensor | None,
@@ -47,22 +45,22 @@ def check(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Steps:
-    """The arguments, dense and of one dtype.
+    """The arguments in the order of the schemas, laid out as the kernels take them.
 
     A call on a small batch is mostly this, so what is usual is seen at a glance and in one frame;
-    the functions below look closer, and say what is wrong.
+    the functions below look closer, and say what is wrong. further: by name, shaped like rewards.
     """
     floats, shape, device = _checks.FLOATS, None, None
     if isinstance(rewards, Tensor):
         shape, device = rewards.shape, rewards.device
     if not (shape and rewards.is_cpu and rewards.dtype in floats):
         _check_rewards(op, rewards)
-    for name, x in (("values", values), ("next_values", next_values)):
-        if x is None or (
-            isinstance(x, Tensor) and x.shape == shape and x.device == device and x.dtype in floats
+    given = further if next_values is None else {**further, "next_values": next_values}
+    for name, y in given.items():
+        if not (
+            isinstance(y, Tensor) and y.shape == shape and y.device == device and y.dtype in floats
         ):
-            continue
-        _check_values(op, name, x, rewards)
+            _check_values(op, name, y, rewards)
     for name, x in (("terminated", terminated), ("truncated", truncated), ("mask", mask)):
         if x is None or (
             isinstance(x, Tensor)
@@ -94,22 +92,92 @@ def check(
     if not (type(gae_lambda) is float and 0.0 <= gae_lambda <= 1.0):
         lambda_number = _discount(op, "gae_lambda", gae_lambda, rewards, mask)
     per_step = [x if isinstance(x, Tensor) else None for x in (gamma, gae_lambda)]
-    numbers: list[Tensor | None] = [rewards, values, bootstrap_value, next_values]
-    flags = [terminated, truncated, mask, cu_seqlens]
-    steps = numbers + flags + per_step
-    dtype = torch.float32
+    tensors = [rewards, *further.values()]
+    steps: list[Tensor | None] = [
+        *tensors, bootstrap_value, next_values, terminated, truncated, mask, cu_seqlens, *per_step
+    ]  # fmt: skip
+    if rewards.is_cuda:  # kernels there are built for one dtype
+        _convert_to_one_dtype(steps)
     for x in steps:
-        if x is not None and x.dtype is torch.float64:
-            dtype = torch.float64
-    for i, x in enumerate(steps):
-        if x is None or (x.is_contiguous() and (x.dtype is dtype or x.dtype not in floats)):
-            continue
-        steps[i] = _dense(x, dtype)
+        if x is not None and not x.is_contiguous():
+            return (*_lay_out(steps, len(tensors)), number, lambda_number)
     return (*steps, number, lambda_number)
 
 
-def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return (x.to(dtype) if x.dtype in _checks.FLOATS else x).contiguous()
+def _convert_to_one_dtype(steps: list[Tensor | None]) -> None:
+    floats = [x for x in steps if x is not None and x.dtype in _checks.FLOATS]
+    if len({x.dtype for x in floats}) == 1:
+        return
+    widest = result_dtype(floats)
+    for i, x in enumerate(steps):
+        if x is not None and x.dtype in _checks.FLOATS:
+            steps[i] = x.to(widest)
+
+
+def result_dtype(tensors: Sequence[Any]) -> torch.dtype:
+    """float32, or float64 where one of them is."""
+    doubles = (isinstance(x, Tensor) and x.dtype is torch.float64 for x in tensors)
+    return torch.float64 if any(doubles) else torch.float32
+
+
+def _lay_out(steps: list[Tensor | None], num_tensors: int) -> list[Tensor | None]:
+    """All in rows, or all like a transposed [T, B] where rewards are; a copy of what is neither."""
+    rewards = steps[0]
+    assert rewards is not None
+    time_major = is_time_major(rewards)
+    bootstrap = num_tensors  # and cu_seqlens: one number per row
+    return [
+        x
+        if x is None
+        else x.contiguous()
+        if i in (bootstrap, bootstrap + 5)
+        else laid_out(x, time_major)
+        for i, x in enumerate(steps)
+    ]
+
+
+def laid_out(x: Tensor, time_major: bool) -> Tensor:
+    """x [..., T] itself where the kernels take its strides, else a copy."""
+    if time_major:
+        if _axes_are_one(x.shape[:-1], x.stride()[:-1], 1):
+            return x
+        return x.movedim(-1, 0).contiguous().movedim(0, -1)
+    # The rows of a larger tensor: one stride from row to row, and steps side by side.
+    if (x.shape[-1] <= 1 or x.stride(-1) == 1) and _axes_are_one(
+        x.shape[:-1], x.stride()[:-1], None
+    ):
+        return x
+    return x.contiguous()
+
+
+def is_time_major(x: Tensor) -> bool:
+    """Whether rows stand side by side in memory, as those of a transposed [T, B] do."""
+    if x.dim() < 2 or x.shape[-1] <= 1 or x.stride(-1) == 1 or x.numel() == 0:
+        return False
+    return _axes_are_one(x.shape[:-1], x.stride()[:-1], 1)
+
+
+def _axes_are_one(shape: Sequence[int], strides: Sequence[int], stride: int | None) -> bool:
+    """Whether axes can be seen as one, of that stride if one is given."""
+    for size, step in zip(reversed(shape), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if stride is not None and step != stride:
+            return False
+        stride = step * size
+    return True
+
+
+def empty_like_rows(rewards: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the kernels allocate for a result."""
+    if is_time_major(rewards):
+        steps_first = (rewards.shape[-1], *rewards.shape[:-1])
+        return rewards.new_empty(steps_first, dtype=dtype).movedim(0, -1)
+    return rewards.new_empty(rewards.shape, dtype=dtype)
+
+
+def per_row_shape(like: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+    return like.shape[:-1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
 
 
 def _check_rewards(op: str, rewards: Tensor) -> None:
@@ -141,7 +209,7 @@ def _check_bootstrap(
         )
     _checks.float_tensor(op, "bootstrap_value", x)
     _checks.same_device(op, "bootstrap_value", x, "rewards", rewards)
-    per_row = rewards.shape[:-1] if cu_seqlens is None else (cu_seqlens.numel() - 1,)
+    per_row = per_row_shape(rewards, cu_seqlens)
     if x.shape != per_row:
         what = "row" if cu_seqlens is None else "segment"
         raise _checks.fail(
@@ -150,63 +218,3 @@ def _check_bootstrap(
             _checks.shape(x),
             f"Pass one value per {what}, that of the state after its last step.",
         )
-
-
-def save(
-    ctx: Any,
-    bootstrap_value: Tensor | None,
-    next_values: Tensor | None,
-    steps: tuple[Tensor | None, ...],
-    discounts: tuple[float, float],
-) -> None:
-    """Keeps for the backward pass what the recursion looked like; it needs no values.
-
-    steps: terminated, truncated, mask, cu_seqlens, gamma_per_step, lambda_per_step.
-    """
-    ctx.save_for_backward(*steps)
-    ctx.discounts = discounts
-    ctx.has_bootstrap_value = bootstrap_value is not None
-    ctx.has_next_values = next_values is not None
-    ctx.set_materialize_grads(False)
-
-
-@dataclass
-class StepGrads:
-    rewards: Tensor
-    shifted_values: Tensor | float  # of v_{t+1}, at the step where it stands in `values`
-    bootstrap_value: Tensor | None
-    next_values: Tensor | None
-
-
-def transposed_scan(ctx: Any, grad: Tensor, *, bootstraps_every_step: bool) -> StepGrads:
-    rewards, after, bootstrap_value = _returns_bwd(
-        grad.contiguous(), bootstraps_every_step, ctx.has_next_values, *ctx.saved_tensors,
-        *ctx.discounts,
-    )  # fmt: skip
-    return StepGrads(
-        rewards,
-        0.0 if ctx.has_next_values else after,
-        bootstrap_value if ctx.has_bootstrap_value else None,
-        after if ctx.has_next_values else None,
-    )
-
-
-def keep_steps(ctx: Any, grad: Tensor) -> Tensor:
-    """grad with 0 where mask is False: what stands there was not computed from anything."""
-    mask = ctx.saved_tensors[2]
-    return grad if mask is None else torch.where(mask, grad, 0)
-
-
-def _returns_bwd_fake(
-    grad: Tensor, bootstraps_every_step: bool, has_next_values: bool, *steps: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    cu_seqlens = steps[3]
-    per_row = grad.shape[:-1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
-    return (
-        torch.empty_like(grad, memory_format=torch.contiguous_format),
-        torch.empty_like(grad, memory_format=torch.contiguous_format),
-        grad.new_empty(per_row),
-    )
-
-
-_binary.register_fake("returns_bwd", _returns_bwd_fake)

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastrl import reference
-from fastrl.ops import _binary, _returns
+from fastrl.ops import _binary, _returns, _returns_grad
 
 _discounted_returns = _binary.op("discounted_returns", differentiable=3)
 
@@ -23,30 +22,25 @@ def discounted_returns(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     steps = _returns.check(
-        "discounted_returns", rewards, None, gamma, 1.0, bootstrap_value, next_values, terminated,
-        truncated, mask, cu_seqlens,
+        "discounted_returns", rewards, {}, gamma, 1.0,
+        bootstrap_value, next_values, terminated, truncated, mask, cu_seqlens,
     )  # fmt: skip
-    rewards, _, *others, _, number, _ = steps  # no values, and no lambda
-    return _discounted_returns(rewards, *others, number)
+    return _discounted_returns(*steps)
 
 
 discounted_returns.__doc__ = reference.discounted_returns.__doc__
 
 
-def _fake(rewards: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(rewards)
+def _fake(rewards: Tensor, *options: Any) -> Tensor:
+    return _returns.empty_like_rows(rewards, _returns.result_dtype((rewards, *options)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, bootstrap_value, next_values, *steps, gamma = inputs
-    _returns.save(ctx, bootstrap_value, next_values, (*steps, None), (gamma, 1.0))
+    _returns_grad.Path.save(ctx, inputs, 1)
 
 
 def _backward(ctx: Any, grad_returns: Tensor | None) -> Any:
-    if grad_returns is None:
-        return (None,) * 9
-    g = _returns.transposed_scan(ctx, grad_returns, bootstraps_every_step=False)
-    return g.rewards, g.bootstrap_value, g.next_values, *(None,) * 6
+    return _returns_grad.td_backward(ctx, grad_returns, own=False, only_at_cuts=True)
 
 
 _binary.register_fake("discounted_returns", _fake)

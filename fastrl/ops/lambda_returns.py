@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastrl import reference
-from fastrl.ops import _binary, _returns
+from fastrl.ops import _binary, _returns, _returns_grad
 
 _lambda_returns = _binary.op("lambda_returns", differentiable=4)
 
@@ -25,8 +24,8 @@ def lambda_returns(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     steps = _returns.check(
-        "lambda_returns", rewards, values, gamma, gae_lambda, bootstrap_value, next_values,
-        terminated, truncated, mask, cu_seqlens,
+        "lambda_returns", rewards, {"values": values}, gamma, gae_lambda,
+        bootstrap_value, next_values, terminated, truncated, mask, cu_seqlens,
     )  # fmt: skip
     return _lambda_returns(*steps)
 
@@ -34,21 +33,16 @@ def lambda_returns(
 lambda_returns.__doc__ = reference.lambda_returns.__doc__
 
 
-def _fake(rewards: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(rewards)
+def _fake(rewards: Tensor, *options: Any) -> Tensor:
+    return _returns.empty_like_rows(rewards, _returns.result_dtype((rewards, *options)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, _, bootstrap_value, next_values, *steps, gamma, gae_lambda = inputs
-    _returns.save(ctx, bootstrap_value, next_values, tuple(steps), (gamma, gae_lambda))
+    _returns_grad.Path.save(ctx, inputs, 2)
 
 
 def _backward(ctx: Any, grad_returns: Tensor | None) -> Any:
-    if grad_returns is None:
-        return (None,) * 12
-    g = _returns.transposed_scan(ctx, grad_returns, bootstraps_every_step=True)
-    grad_values = g.shifted_values - g.rewards + _returns.keep_steps(ctx, grad_returns)
-    return g.rewards, grad_values, g.bootstrap_value, g.next_values, *(None,) * 8
+    return _returns_grad.td_backward(ctx, grad_returns)
 
 
 _binary.register_fake("lambda_returns", _fake)

@@ -1,0 +1,275 @@
+// Rows, chunks of rows and threads around the scan of the returns.
+#include "returns.h"
+
+namespace fastrl {
+namespace {
+
+constexpr int64_t kGrain = 8192;  // steps that are worth a thread
+
+Float float_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Float::f32;
+    case ScalarType::Double:
+      return Float::f64;
+    case ScalarType::BFloat16:
+      return Float::bf16;
+    case ScalarType::Half:
+      return Float::f16;
+    default:
+      STD_TORCH_CHECK(false, "fastrl: ", name, " must be a floating-point tensor");
+  }
+}
+
+}  // namespace
+
+Rows::Rows(const Tensor& like, const std::optional<Tensor>& cu_seqlens)
+    : like_(like), num_steps_(like.numel()) {
+  STD_TORCH_CHECK(like.dim() >= 1, "fastrl: expected a time axis");
+  if (cu_seqlens) {
+    STD_TORCH_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->is_contiguous() &&
+                        cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 && like.dim() == 1,
+                    "fastrl: cu_seqlens must be contiguous int32 [S + 1], and the steps packed");
+    cu_seqlens_ = ptr<int32_t>(*cu_seqlens);
+    count_ = cu_seqlens->numel() - 1;
+    bool rising = cu_seqlens_[0] == 0 && cu_seqlens_[count_] == num_steps_;
+    for (int64_t s = 0; s < count_; ++s) rising &= cu_seqlens_[s] <= cu_seqlens_[s + 1];
+    STD_TORCH_CHECK(rising, "fastrl: cu_seqlens must rise from 0 to the number of steps");
+    return;
+  }
+  length_ = like.size(like.dim() - 1);
+  for (int64_t d = 0; d + 1 < like.dim(); ++d) count_ *= like.size(d);
+  time_major_ = num_steps_ > 0 && length_ > 1 && like.stride(like.dim() - 1) != 1;
+}
+
+int64_t Rows::longest() const {
+  if (!cu_seqlens_) return length_;
+  int64_t most = 0;
+  for (int64_t s = 0; s < count_; ++s) most = std::max(most, length(s));
+  return most;
+}
+
+int64_t Rows::first_from(int64_t step) const {
+  if (!cu_seqlens_) return length_ == 0 ? 0 : std::min(count_, (step + length_ - 1) / length_);
+  return std::lower_bound(cu_seqlens_, cu_seqlens_ + count_, step) - cu_seqlens_;
+}
+
+Piece Rows::piece(int64_t s, int together) const {
+  const int64_t n = length(s);
+  if (packed()) return {0, begin(s), s, n, 0, n, 1};
+  return {s, 0, s, n, 0, n, together};
+}
+
+// From row to row, or from step to step where time_major, once all axes before the last are one.
+int64_t Rows::stride_of(const Tensor& t, const char* name) const {
+  STD_TORCH_CHECK(t.dim() == like_.dim(), "fastrl: ", name, " must have the axes of its op");
+  int64_t rows = 1, row_stride = 0;
+  bool collapses = true;
+  for (int64_t d = t.dim() - 1; d-- > 0;) {
+    STD_TORCH_CHECK(t.size(d) == like_.size(d), "fastrl: ", name, " must have the shape of its op");
+    if (t.size(d) == 1) continue;
+    if (rows == 1) {
+      row_stride = t.stride(d);
+    } else {
+      collapses &= t.stride(d) == row_stride * rows;
+    }
+    rows *= t.size(d);
+  }
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(t.size(last) == like_.size(last), "fastrl: ", name,
+                  " must have the shape of its op");
+  const bool fits =
+      time_major_ ? rows == 1 || row_stride == 1 : t.size(last) <= 1 || t.stride(last) == 1;
+  STD_TORCH_CHECK(num_steps_ == 0 || (collapses && fits), "fastrl: ", name,
+                  " must be laid out in rows, or like a transposed [T, B] where its op is");
+  return time_major_ ? t.stride(last) : row_stride;
+}
+
+Floats Rows::floats(const Tensor& t, const char* name) const {
+  return {t.const_data_ptr(), float_of(t, name), stride_of(t, name)};
+}
+Floats Rows::floats(const std::optional<Tensor>& t, const char* name) const {
+  return t ? floats(*t, name) : Floats{};
+}
+Flags Rows::flags(const std::optional<Tensor>& t, const char* name) const {
+  if (!t) return {};
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Bool, "fastrl: ", name, " must be bool");
+  return {ptr<uint8_t>(*t), stride_of(*t, name)};
+}
+Floats Rows::per_row(const std::optional<Tensor>& t, const char* name) const {
+  if (!t) return {};
+  STD_TORCH_CHECK(t->numel() == count_ && t->is_contiguous(), "fastrl: ", name,
+                  " must hold one number per row, contiguous");
+  return {t->const_data_ptr(), float_of(*t, name), 1};
+}
+
+Tensor Rows::empty(ScalarType dtype) const {
+  const std::vector<int64_t> shape = shape_of(like_);
+  std::vector<int64_t> strides = strides_of(shape, shape.size(), 1);
+  if (time_major_) {
+    strides = strides_of(shape, shape.size() - 1, 1);
+    strides.back() = count_;
+  }
+  return empty_cpu(shape, strides, dtype);
+}
+
+Tensor Rows::empty_per_row(ScalarType dtype) const {
+  std::vector<int64_t> shape = shape_of(like_);
+  shape.pop_back();
+  return empty_cpu(packed() ? std::vector<int64_t>{count_} : shape, dtype);
+}
+
+Results Rows::results(const Tensor& t) const {
+  if (t.numel() == 0) return {};
+  return {t.mutable_data_ptr(), float_of(t, "a result"), stride_of(t, "a result")};
+}
+
+ScalarType result_type(std::initializer_list<const Tensor*> tensors, const Path& path,
+                       const Bootstrap& end) {
+  bool any = false;
+  for (const auto* t :
+       {&path.gamma_per_step, &path.lambda_per_step, &end.value, &end.next_values}) {
+    any |= *t && (*t)->scalar_type() == ScalarType::Double;
+  }
+  for (const Tensor* t : tensors) any |= t->scalar_type() == ScalarType::Double;
+  return any ? ScalarType::Double : ScalarType::Float;
+}
+
+Trajectories trajectories(const Rows& rows, const Path& path) {
+  Trajectories x;
+  x.terminated = rows.flags(path.terminated, "terminated");
+  x.truncated = rows.flags(path.truncated, "truncated");
+  x.mask = rows.flags(path.mask, "mask");
+  x.gamma = rows.floats(path.gamma_per_step, "gamma");
+  x.gae_lambda = rows.floats(path.lambda_per_step, "gae_lambda");
+  x.constant_gamma = path.gamma;
+  x.constant_lambda = path.gae_lambda;
+  x.time_major = rows.time_major();
+  return x;
+}
+
+Trajectories trajectories(const Rows& rows, const Path& path, const Bootstrap& end) {
+  STD_TORCH_CHECK(!path.truncated || end.next_values, "fastrl: truncated needs next_values");
+  STD_TORCH_CHECK(!end.value || !end.next_values,
+                  "fastrl: next_values and bootstrap_value exclude each other");
+  Trajectories x = trajectories(rows, path);
+  x.bootstrap_value = rows.per_row(end.value, "bootstrap_value");
+  x.next_values = rows.floats(end.next_values, "next_values");
+  return x;
+}
+
+namespace {
+
+using torch::stable::get_num_threads;
+using torch::stable::parallel_for;
+
+// Rows side by side that are scanned together.
+int64_t rows_together(const Rows& rows) {
+  if (!rows.time_major()) return 1;
+  const int64_t share = (rows.count() + get_num_threads() - 1) / get_num_threads();
+  return std::min<int64_t>(kRowsTogether, (share + 15) / 16 * 16);
+}
+
+// x before each of the piece's rows, in the scan's order.
+void write_rows(const Scan& scan, const Trajectories& x, const Piece& p) {
+  double before[kRowsTogether];
+  for (int l = 0; l < p.count; ++l) before[l] = scan.before(x, p, l);
+  scan.write(x, p, before);
+}
+
+void each_row_whole(const Scan& scan, const Trajectories& x, const Rows& rows, int64_t together) {
+  if (!rows.time_major()) {
+    parallel_for(0, rows.num_steps(), kGrain, [&](int64_t from, int64_t to) {
+      const int64_t last = to == rows.num_steps() ? rows.count() : rows.first_from(to);
+      // In the scan's order, so that memory is one stream from row to row.
+      const int64_t first = rows.first_from(from);
+      for (int64_t i = 0; i < last - first; ++i) {
+        write_rows(scan, x, rows.piece(scan.forward_in_time ? first + i : last - 1 - i));
+      }
+    });
+    return;
+  }
+  const int64_t groups = (rows.count() + together - 1) / together;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (together * rows.length(0)));
+  parallel_for(0, groups, grain, [&](int64_t first, int64_t last) {
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t count = std::min(together, rows.count() - g * together);
+      write_rows(scan, x, rows.piece(g * together, static_cast<int>(count)));
+    }
+  });
+}
+
+// Long rows by their chunks: what each adds up to, then what comes before each, then each by
+// itself.
+void chunk_by_chunk(const Scan& scan, const Trajectories& x, const Rows& rows, int64_t together) {
+  struct Chunk {
+    Piece piece;
+    bool first, last;  // of its row, in the scan's order
+  };
+  std::vector<Chunk> chunks;
+  for (int64_t s = 0; s < rows.count(); s += together) {
+    const Piece row = rows.piece(s, static_cast<int>(std::min(together, rows.count() - s)));
+    for (int64_t done = 0; done < row.length; done += kRowChunk) {
+      const int64_t n = std::min(kRowChunk, row.length - done);
+      Chunk c{row, done == 0, done + n == row.length};
+      c.piece.begin = scan.forward_in_time ? done : row.length - done - n;
+      c.piece.end = c.piece.begin + n;
+      chunks.push_back(c);
+    }
+  }
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  std::vector<Affine> found(count * together);
+  parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      if (!chunks[i].last) scan.compose(x, chunks[i].piece, &found[i * together]);
+    }
+  });
+  std::vector<double> before(count * together);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int l = 0; l < chunks[i].piece.count; ++l) {
+      const int64_t earlier = (i - 1) * together + l;
+      before[i * together + l] = chunks[i].first ? scan.before(x, chunks[i].piece, l)
+                                                 : scan.after(found[earlier], before[earlier]);
+    }
+  }
+  parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      scan.write(x, chunks[i].piece, &before[i * together]);
+    }
+  });
+}
+
+}  // namespace
+
+// By chunks each input is read twice, but no thread waits for one with a long row.
+void run(const Scan& scan, const Trajectories& x, const Rows& rows) {
+  if (rows.num_steps() == 0) return;
+  const int64_t together = rows_together(rows), threads = get_num_threads();
+  const int64_t longest = rows.longest(), share = rows.num_steps() / threads;
+  const int64_t groups = (rows.count() + together - 1) / together;
+  const int64_t most =
+      rows.packed() ? share + longest : (groups + threads - 1) / threads * together * longest;
+  if (longest > kRowChunk && 2 * most > 3 * share) {
+    chunk_by_chunk(scan, x, rows, together);
+  } else {
+    each_row_whole(scan, x, rows, together);
+  }
+}
+
+void run_windows(Windows windows, int64_t scratch_per_step, const Trajectories& x, const Rows& rows,
+                 int64_t n) {
+  if (rows.num_steps() == 0) return;
+  const int64_t together = rows.time_major() ? kWindowRows : 1;
+  const int64_t groups = (rows.count() + together - 1) / together;
+  const int64_t grain = std::max<int64_t>(1, kGrain * groups / rows.num_steps());
+  const int64_t scratch_size = scratch_per_step * rows.longest() * together;
+  parallel_for(0, groups, grain, [&](int64_t first, int64_t last) {
+    std::vector<double> scratch(scratch_size);
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t count = std::min(together, rows.count() - g * together);
+      windows(x, rows.piece(g * together, static_cast<int>(count)), n, scratch.data());
+    }
+  });
+}
+
+}  // namespace fastrl
