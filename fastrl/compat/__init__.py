@@ -11,11 +11,12 @@ from fastrl.compat.trl import (
     selective_log_softmax,
     selective_log_softmax_and_entropy,
 )
-from fastrl.compat.verl import logprobs_from_logits
+from fastrl.compat.verl import compute_gae_advantage_return, logprobs_from_logits
 
 __all__ = [
     "ChunkedLogProbFunction",
     "PatchedTrl",
+    "compute_gae_advantage_return",
     "entropy_from_logits",
     "logprobs_from_logits",
     "patch_trl",
