@@ -1,10 +1,16 @@
-"""Drop-ins for those who have a trainer already: the names, arguments and results of TRL and verl.
+"""Drop-ins for those who have a trainer already: names, arguments and results as in TRL, verl and
+TorchRL.
 
-`patch_trl` puts TRL's own under its trainers; the functions can also be imported by name. Neither
-TRL nor verl is imported here, or needed for the functions.
+`patch_trl` puts TRL's own under its trainers; the functions can also be imported by name. None of
+the three is imported here, or needed for the functions.
 """
 
 from fastrl.compat.patch_trl import PatchedTrl, patch_trl
+from fastrl.compat.torchrl import (
+    generalized_advantage_estimate,
+    vec_generalized_advantage_estimate,
+    vtrace_advantage_estimate,
+)
 from fastrl.compat.trl import (
     ChunkedLogProbFunction,
     entropy_from_logits,
@@ -18,8 +24,11 @@ __all__ = [
     "PatchedTrl",
     "compute_gae_advantage_return",
     "entropy_from_logits",
+    "generalized_advantage_estimate",
     "logprobs_from_logits",
     "patch_trl",
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
+    "vec_generalized_advantage_estimate",
+    "vtrace_advantage_estimate",
 ]

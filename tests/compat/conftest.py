@@ -7,3 +7,11 @@ def trl_utils():
     return pytest.importorskip(
         "trl.trainer.utils", reason="TRL is not installed: `make peers` or `make test-all` does it"
     )
+
+
+@pytest.fixture(scope="session")
+def torchrl_value():
+    """The package of TorchRL that holds the originals."""
+    return pytest.importorskip(
+        "torchrl.objectives.value", reason="torchrl is not installed: `make test` does it"
+    )
