@@ -8,7 +8,7 @@ from fastrl.ops import _checks
 
 
 def group_advantages(
-    rewards: Tensor, group_ids: Tensor, *, estimator: str = "grpo"
+    rewards: Tensor, group_ids: Tensor, *, estimator: str = "grpo", k: int | None = None
 ) -> tuple[Tensor, Tensor]:
     op = "group_advantages"
     _checks.float_tensor(op, "rewards", rewards)
@@ -18,8 +18,9 @@ def group_advantages(
     _checks.tensor(op, "group_ids", group_ids, (torch.int64,), "Use group_ids.long().")
     _checks.same_shape(op, "group_ids", group_ids, "rewards", rewards, "Pass one id per reward.")
     _checks.same_device(op, "group_ids", group_ids, "rewards", rewards)
-    _checks.one_of(op, "estimator", estimator, ("grpo", "dr_grpo", "rloo"))
-    return reference.group_advantages(rewards, group_ids, estimator=estimator)
+    if k is not None:
+        _checks.whole(op, "k", k, 1)
+    return reference.group_advantages(rewards, group_ids, estimator=estimator, k=k)
 
 
 group_advantages.__doc__ = reference.group_advantages.__doc__

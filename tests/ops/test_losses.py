@@ -26,6 +26,7 @@ CALLS = [
     ("actor_critic_loss", (LOGPROBS, OTHER, LOGPROBS), {"reduction": "sequence_mean_token_sum"}),
     ("kl_penalty", (LOGPROBS, LOGPROBS - 0.1), {"estimator": "k2"}),
     ("group_advantages", (REWARDS, IDS), {"estimator": "rloo"}),
+    ("group_advantages", (REWARDS, IDS), {"estimator": "max_at_k", "k": 1}),
     ("whiten", (OTHER, MASK), {}),
 ]
 
@@ -53,10 +54,7 @@ def test_the_definitions_by_hand():
     assert immediate.item() == pytest.approx(-(-1.0 * 2.0 + -2.0 * -1.0) / 2)
 
 
-# group_advantages is not among them: how many groups there are is data, and so a graph break.
-@pytest.mark.parametrize(
-    "name, arguments, options", [call for call in CALLS if call[0] != "group_advantages"]
-)
+@pytest.mark.parametrize("name, arguments, options", CALLS)
 def test_compiles(name, arguments, options):
     function = getattr(fastrl, name)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -104,6 +102,10 @@ BAD = [
     ("group_advantages", (REWARDS, IDS.int()), {}, TypeError, "group_ids of dtype int64"),
     ("group_advantages", (REWARDS, IDS[:2]), {}, ValueError, "group_ids"),
     ("group_advantages", (REWARDS, IDS), {"estimator": "mean"}, ValueError, "estimator one of"),
+    ("group_advantages", (REWARDS, IDS), {"estimator": "max_at_k"}, ValueError, "k with estim"),
+    ("group_advantages", (REWARDS, IDS), {"k": 2}, ValueError, "no k with estimator 'grpo', got 2"),
+    ("group_advantages", (REWARDS, IDS), {"estimator": "max_at_k", "k": 0}, ValueError, "k >= 1"),
+    ("group_advantages", (REWARDS, IDS), {"estimator": "max_at_k", "k": 2.0}, TypeError, "an int"),
     ("whiten", (IDS,), {}, TypeError, "x of dtype float32"),
     ("whiten", (OTHER, MASK[0]), {}, ValueError, r"mask \(3, 4\) like x"),
 ]
