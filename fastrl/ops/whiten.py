@@ -13,6 +13,10 @@ def whiten(
     _checks.float_tensor("whiten", "x", x)
     if mask is not None:
         _checks.bool_like("whiten", "mask", mask, "x", x)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        remedy = "Pass one, such as torch.distributed.group.WORLD, on every rank."
+        got = type(group).__name__
+        raise _checks.wrong_type("whiten", "group as a ProcessGroup", got, remedy)
     return reference.whiten(x, mask, group=group)
 
 
