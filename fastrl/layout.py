@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrl._paths import LeafPaths
 from fastrl._segments import (
     check_bounds,
     check_segments,
@@ -47,6 +48,7 @@ class PackedLayout:
     segment_ids: Tensor
     visible_until: Tensor
     predecessor: Tensor
+    _subtree_end: Tensor
 
     def __init__(self, cu_seqlens: Tensor, prefix: Tensor) -> None:
         bounds, parents = cu_seqlens.tolist(), prefix.tolist()
@@ -73,12 +75,24 @@ class PackedLayout:
         segment = torch.arange(self.num_segments).repeat_interleave(lengths)
         offset = token - starts[segment]
         predecessor = torch.where(offset > 0, token - 1, torch.tensor(before).long()[segment])
-        self._set_per_token(
+        self._set_on_device(
             position_ids=offset + torch.tensor(first_position).long()[segment],
             segment_ids=segment,
             visible_until=torch.tensor(until, dtype=torch.int32)[segment],
             predecessor=predecessor,
+            _subtree_end=torch.tensor(subtree_end, dtype=torch.int64),  # [S]
         )
+
+    def paths(self) -> LeafPaths:
+        """Each path from a root to a leaf as one row of tokens, so that each is a trajectory.
+
+        gae(rewards[paths.index], values[paths.index], ..., cu_seqlens=paths.cu_seqlens) treats a
+        turn that several leaves share once per leaf, since what follows it differs. paths.sum
+        brings advantages back to the [N] tokens as the weights of unshared copies, paths.mean
+        returns as targets of the values. Where some tokens are no actions, pass
+        mask=is_action[paths.index], or take `PackedBatch.paths`, which has the targets alone.
+        """
+        return LeafPaths(self.cu_seqlens.long().diff(), self._subtree_end)
 
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout on another device."""
@@ -94,7 +108,7 @@ class PackedLayout:
             f"{roots} roots, on {self.visible_until.device})"
         )
 
-    def _set_per_token(self, **tensors: Tensor) -> None:
+    def _set_on_device(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             setattr(self, name, tensor.to(self.cu_seqlens.device))
 
@@ -195,30 +209,25 @@ class PackedBatch:
         batch = cls(tokens.cpu(), layout, is_target, torch.tensor(order, dtype=torch.int64))
         return batch.to(tokens.device)
 
+    def paths(self) -> LeafPaths:
+        """`PackedLayout.paths` of the M targets alone: index counts among them, [P] goes to [M].
+
+        The leaves are those of the layout, so a path without targets is an empty row.
+        """
+        segments = self.layout.segment_ids[self.target_index]
+        lengths = torch.bincount(segments, minlength=self.layout.num_segments)
+        return LeafPaths(lengths, self.layout._subtree_end)
+
     def sum_over_leaves(self, leaf_values: Tensor) -> Tensor:
         """[M] from [L]: for each target, the sum over the leaves that share it.
 
         A leaf is a segment that nothing continues; leaves count in the layout's order. With one
         weight or advantage per leaf this gives that of each target, so that the shared turns get
-        the gradient of unshared copies; ones give the number of copies.
+        the gradient of unshared copies; ones give the number of copies. What differs from token to
+        token goes through `paths`.
         """
-        prefix = self.layout.prefix.tolist()
-        inner = set(prefix)
-        shared_by: list[list[int]] = [[] for _ in prefix]
-        num_leaves = 0
-        for s in range(len(prefix)):
-            if s in inner:
-                continue
-            above = s
-            while above >= 0:
-                shared_by[above].append(num_leaves)
-                above = prefix[above]
-            num_leaves += 1
-        device = leaf_values.device
-        leaf = torch.tensor([k for leaves in shared_by for k in leaves], device=device).long()
-        counts = torch.tensor([len(leaves) for leaves in shared_by], device=device).long()
-        sums = torch.segment_reduce(leaf_values[leaf], "sum", lengths=counts)  # [S]
-        return sums[self.layout.segment_ids[self.target_index]]
+        paths = self.paths()
+        return paths.sum(leaf_values.repeat_interleave(paths.cu_seqlens.diff()))
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""

@@ -18,11 +18,12 @@ LAYERS = [
     {"rollout", "rewards", "models", "hf"},
     {"ops"},
     {"kernels", "_C", "reference"},
-    {"layout", "_segments", "_vocabulary"},
+    {"layout", "_paths", "_segments", "_vocabulary"},
 ]
 ALONE = {
     "reference": {"torch", "fastrl"},
     "layout": {"torch", "fastrl"},
+    "_paths": {"torch"},
     "_segments": {"torch"},
     "_vocabulary": {"torch"},
 }

@@ -1,7 +1,6 @@
-import random
-
 import pytest
 import torch
+from forests import ancestry, random_forest
 
 from fastrl.layout import PackedBatch, PackedLayout, pack_groups
 
@@ -30,22 +29,6 @@ def test_empty_segments_are_skipped_by_predecessor():
     layout = layout_of([0, 0, 2, 0, 1], [-1, 0, 1, 2, 3])
     assert layout.predecessor.tolist() == [-1, 0, 1]
     assert layout.position_ids.tolist() == [0, 1, 2]
-
-
-def random_forest(seed):
-    """lengths and prefix of a depth-first forest, empty segments included."""
-    rng = random.Random(seed)
-    prefix, path = [], []
-    for s in range(rng.randint(1, 12)):
-        del path[rng.randint(0, len(path)) :]
-        prefix.append(path[-1] if path else -1)
-        path.append(s)
-    return [rng.choice([0, 1, 2, 3, 5]) for _ in prefix], prefix
-
-
-def ancestry(prefix, s):
-    """s and all that it continues, from the root."""
-    return [*ancestry(prefix, prefix[s]), s] if s >= 0 else []
 
 
 @pytest.mark.parametrize("seed", range(30))
