@@ -9,6 +9,7 @@
 namespace fastrl::FASTRL_SIMD {
 
 inline double apply_one(double a, double b, double x) { return a == 0.0 ? b : b + a * x; }
+inline double further_one(double a, double next) { return a == 0.0 ? a : a * next; }
 
 // The actions of one row, one after another.
 struct Actions {
@@ -28,7 +29,7 @@ inline void windows(const Actions& x, int64_t n) {
     for (int64_t i = end - 2; i >= start; --i) {
       whole = apply_one(x.a[i], x.b[i], whole);
       b = apply_one(x.a[i], x.b[i], b);
-      a *= x.a[i];
+      a = further_one(x.a[i], a);
       x.inner_a[i] = a;
       x.inner_b[i] = b;
       x.out[i] = whole;
@@ -40,7 +41,7 @@ inline void windows(const Actions& x, int64_t n) {
         const int64_t j = end + o - 1;
         value = apply_one(outer_a, outer_b, x.e[j]);
         outer_b = apply_one(outer_a, outer_b, x.b[j]);
-        outer_a *= x.a[j];
+        outer_a = further_one(outer_a, x.a[j]);
       }
       x.out[start + o] = apply_one(x.inner_a[start + o], x.inner_b[start + o], value);
     }

@@ -8,8 +8,10 @@
 
 namespace fastrl::FASTRL_SIMD {
 
-// b + a x; a factor of 0 cuts: what follows is not looked at, be it infinite.
+// b + a x, and a's product with a further factor; a factor of 0 cuts: what follows is not looked at,
+// be it infinite.
 FASTRL_INLINE VecD apply(VecD a, VecD b, VecD x) { return a == 0.0 ? b : b + a * x; }
+FASTRL_INLINE VecD further(VecD a, VecD next) { return a == 0.0 ? a : a * next; }
 
 // What the scan of a row, or of kDoubles rows side by side, carries from vector to vector.
 struct Carry {
@@ -34,7 +36,7 @@ FASTRL_INLINE void compose_lanes(VecD& a, VecD& b) {
   if constexpr (S < kDoubles) {
     constexpr int kShift = S * kStepBack<E>;
     b = apply(a, b, neighbour<kShift>(b, VecD{}));
-    a *= neighbour<kShift>(a, VecD{} + 1.0);
+    a = further(a, neighbour<kShift>(a, VecD{} + 1.0));
     compose_lanes<E, 2 * S>(a, b);
   }
 }
@@ -47,7 +49,7 @@ FASTRL_INLINE void compose_vectors(VecD (&a)[kDoubles], VecD (&b)[kDoubles]) {
       const int j = i + S * kStepBack<E>;
       const bool exists = j >= 0 && j < kDoubles;
       b[i] = apply(a[i], b[i], exists ? b[j] : VecD{});
-      if (exists) a[i] *= a[j];
+      if (exists) a[i] = further(a[i], a[j]);
     }
     compose_vectors<E, 2 * S>(a, b);
   }
@@ -114,7 +116,7 @@ FASTRL_INLINE void scan_lanes(const Trajectories& row, int64_t t, const Present&
   constexpr int kLast = E::kForwardInTime ? kDoubles - 1 : 0;
   const VecD last_a = splat_double(a[kLast]), last_b = splat_double(b[kLast]);
   carry.b = apply(last_a, last_b, carry.b);
-  carry.a *= last_a;
+  carry.a = further(last_a, carry.a);
 }
 
 // The same for kDoubles rows side by side: steps t to t + kDoubles, of which those of `in` exist.
@@ -158,7 +160,7 @@ FASTRL_INLINE void scan_vectors(const Trajectories& rows, int64_t t, int64_t lan
   }
   constexpr int kLast = E::kForwardInTime ? kDoubles - 1 : 0;
   carry.b = apply(a[kLast], b[kLast], carry.b);
-  carry.a *= a[kLast];
+  carry.a = further(a[kLast], carry.a);
 }
 
 // body(t, steps) for the vectors of steps [begin, end) in the scan's order; the last one may reach

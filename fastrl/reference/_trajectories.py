@@ -11,7 +11,8 @@ class Trajectories:
     """Rewards as rows [R, T], with the masks, episode ends and discounts that belong to them.
 
     `continues` [R, T] is c_t = gamma_t (1 - terminated_t), `unbroken` [R, T] is
-    k_t = 1 - truncated_t. A step that `mask` excludes does not exist for any of the methods.
+    k_t = 1 - truncated_t. A step that `mask` excludes does not exist for any of the methods, and
+    what stands behind an end is replaced and not multiplied: 0 * inf would be NaN.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Trajectories:
         self.continues = self.rows_of(gamma) * self._unless(terminated)
         self._terminated = terminated
         self.unbroken = self._unless(truncated)
+        self._goes_on = (self._unless(terminated) * self.unbroken) == 1  # the next step follows
         self._given_next_values = None if next_values is None else self.rows_of(next_values)
         self._bootstrap = (
             self.rewards.new_zeros(self.rewards.shape[0])
@@ -63,7 +65,11 @@ class Trajectories:
         return self._rows.unpad(rows)
 
     def following(self, x: Tensor, after_last: Tensor | None = None) -> Tensor:
-        """[R, T]: x at the next step, and after_last [R] (default 0) beyond the last one."""
+        """[R, T]: x at the next step, and after_last [R] (default 0) beyond the last one; 0 where
+        the episode ends before it."""
+        return self._next(x, after_last).where(self._goes_on, 0)
+
+    def _next(self, x: Tensor, after_last: Tensor | None) -> Tensor:
         if after_last is None:
             after_last = x.new_zeros(x.shape[0])
         return torch.cat([x, after_last[:, None]], dim=1).gather(1, self._next_step)
@@ -76,7 +82,7 @@ class Trajectories:
         elif values is None:
             return torch.zeros_like(self.rewards)
         else:
-            after = self.following(values, self._bootstrap)
+            after = self._next(values, self._bootstrap)
         return (
             after
             if self._terminated is None
@@ -95,7 +101,8 @@ class Trajectories:
         x = offset.new_zeros(offset.shape[0]) if after_last is None else after_last
         steps = []
         for t in reversed(range(offset.shape[1])):
-            x = torch.where(self._rows.valid[:, t], offset[:, t] + factor[:, t] * x, x)
+            carried = factor[:, t] * x.where(self._goes_on[:, t], 0)
+            x = torch.where(self._rows.valid[:, t], offset[:, t] + carried, x)
             steps.append(x)
         return torch.stack(steps[::-1], dim=1) if steps else offset
 
@@ -119,5 +126,5 @@ def _next_valid(valid: Tensor) -> Tensor:
 def clipped_ratio(log_ratio: Tensor, clip: float) -> Tensor:
     """min(clip, exp(log_ratio)). exp sees only what stays below the clip: an overflow that the
     minimum hides would still be 0 * inf = NaN in the gradient."""
-    below = log_ratio.detach().exp() < clip
-    return torch.where(below, torch.where(below, log_ratio, 0).exp(), clip)
+    above = log_ratio.detach().exp() >= clip  # False for NaN, which stays
+    return torch.where(above, clip, torch.where(above, 0, log_ratio).exp())
