@@ -23,9 +23,9 @@ enum Reads : unsigned {
   kNextValue = 4,
   kValueAtCut = 8,
   kQValue = 16,
-  kLogRatio = 32,
-  kGrads = 64,    // of the first two outputs
-  kErrors = 128,  // what the forward pass saved: td_error, carried
+  kLogRatio = 32,  // as `ratio`, its exp
+  kGrads = 64,     // of the first two outputs
+  kErrors = 128,   // what the forward pass saved: td_error, carried
 };
 
 template <class N>
@@ -34,7 +34,7 @@ struct Step {
   using D = typename N::D;
   using M = typename N::M;
 
-  V reward, value, next_value, q_value, log_ratio;
+  V reward, value, next_value, q_value, ratio;
   V grad_first, grad_second, td_error, carried;
   D gamma, lambda;
   M terminated, truncated;
@@ -135,10 +135,9 @@ struct Vtrace {
   };
   template <class N>
   FASTRL_DEVICE static Formed<N> form(const Step<N>& s, const Clips& clips) {
-    const auto ratio = N::exp(s.log_ratio);
-    const auto rho = clipped<N>(ratio, clips.rho);
+    const auto rho = clipped<N>(s.ratio, clips.rho);
     const auto delta = s.reward + through<N>(s.discount(), s.next_value) - s.value;
-    const auto a = s.trace() * N::wide(clipped<N>(ratio, clips.c));
+    const auto a = s.trace() * N::wide(clipped<N>(s.ratio, clips.c));
     return {a, N::wide(rho * delta), s.trace(), rho, delta, s.value};
   }
   template <class N>
@@ -165,7 +164,7 @@ struct RetraceReturns {
   };
   template <class N>
   FASTRL_DEVICE static Formed<N> form(const Step<N>& s, const Clips& clips) {
-    const auto weight = N::narrow(s.lambda) * clipped<N>(N::exp(s.log_ratio), clips.c);
+    const auto weight = N::narrow(s.lambda) * clipped<N>(s.ratio, clips.c);
     const auto one_step = s.reward + through<N>(s.discount(), s.next_value);
     const auto error = one_step - s.q_value;
     return {s.unbroken() * N::wide(weight), N::wide(weight * error), s.unbroken(), one_step, error};
@@ -216,11 +215,10 @@ struct VtraceBackward {
   };
   template <class N>
   FASTRL_DEVICE static Formed<N> form(const Step<N>& s, const Clips& clips) {
-    const auto ratio = N::exp(s.log_ratio);
-    const auto rho = clipped<N>(ratio, clips.rho);
-    const auto a = s.trace() * N::wide(clipped<N>(ratio, clips.c));
+    const auto rho = clipped<N>(s.ratio, clips.rho);
+    const auto a = s.trace() * N::wide(clipped<N>(s.ratio, clips.c));
     const auto b = a * N::wide(s.grad_second) + s.trace() * N::wide(rho * s.grad_first);
-    const auto live_rho = unclipped<N>(ratio, clips.rho), live_c = unclipped<N>(ratio, clips.c);
+    const auto live_rho = unclipped<N>(s.ratio, clips.rho), live_c = unclipped<N>(s.ratio, clips.c);
     const auto of_x = live_rho * s.td_error + live_c * s.carried;
     const auto of_advantage = live_rho * (s.td_error + s.carried);
     return {a, b, rho, s.grad_first, s.grad_second, of_x, of_advantage};
@@ -246,10 +244,9 @@ struct RetraceBackward {
   };
   template <class N>
   FASTRL_DEVICE static Formed<N> form(const Step<N>& s, const Clips& clips) {
-    const auto ratio = N::exp(s.log_ratio);
     const auto lambda = N::narrow(s.lambda);
-    const auto weight = lambda * clipped<N>(ratio, clips.c);
-    const auto of_x = lambda * unclipped<N>(ratio, clips.c) * s.td_error;
+    const auto weight = lambda * clipped<N>(s.ratio, clips.c);
+    const auto of_x = lambda * unclipped<N>(s.ratio, clips.c) * s.td_error;
     return {s.unbroken() * N::wide(weight), s.unbroken() * N::wide(s.grad_first), weight,
             s.grad_first, of_x};
   }

@@ -204,25 +204,34 @@ void each_row_whole(const Scan& scan, const Trajectories& x, const Rows& rows, i
 void chunk_by_chunk(const Scan& scan, const Trajectories& x, const Rows& rows, int64_t together) {
   struct Chunk {
     Piece piece;
-    bool first, last;  // of its row, in the scan's order
+    bool first, last;      // of its row, in the scan's order
+    int64_t steps_before;  // of all chunks before this one
   };
   std::vector<Chunk> chunks;
+  int64_t steps = 0;
   for (int64_t s = 0; s < rows.count(); s += together) {
     const Piece row = rows.piece(s, static_cast<int>(std::min(together, rows.count() - s)));
     for (int64_t done = 0; done < row.length; done += kRowChunk) {
       const int64_t n = std::min(kRowChunk, row.length - done);
-      Chunk c{row, done == 0, done + n == row.length};
+      Chunk c{row, done == 0, done + n == row.length, steps};
+      steps += n * row.count;
       c.piece.begin = scan.forward_in_time ? done : row.length - done - n;
       c.piece.end = c.piece.begin + n;
       chunks.push_back(c);
     }
   }
   const int64_t count = static_cast<int64_t>(chunks.size());
+  // Threads share the steps, not the chunks: among these are many short rows.
+  const auto each_chunk = [&](auto body) {
+    parallel_for(0, steps, kGrain, [&](int64_t from, int64_t to) {
+      const auto before = [](const Chunk& c, int64_t step) { return c.steps_before < step; };
+      auto c = std::lower_bound(chunks.begin(), chunks.end(), from, before);
+      for (; c != chunks.end() && c->steps_before < to; ++c) body(*c, c - chunks.begin());
+    });
+  };
   std::vector<Affine> found(count * together);
-  parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      if (!chunks[i].last) scan.compose(x, chunks[i].piece, &found[i * together]);
-    }
+  each_chunk([&](const Chunk& c, int64_t i) {
+    if (!c.last) scan.compose(x, c.piece, &found[i * together]);
   });
   std::vector<double> before(count * together);
   for (int64_t i = 0; i < count; ++i) {
@@ -232,11 +241,7 @@ void chunk_by_chunk(const Scan& scan, const Trajectories& x, const Rows& rows, i
                                                  : scan.after(found[earlier], before[earlier]);
     }
   }
-  parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      scan.write(x, chunks[i].piece, &before[i * together]);
-    }
-  });
+  each_chunk([&](const Chunk& c, int64_t i) { scan.write(x, c.piece, &before[i * together]); });
 }
 
 }  // namespace

@@ -8,10 +8,17 @@
 
 namespace fastrl::FASTRL_SIMD {
 
-// b + a x, and a's product with a further factor; a factor of 0 cuts: what follows is not looked at,
-// be it infinite.
-FASTRL_INLINE VecD apply(VecD a, VecD b, VecD x) { return a == 0.0 ? b : b + a * x; }
-FASTRL_INLINE VecD further(VecD a, VecD next) { return a == 0.0 ? a : a * next; }
+// b + a x, and a's product with a further factor. Where kGuarded a factor of 0 cuts: what follows
+// is not looked at, be it infinite. That costs half as much again, so a vector is done without
+// first, and again where what came out is not finite; on finite numbers both give the same bits.
+template <bool kGuarded>
+FASTRL_INLINE VecD apply(VecD a, VecD b, VecD x) {
+  return kGuarded ? (a == 0.0 ? b : b + a * x) : b + a * x;
+}
+template <bool kGuarded>
+FASTRL_INLINE VecD further(VecD a, VecD next) {
+  return kGuarded ? (a == 0.0 ? a : a * next) : a * next;
+}
 
 // What the scan of a row, or of kDoubles rows side by side, carries from vector to vector.
 struct Carry {
@@ -19,9 +26,17 @@ struct Carry {
   VecD x = {};                    // before the chunk
   VecD later = {};                // values of the steps before these in the scan
 
-  VecD before() const { return apply(a, b, x); }
+  template <bool kGuarded>
+  FASTRL_INLINE VecD before() const {
+    return apply<kGuarded>(a, b, x);
+  }
+  template <bool kGuarded>
+  FASTRL_INLINE void add(VecD last_a, VecD last_b) {
+    b = apply<kGuarded>(last_a, last_b, b);
+    a = further<kGuarded>(last_a, a);
+  }
   void next_chunk() {
-    x = before();
+    x = before<true>();
     a = VecD{} + 1.0;
     b = VecD{};
   }
@@ -31,27 +46,27 @@ template <class E>
 constexpr int kStepBack = E::kForwardInTime ? -1 : 1;  // to the lane before in the scan
 
 // (a, b) of each lane composed with those before it in the scan, S lanes at a time.
-template <class E, int S = 1>
+template <class E, bool kGuarded, int S = 1>
 FASTRL_INLINE void compose_lanes(VecD& a, VecD& b) {
   if constexpr (S < kDoubles) {
     constexpr int kShift = S * kStepBack<E>;
-    b = apply(a, b, neighbour<kShift>(b, VecD{}));
-    a = further(a, neighbour<kShift>(a, VecD{} + 1.0));
-    compose_lanes<E, 2 * S>(a, b);
+    b = apply<kGuarded>(a, b, neighbour<kShift>(b, VecD{}));
+    a = further<kGuarded>(a, neighbour<kShift>(a, VecD{} + 1.0));
+    compose_lanes<E, kGuarded, 2 * S>(a, b);
   }
 }
 // The same over vectors, lane i of the above being vector i here.
-template <class E, int S = 1>
+template <class E, bool kGuarded, int S = 1>
 FASTRL_INLINE void compose_vectors(VecD (&a)[kDoubles], VecD (&b)[kDoubles]) {
   if constexpr (S < kDoubles) {
     for (int k = 0; k < kDoubles; ++k) {
       const int i = E::kForwardInTime ? kDoubles - 1 - k : k;
       const int j = i + S * kStepBack<E>;
       const bool exists = j >= 0 && j < kDoubles;
-      b[i] = apply(a[i], b[i], exists ? b[j] : VecD{});
-      if (exists) a[i] = further(a[i], a[j]);
+      b[i] = apply<kGuarded>(a[i], b[i], exists ? b[j] : VecD{});
+      if (exists) a[i] = further<kGuarded>(a[i], a[j]);
     }
-    compose_vectors<E, 2 * S>(a, b);
+    compose_vectors<E, kGuarded, 2 * S>(a, b);
   }
 }
 
@@ -85,6 +100,22 @@ FASTRL_INLINE void store_results(const Trajectories& row, const At& at, const Pr
   }
 }
 
+template <class E>
+constexpr int kLast = E::kForwardInTime ? kDoubles - 1 : 0;  // lane of the scan
+
+// kDoubles steps of one row composed, and x of each and of the one before it; false if that is not
+// finite, and then carry is as before.
+template <class E, bool kGuarded>
+FASTRL_INLINE bool solve_lanes(VecD a, VecD b, Carry& carry, VecD& x, VecD& x_before) {
+  compose_lanes<E, kGuarded>(a, b);
+  const VecD before = carry.before<kGuarded>();
+  x = apply<kGuarded>(a, b, before);
+  if (!kGuarded && !all_finite(x)) return false;
+  x_before = neighbour<kStepBack<E>>(x, before);
+  carry.add<kGuarded>(splat_double(a[kLast<E>]), splat_double(b[kLast<E>]));
+  return true;
+}
+
 // kDoubles steps of one row, the first of them t.
 template <class E, bool kAll, bool kWrite>
 FASTRL_INLINE void scan_lanes(const Trajectories& row, int64_t t, const Present& in,
@@ -101,31 +132,43 @@ FASTRL_INLINE void scan_lanes(const Trajectories& row, int64_t t, const Present&
     }
   }
   const auto formed = E::form(s, clips);
-  VecD a = formed.a, b = formed.b;
+  VecD a = formed.a, b = formed.b, x, x_before;
   if (some_missing) {
     a = exists ? a : 1.0;
     b = exists ? b : 0.0;
   }
-  compose_lanes<E>(a, b);
-  if constexpr (kWrite) {
-    const VecD before = carry.before();
-    const VecD x = apply(a, b, before);
-    const VecD x_before = neighbour<kStepBack<E>>(x, before);
-    store_results<E, kAll>(row, at, in, formed, exists, x, x_before);
+  if (__builtin_expect(!solve_lanes<E, false>(a, b, carry, x, x_before), false)) {
+    solve_lanes<E, true>(a, b, carry, x, x_before);
   }
-  constexpr int kLast = E::kForwardInTime ? kDoubles - 1 : 0;
-  const VecD last_a = splat_double(a[kLast]), last_b = splat_double(b[kLast]);
-  carry.b = apply(last_a, last_b, carry.b);
-  carry.a = further(last_a, carry.a);
+  if constexpr (kWrite) store_results<E, kAll>(row, at, in, formed, exists, x, x_before);
 }
 
-// The same for kDoubles rows side by side: steps t to t + kDoubles, of which those of `in` exist.
+// The same for kDoubles rows side by side.
+template <class E, bool kGuarded>
+FASTRL_INLINE bool solve_vectors(const VecD (&given_a)[kDoubles], const VecD (&given_b)[kDoubles],
+                                 Carry& carry, VecD (&x)[kDoubles], VecD& before) {
+  VecD a[kDoubles], b[kDoubles];
+  for (int i = 0; i < kDoubles; ++i) a[i] = given_a[i], b[i] = given_b[i];
+  compose_vectors<E, kGuarded>(a, b);
+  before = carry.before<kGuarded>();
+  VecD all = {};
+  for (int i = 0; i < kDoubles; ++i) {
+    x[i] = apply<kGuarded>(a[i], b[i], before);
+    all += x[i] - x[i];  // 0, or NaN where one is not finite
+  }
+  if (!kGuarded && !all_finite(all)) return false;
+  carry.add<kGuarded>(a[kLast<E>], b[kLast<E>]);
+  return true;
+}
+
+// kDoubles rows side by side, from row `lane` on: steps t to t + kDoubles, of which those of
+// `steps` exist.
 template <class E, bool kAll, bool kWrite>
 FASTRL_INLINE void scan_vectors(const Trajectories& rows, int64_t t, int64_t lane,
                                 const Present& steps, const Present& in, const Clips& clips,
                                 Carry& carry) {
   typename E::template Formed<Lanes> formed[kDoubles];
-  VecD a[kDoubles], b[kDoubles];
+  VecD a[kDoubles], b[kDoubles], x[kDoubles], before;
   VecL exists[kDoubles];
   for (int k = 0; k < kDoubles; ++k) {
     const int i = E::kForwardInTime ? k : kDoubles - 1 - k;
@@ -148,19 +191,16 @@ FASTRL_INLINE void scan_vectors(const Trajectories& rows, int64_t t, int64_t lan
     a[i] = exists[i] ? formed[i].a : a[i];
     b[i] = exists[i] ? formed[i].b : b[i];
   }
-  compose_vectors<E>(a, b);
-  if constexpr (kWrite) {
-    const VecD before = carry.before();
-    for (int i = steps.first; i < steps.first + steps.count; ++i) {
-      const int j = i + kStepBack<E>;
-      const VecD x = apply(a[i], b[i], before);
-      const VecD x_before = j < 0 || j >= kDoubles ? before : apply(a[j], b[j], before);
-      store_results<E, kAll>(rows, Place<true>{t + i, lane}, in, formed[i], exists[i], x, x_before);
-    }
+  if (__builtin_expect(!solve_vectors<E, false>(a, b, carry, x, before), false)) {
+    solve_vectors<E, true>(a, b, carry, x, before);
   }
-  constexpr int kLast = E::kForwardInTime ? kDoubles - 1 : 0;
-  carry.b = apply(a[kLast], b[kLast], carry.b);
-  carry.a = further(a[kLast], carry.a);
+  if constexpr (!kWrite) return;
+  for (int i = steps.first; i < steps.first + steps.count; ++i) {
+    const int j = i + kStepBack<E>;
+    const VecD x_before = j < 0 || j >= kDoubles ? before : x[j];
+    store_results<E, kAll>(rows, Place<true>{t + i, lane}, in, formed[i], exists[i], x[i],
+                           x_before);
+  }
 }
 
 // body(t, steps) for the vectors of steps [begin, end) in the scan's order; the last one may reach
@@ -286,7 +326,7 @@ void write(const Trajectories& x, const Piece& p, const double* before) {
 }
 
 inline double after(const Affine& chunk, double x) {
-  return apply(splat_double(chunk.a), splat_double(chunk.b), splat_double(x))[0];
+  return apply<true>(splat_double(chunk.a), splat_double(chunk.b), splat_double(x))[0];
 }
 
 // 0; or the value behind the row, bootstrap_value or next_values at its last action.

@@ -10,7 +10,6 @@ struct Lanes {
   static VecD number(double x) { return splat_double(x); }
   static VecD wide(VecD x) { return x; }
   static VecD narrow(VecD x) { return x; }
-  static VecD exp(VecD x) { return exp_doubles(x); }
 };
 
 // Which lanes of a vector are in memory: all, or those from `first` on.
@@ -165,7 +164,11 @@ FASTRL_INLINE Step<Lanes> load_step(const Trajectories& x, const At& at, const P
   if constexpr (E::kReads & (kNextValue | kValueAtCut))
     s.next_value = floats_or(x.next_values, 0.0);
   if constexpr (E::kReads & kQValue) s.q_value = floats(x.q_values);
-  if constexpr (E::kReads & kLogRatio) s.log_ratio = floats(x.log_ratio);
+  if constexpr (E::kReads & kLogRatio) {
+    const VecD log_ratio = floats(x.log_ratio);
+    s.ratio = x.log_ratio.type == Float::f64 ? exp_doubles<true>(log_ratio)
+                                             : exp_doubles<false>(log_ratio);
+  }
   if constexpr (E::kReads & kGrads) {
     s.grad_first = floats_or(x.grad_first, 0.0);
     s.grad_second = floats_or(x.grad_second, 0.0);
