@@ -10,19 +10,41 @@ GAE = [
         "gae", (512, 4096), "many environments: the size that other libraries quote",
         inputs=_EPISODES, options=_DISCOUNTS,
         targets=(
-            Target("torchrl *", "ratio", at_least=25),
-            Target("numba *", "ratio", at_least=1.5),
-            Target("fastrl", "share_of_ceiling", at_least=0.5),
+            Target("torchrl *", "ratio", at_least=30),
+            Target("numba *", "ratio", at_least=2),
+            Target("fastrl", "share_of_ceiling", at_least=0.6),
         ),
     ),
     Case(
-        "gae", (1, 8), "next to no work: what a call costs",
+        "gae", (8, 16), "next to no work: what a call costs",
         inputs=_EPISODES, options=_DISCOUNTS, quick=True,
-        targets=(Target("fastrl", "time_us", at_most=15),),
+        targets=(
+            Target("fastrl", "time_us", at_most=15),
+            Target("fastrl", "time_us", at_most=12, device="cuda"),
+        ),
     ),
     Case(
         "gae", (64, 1024), "a batch of completions with a value per token",
         inputs=("bootstrap_value",), options=_DISCOUNTS, quick=True,
+    ),
+    Case(
+        "gae", (4096, 128), "many short rows",
+        inputs=_EPISODES, options=_DISCOUNTS,
+        targets=(Target("fastrl.reference", "ratio", at_least=5),),
+    ),
+    Case(
+        "gae", (1024, 1024), "a million steps in many rows, beside the next case",
+        inputs=_EPISODES, options=_DISCOUNTS,
+    ),
+    Case(
+        "gae", (1, 1048576), "a million steps in one row: blocks of it side by side",
+        inputs=_EPISODES, options=_DISCOUNTS, quick=True,
+        targets=(Target("fastrl", "share_of_ceiling", at_least=0.3, device="cuda"),),
+    ),
+    Case(
+        "gae", (8192, 2048), "fills a GPU",
+        inputs=_EPISODES, options=_DISCOUNTS, devices=("cuda",), quick=True,
+        targets=(Target("fastrl", "share_of_ceiling", at_least=0.8, device="cuda"),),
     ),
     Case(
         "gae", (512, 1023), "odd T, and a mask: rows unaligned, tool tokens carried over",
@@ -35,6 +57,10 @@ GAE = [
     Case(
         "gae", (262144,), "ragged completions of 1 to 2048 tokens, packed",
         inputs=("cu_seqlens", "bootstrap_value"), options=_DISCOUNTS,
+    ),
+    Case(
+        "gae", (256, 1024), "as many tokens as the case before, in even rows",
+        inputs=("bootstrap_value",), options=_DISCOUNTS,
     ),
     Case(
         "gae", (64, 512), "differentiated through, as in meta-gradients",
@@ -78,6 +104,14 @@ VTRACE = [
         inputs=("bootstrap_value",), options={"gamma": 0.99}, quick=True,
     ),
     Case(
+        "vtrace", (512, 4096), "beside gae of that size: one input more, and an exp",
+        inputs=_EPISODES, options={"gamma": 0.99},
+    ),
+    Case(
+        "vtrace", (64, 512), "differentiated through, the ratio included",
+        mode="both", inputs=("bootstrap_value",), options={"gamma": 0.99},
+    ),
+    Case(
         "vtrace", (8, 16384), "long T, few rows",
         inputs=_EPISODES, options={"gamma": 0.99},
     ),
@@ -91,6 +125,10 @@ RETRACE_RETURNS = [
 ]  # fmt: skip
 
 N_STEP_RETURNS = [
+    Case(
+        "n_step_returns", (512, 4096), "beside gae of that size",
+        inputs=_EPISODES, options={"gamma": 0.99, "n": 8},
+    ),
     Case(
         "n_step_returns", (64, 1024), "a batch of completions, the next 8 rewards",
         inputs=("bootstrap_value",), options={"gamma": 0.99, "n": 8}, quick=True,

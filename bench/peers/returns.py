@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from bench.case import Arguments, Case, Implementation, Outputs, Unavailable
-from bench.peers.peer import REFERENCE, Peer, as_tuple, compiled_reference
+from bench.peers.peer import Peer, as_tuple, compiled_reference, eager
+from bench.workloads.returns import LONG_ROW
+
+
+def _short(build: Implementation) -> Implementation:
+    def checked(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
+        if len(case.shape) > 1 and case.shape[-1] > LONG_ROW:
+            raise Unavailable("loops over time: a call would take the better part of a minute")
+        return build(case, arguments)
+
+    return checked
 
 
 def _numba_returns(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
@@ -103,8 +113,8 @@ _TORCHRL = {
 
 def of(op: str) -> list[Peer]:
     return [
-        REFERENCE,
+        Peer("fastrl.reference", "torch", _short(eager)),
         Peer("torch.compile", "torch", _compiled_returns),
-        *(Peer(f"torchrl {f}", "torchrl", _torchrl_returns(f)) for f in _TORCHRL[op]),
+        *(Peer(f"torchrl {f}", "torchrl", _short(_torchrl_returns(f))) for f in _TORCHRL[op]),
         Peer("numba loop, one thread", "numba", _numba_returns),
     ]

@@ -3,8 +3,12 @@
 import torch
 from torch import Tensor
 
-from bench.case import Arguments, Case, Workload
+from bench.case import Arguments, Case, Outputs, Workload, call_reference
 from bench.workloads.pieces import SEED, size_in_bytes, whole
+from fastrl import reference
+
+LONG_ROW = 2**17  # steps; a loop over more of them in Python takes many seconds
+_BLOCKS = 1024
 
 # What each op takes beside rewards, shaped like them.
 _FLOATS = {
@@ -58,12 +62,27 @@ def returns_bytes(case: Case, arguments: Arguments) -> int:
     return read + outputs * size_in_bytes(rewards)
 
 
+def definition(case: Case, arguments: Arguments) -> Outputs:
+    """Of a long row: of its blocks side by side, each with what the next one hands back to it."""
+    if case.op != "gae" or case.shape[-1] <= LONG_ROW or len(case.shape) == 1:
+        return call_reference(case, arguments)
+    rows = {k: x.view(_BLOCKS, -1) for k, x in arguments.items()}
+    own, _ = reference.gae(**rows, **case.options)
+    factor = case.options["gamma"] * case.options["gae_lambda"] * (~rows["terminated"]).to(own)
+    handed_back = factor.flip(1).cumprod(1).flip(1)  # of what follows the block, to each step
+    advantages = own.clone()
+    for k in reversed(range(_BLOCKS - 1)):
+        advantages[k] += handed_back[k] * advantages[k + 1, 0]
+    return advantages.view(case.shape), (advantages + rows["values"]).view(case.shape)
+
+
 WORKLOADS = {
     op: Workload(
         make_returns,
         returns_bytes,
-        ("rewards", "values") if op != "discounted_returns" else ("rewards",),
+        ("rewards", *_FLOATS[op]),
         whole,
+        definition,
     )
     for op in _FLOATS
 }
