@@ -41,6 +41,7 @@ FASTRL_GCC_TARGET(FASTRL_TARGET)
 #include "../estimators.h"
 #include "returns_steps.h"
 #include "returns_kernel.h"
+#include "returns_pieces.h"
 #include "value_grads_kernel.h"
 #include "n_step_kernel.h"
 #include "token_logprobs_kernel.h"

@@ -75,19 +75,20 @@ FASTRL_INLINE void store(const Results& x, int64_t at, VecD v, const Present& in
   }
 }
 
+inline int size_of(Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; }
+
 // The arrays of a call from step 0 of one row on, or of the first of rows side by side.
 inline Trajectories from_row(Trajectories x, int64_t row, int64_t origin) {
-  const auto bytes = [](Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; };
   const auto offset = [&](int64_t stride) { return x.time_major ? row : row * stride + origin; };
   for (Floats* f : {&x.rewards, &x.values, &x.next_values, &x.q_values, &x.log_ratio, &x.grad_first,
                     &x.grad_second, &x.td_error, &x.carried, &x.gamma, &x.gae_lambda}) {
-    if (f->data) f->data = static_cast<const char*>(f->data) + offset(f->stride) * bytes(f->type);
+    if (f->data) f->data = static_cast<const char*>(f->data) + offset(f->stride) * size_of(f->type);
   }
   for (Flags* f : {&x.terminated, &x.truncated, &x.mask}) {
     if (f->data) f->data += offset(f->stride);
   }
   for (Results& r : x.results) {
-    if (r.data) r.data = static_cast<char*>(r.data) + offset(r.stride) * bytes(r.type);
+    if (r.data) r.data = static_cast<char*>(r.data) + offset(r.stride) * size_of(r.type);
   }
   return x;
 }
@@ -125,16 +126,15 @@ FASTRL_INLINE void assume_plain(Trajectories& x) {
 // Asks for the lines of kDoubles further steps of rows side by side, which are far apart in memory:
 // no processor guesses them.
 inline void prefetch_steps(const Trajectories& rows, int64_t t, int64_t lane) {
-  const auto bytes = [](Float type) { return type == Float::f64 ? 8 : type == Float::f32 ? 4 : 2; };
   for (const Floats* f : {&rows.rewards, &rows.values, &rows.next_values, &rows.log_ratio}) {
     if (!f->data) continue;
-    const char* p = static_cast<const char*>(f->data) + (t * f->stride + lane) * bytes(f->type);
-    for (int i = 0; i < kDoubles; ++i) __builtin_prefetch(p + i * f->stride * bytes(f->type));
+    const char* p = static_cast<const char*>(f->data) + (t * f->stride + lane) * size_of(f->type);
+    for (int i = 0; i < kDoubles; ++i) __builtin_prefetch(p + i * f->stride * size_of(f->type));
   }
   for (const Results& r : rows.results) {
     if (!r.data) continue;
-    const char* p = static_cast<const char*>(r.data) + (t * r.stride + lane) * bytes(r.type);
-    for (int i = 0; i < kDoubles; ++i) __builtin_prefetch(p + i * r.stride * bytes(r.type), 1);
+    const char* p = static_cast<const char*>(r.data) + (t * r.stride + lane) * size_of(r.type);
+    for (int i = 0; i < kDoubles; ++i) __builtin_prefetch(p + i * r.stride * size_of(r.type), 1);
   }
 }
 

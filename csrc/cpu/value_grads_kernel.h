@@ -1,6 +1,6 @@
 // What flows to the values, from what flows to the rewards: u_t = c_t grad_rewards_t is owed to
 // v_{t+1}, which is the value of the next action, next_values at t, or bootstrap_value. Included by
-// kernels_*.cpp after returns_kernel.h.
+// kernels_*.cpp after returns_pieces.h.
 
 namespace fastrl::FASTRL_SIMD {
 
