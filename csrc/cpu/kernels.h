@@ -91,9 +91,9 @@ constexpr int kWindowRows = 8;  // of time_major rows, at most
 struct Scan {
   // What a piece of one chunk at most adds up to; of each of the rows.
   void (*compose)(const Trajectories&, const Piece&, Affine*);
-  // Writes the results of a piece that begins with a chunk (in the scan's direction); x is what
-  // comes before it in the scan, for each of the rows.
-  void (*write)(const Trajectories&, const Piece&, const double* x);
+  // Writes the results of a piece that begins with a chunk (in the scan's direction), and what its
+  // last chunk adds up to; x is what comes before the piece in the scan, for each of the rows.
+  void (*write)(const Trajectories&, const Piece&, const double* x, Affine*);
   // What comes after a stretch, given what comes before it: as `write` itself works it out.
   double (*after)(const Affine&, double x);
   // What comes before row p.row + lane in the scan.

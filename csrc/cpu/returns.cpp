@@ -173,8 +173,9 @@ int64_t rows_together(const Rows& rows) {
 // x before each of the piece's rows, in the scan's order.
 void write_rows(const Scan& scan, const Trajectories& x, const Piece& p) {
   double before[kRowsTogether];
+  Affine found[kRowsTogether];
   for (int l = 0; l < p.count; ++l) before[l] = scan.before(x, p, l);
-  scan.write(x, p, before);
+  scan.write(x, p, before, found);
 }
 
 void each_row_whole(const Scan& scan, const Trajectories& x, const Rows& rows, int64_t together) {
@@ -199,14 +200,14 @@ void each_row_whole(const Scan& scan, const Trajectories& x, const Rows& rows, i
   });
 }
 
-// Long rows by their chunks: what each adds up to, then what comes before each, then each by
-// itself.
-void chunk_by_chunk(const Scan& scan, const Trajectories& x, const Rows& rows, int64_t together) {
-  struct Chunk {
-    Piece piece;
-    bool first, last;      // of its row, in the scan's order
-    int64_t steps_before;  // of all chunks before this one
-  };
+// A stretch of a row, of kRowChunk steps at most.
+struct Chunk {
+  Piece piece;
+  bool first, last;      // of its row, in the scan's order
+  int64_t steps_before;  // of all chunks before this one
+};
+
+std::vector<Chunk> chunks_of(const Scan& scan, const Rows& rows, int64_t together) {
   std::vector<Chunk> chunks;
   int64_t steps = 0;
   for (int64_t s = 0; s < rows.count(); s += together) {
@@ -214,39 +215,76 @@ void chunk_by_chunk(const Scan& scan, const Trajectories& x, const Rows& rows, i
     for (int64_t done = 0; done < row.length; done += kRowChunk) {
       const int64_t n = std::min(kRowChunk, row.length - done);
       Chunk c{row, done == 0, done + n == row.length, steps};
-      steps += n * row.count;
       c.piece.begin = scan.forward_in_time ? done : row.length - done - n;
       c.piece.end = c.piece.begin + n;
       chunks.push_back(c);
+      steps += n * row.count;
     }
   }
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  // Threads share the steps, not the chunks: among these are many short rows.
-  const auto each_chunk = [&](auto body) {
-    parallel_for(0, steps, kGrain, [&](int64_t from, int64_t to) {
-      const auto before = [](const Chunk& c, int64_t step) { return c.steps_before < step; };
-      auto c = std::lower_bound(chunks.begin(), chunks.end(), from, before);
-      for (; c != chunks.end() && c->steps_before < to; ++c) body(*c, c - chunks.begin());
-    });
-  };
+  return chunks;
+}
+
+// Long rows by their chunks. Threads share the steps. Where a thread meets the beginning of a row's
+// scan, it writes from there on; until then it finds out what the chunks add up to. Then it is
+// known what comes before each, and they are written too.
+void chunk_by_chunk(const Scan& scan, const Trajectories& x, const Rows& rows, int64_t together) {
+  const std::vector<Chunk> chunks = chunks_of(scan, rows, together);
+  const int64_t count = static_cast<int64_t>(chunks.size()), threads = get_num_threads();
   std::vector<Affine> found(count * together);
-  each_chunk([&](const Chunk& c, int64_t i) {
-    if (!c.last) scan.compose(x, c.piece, &found[i * together]);
-  });
   std::vector<double> before(count * together);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int l = 0; l < chunks[i].piece.count; ++l) {
-      const int64_t earlier = (i - 1) * together + l;
-      before[i * together + l] = chunks[i].first ? scan.before(x, chunks[i].piece, l)
-                                                 : scan.after(found[earlier], before[earlier]);
+  const auto find_before = [&](int64_t i) {
+    for (int64_t l = 0; l < chunks[i].piece.count; ++l) {
+      const int64_t at = i * together + l, earlier = at - together;
+      before[at] = chunks[i].first ? scan.before(x, chunks[i].piece, static_cast<int>(l))
+                                   : scan.after(found[earlier], before[earlier]);
     }
+  };
+  // Of a single row the first thread writes all of its share, which takes longer than adding up.
+  constexpr double kCompose = 0.6;
+  const double whole = static_cast<double>(rows.num_steps());
+  const double head = whole * (chunks[0].piece.length * chunks[0].piece.count == rows.num_steps()
+                                   ? kCompose / (threads - 1 + kCompose)
+                                   : 1.0 / threads);
+  const auto share = [&](int64_t thread) {
+    if (thread == 0) return int64_t{0};
+    return static_cast<int64_t>(head +
+                                (thread - 1) * (whole - head) / std::max<int64_t>(1, threads - 1));
+  };
+  std::vector<char> written(count, false);
+  parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+    const auto is_before = [](const Chunk& c, int64_t step) { return c.steps_before < step; };
+    const auto at = [&](int64_t step) {
+      return std::lower_bound(chunks.begin(), chunks.end(), step, is_before) - chunks.begin();
+    };
+    const int64_t start = at(share(from)), end = to == threads ? count : at(share(to));
+    for (int64_t i = start; i < end; ++i) {
+      const bool goes_on = i > start && written[i - 1];
+      if (chunks[i].first || goes_on) {
+        find_before(i);
+        scan.write(x, chunks[i].piece, &before[i * together], &found[i * together]);
+        written[i] = true;
+      } else if (!chunks[i].last) {
+        scan.compose(x, chunks[i].piece, &found[i * together]);
+      }
+    }
+  });
+  std::vector<int64_t> left;
+  for (int64_t i = 0; i < count; ++i) {
+    if (written[i]) continue;
+    find_before(i);
+    left.push_back(i);
   }
-  each_chunk([&](const Chunk& c, int64_t i) { scan.write(x, c.piece, &before[i * together]); });
+  parallel_for(0, static_cast<int64_t>(left.size()), 1, [&](int64_t from, int64_t to) {
+    for (int64_t k = from; k < to; ++k) {
+      const int64_t i = left[k];
+      scan.write(x, chunks[i].piece, &before[i * together], &found[i * together]);
+    }
+  });
 }
 
 }  // namespace
 
-// By chunks each input is read twice, but no thread waits for one with a long row.
+// By chunks some inputs are read twice, but no thread waits for one with a long row.
 void run(const Scan& scan, const Trajectories& x, const Rows& rows) {
   if (rows.num_steps() == 0) return;
   const int64_t together = rows_together(rows), threads = get_num_threads();

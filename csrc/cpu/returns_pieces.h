@@ -121,8 +121,10 @@ void compose(const Trajectories& x, const Piece& p, Affine* found) {
 }
 
 template <class E>
-void write(const Trajectories& x, const Piece& p, const double* before) {
-  scan_piece<E, true>(x, p, [&](int lane) { return before[lane]; }, [](int, double, double) {});
+void write(const Trajectories& x, const Piece& p, const double* before, Affine* found) {
+  scan_piece<E, true>(
+      x, p, [&](int lane) { return before[lane]; },
+      [&](int lane, double a, double b) { found[lane] = {a, b}; });
 }
 
 inline double after(const Affine& chunk, double x) {

@@ -78,7 +78,7 @@ inline void store_end(const Trajectories& row, const Piece& p, int lane) {
   }
 }
 
-void write_value_grads(const Trajectories& x, const Piece& p, const double*) {
+void write_value_grads(const Trajectories& x, const Piece& p, const double*, Affine*) {
   const Trajectories row = from_row(x, p.row, p.origin);
   for (int lane = 0; lane < p.count; lane += kDoubles) {
     const int lanes = std::min(kDoubles, p.count - lane);

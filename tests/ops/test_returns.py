@@ -192,6 +192,22 @@ def test_long_rows_stay_exact():
             assert ((actual - expected) / expected).abs().max() <= 1e-6
 
 
+def test_lengths_from_none_to_a_million_in_one_batch():
+    lengths = [3, 0, 1_000_000, 1, 0, 24, CHUNK, 24, 5000]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    rewards = torch.rand(int(ends[-1]))
+    returns = fastrl.discounted_returns(rewards, gamma=0.9999, cu_seqlens=ends.int())
+    for start, end in zip(ends.tolist()[:-1], ends.tolist()[1:], strict=True):
+        alone = fastrl.discounted_returns(rewards[start:end], gamma=0.9999)
+        assert torch.equal(returns[start:end], alone)
+        x, exact = 0.0, []
+        for r in reversed(rewards[start:end].tolist()):
+            x = r + 0.9999 * x
+            exact.append(x)
+        truth = torch.tensor(exact[::-1], dtype=torch.float64)
+        torch.testing.assert_close(returns[start:end].double(), truth, rtol=2e-7, atol=0)
+
+
 @every_op
 def test_layouts_without_a_copy_keep_theirs(op):
     arguments = on_tensors(time_major, case(op, "bootstrap_value", (4, 5, 6), torch.float32))
