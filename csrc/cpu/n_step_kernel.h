@@ -8,8 +8,15 @@
 
 namespace fastrl::FASTRL_SIMD {
 
-inline double apply_one(double a, double b, double x) { return a == 0.0 ? b : b + a * x; }
-inline double further_one(double a, double next) { return a == 0.0 ? a : a * next; }
+// As apply and further of the scan.
+template <bool kGuarded = true>
+inline double apply_one(double a, double b, double x) {
+  return kGuarded && a == 0.0 ? b : b + a * x;
+}
+template <bool kGuarded>
+inline double further_one(double a, double next) {
+  return kGuarded && a == 0.0 ? a : a * next;
+}
 
 // The actions of one row, one after another.
 struct Actions {
@@ -18,8 +25,11 @@ struct Actions {
   int64_t count;
 };
 
-// out_i = f_i(f_{i+1}(... e_{i+n-1})), or up to the last action where fewer are left. n >= 1.
-inline void windows(const Actions& x, int64_t n) {
+// out_i = f_i(f_{i+1}(... e_{i+n-1})), or up to the last action where fewer are left. n >= 1. False
+// if one of them is not finite.
+template <bool kGuarded>
+inline bool solve_windows(const Actions& x, int64_t n) {
+  bool finite = true;
   for (int64_t start = 0; start < x.count; start += n) {
     const int64_t end = std::min(start + n, x.count), next = std::min(end + n, x.count) - end;
     double whole = x.e[end - 1], a = x.a[end - 1], b = x.b[end - 1];
@@ -27,25 +37,34 @@ inline void windows(const Actions& x, int64_t n) {
     x.inner_b[end - 1] = b;
     x.out[end - 1] = whole;
     for (int64_t i = end - 2; i >= start; --i) {
-      whole = apply_one(x.a[i], x.b[i], whole);
-      b = apply_one(x.a[i], x.b[i], b);
-      a = further_one(x.a[i], a);
+      whole = apply_one<kGuarded>(x.a[i], x.b[i], whole);
+      b = apply_one<kGuarded>(x.a[i], x.b[i], b);
+      a = further_one<kGuarded>(x.a[i], a);
       x.inner_a[i] = a;
       x.inner_b[i] = b;
       x.out[i] = whole;
+      finite &= whole - whole == 0.0;
     }
+    finite &= x.out[end - 1] - x.out[end - 1] == 0.0;
     if (next == 0) break;  // the last block: its windows end where the row does
     double outer_a = 1.0, outer_b = 0.0, value = 0.0;
     for (int64_t o = 1; o < end - start; ++o) {
       if (o <= next) {
         const int64_t j = end + o - 1;
-        value = apply_one(outer_a, outer_b, x.e[j]);
-        outer_b = apply_one(outer_a, outer_b, x.b[j]);
-        outer_a = further_one(outer_a, x.a[j]);
+        value = apply_one<kGuarded>(outer_a, outer_b, x.e[j]);
+        outer_b = apply_one<kGuarded>(outer_a, outer_b, x.b[j]);
+        outer_a = further_one<kGuarded>(outer_a, x.a[j]);
       }
-      x.out[start + o] = apply_one(x.inner_a[start + o], x.inner_b[start + o], value);
+      const double out = apply_one<kGuarded>(x.inner_a[start + o], x.inner_b[start + o], value);
+      x.out[start + o] = out;
+      finite &= out - out == 0.0;
     }
   }
+  return finite;
+}
+
+inline void windows(const Actions& x, int64_t n) {
+  if (!solve_windows<false>(x, n)) solve_windows<true>(x, n);
 }
 
 struct NStep {
@@ -91,13 +110,17 @@ inline bool is_action(const Trajectories& row, int64_t t, int64_t lane) {
 }
 
 // Writes the actions' numbers to their steps, 0 to the others.
-template <class Of>
 inline void store_actions(const Trajectories& row, const Results& r, int64_t length, int lane,
-                          Of of) {
-  if (!r.data) return;
-  for (int64_t t = 0, i = 0; t < length; ++t) {
+                          const double* numbers) {
+  int64_t t = 0;
+  if (!row.mask.data && !row.time_major) {
+    for (; t + kDoubles <= length; t += kDoubles) {
+      store<true>(r, t, load_doubles(numbers + t), Present{0, kDoubles});
+    }
+  }
+  for (int64_t i = t; t < length; ++t) {
     const bool exists = is_action(row, t, lane);
-    store_at(r, place(row, r.stride, t, lane), exists ? of(i) : 0.0);
+    store_at(r, place(row, r.stride, t, lane), exists ? numbers[i] : 0.0);
     i += exists;
   }
 }
@@ -134,6 +157,13 @@ inline void n_step_returns_part(const Trajectories& x, const Piece& p, int64_t n
     const VecD beyond = through<Lanes>(s.discount(), s.next_value);
     const VecD b = s.reward + (s.truncated ? beyond : VecD{}), e = s.reward + beyond;
     const VecD a = s.unbroken();
+    if (in.count == kDoubles && !row.mask.data && !row.time_major) {
+      const int64_t at = p.length - (actions[0].count += kDoubles);
+      store_doubles(actions[0].a + at, a);
+      store_doubles(actions[0].b + at, b);
+      store_doubles(actions[0].e + at, e);
+      return;
+    }
     for (int i = in.first + in.count - 1; i >= in.first; --i) {
       if (!exists[i]) continue;
       Actions& to = actions[row.time_major ? i : 0];
@@ -150,7 +180,7 @@ inline void n_step_returns_part(const Trajectories& x, const Piece& p, int64_t n
     found.b += skipped;
     found.e += skipped;
     windows(found, n);
-    store_actions(row, row.results[0], p.length, l, [&](int64_t i) { return found.out[i]; });
+    store_actions(row, row.results[0], p.length, l, found.out);
   }
 }
 
@@ -215,9 +245,10 @@ inline void n_step_returns_bwd_part(const Trajectories& x, const Piece& p, int64
     found.e += skipped;
     double *s = cut[l] + p.length, *next = s + p.length;
     n_step_grads(found, g[l] + skipped, discount[l] + skipped, cut[l] + skipped, n, s, next);
-    const int64_t last = found.count - 1;
-    store_actions(row, row.results[0], p.length, l, [&](int64_t i) { return s[last - i]; });
-    store_actions(row, row.results[1], p.length, l, [&](int64_t i) { return next[last - i]; });
+    std::reverse(s, s + found.count);
+    std::reverse(next, next + found.count);
+    store_actions(row, row.results[0], p.length, l, s);
+    store_actions(row, row.results[1], p.length, l, next);
   }
 }
 
