@@ -1,7 +1,6 @@
 """The kernels of csrc/cuda on a CPU: built with g++ and called by ctypes.
 
-`Kernels.gae` and its like take what the ops take. Every array stands in memory of its own that ends,
-or begins, where the next byte may not be touched.
+Every array stands in memory of its own that ends, or begins, where the next byte may not be touched.
 """
 
 import ctypes
@@ -28,11 +27,11 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FORWARD = ["gae", "lambda_returns", "discounted_returns", "vtrace", "retrace_returns"]
 BACKWARD = ["td_bwd", "vtrace_bwd", "retrace_returns_bwd"]
 OUTPUTS = {"gae": 2, "vtrace": 4, "retrace_returns": 2, "vtrace_bwd": 2, "retrace_returns_bwd": 3}
+OUTPUTS |= {"n_step_backward": 2, "value_grads": 3}
 
 FLOATS = ["reward", "value", "next_value", "q_value", "log_ratio", "gamma", "gae_lambda"]
 RESULTS = ["grad_first", "grad_second", "td_error", "carried"]
 BOOLS = ["terminated", "truncated", "mask"]
-PER_STEP = [*FLOATS, *RESULTS, *BOOLS]
 
 
 class _Array(Structure):
@@ -71,31 +70,39 @@ class Kernels:
         self._library.guarded.restype = c_void_p
         self._library.guarded.argtypes = [c_size_t, ctypes.c_bool]
         self._library.free_guarded.argtypes = [c_void_p, c_size_t, ctypes.c_bool]
-        for name in ("scan_forward", "scan_backward"):
+        for name in ("scan_forward", "scan_backward", "n_step", "n_step_backward", "value_grads"):
             function = getattr(self._library, name)
             function.restype = c_char_p
             function.argtypes = [c_int32, c_int32, POINTER(_Call)]
         self.workers, self.seed = 3, 0
         self._held: list[tuple[int, int, bool]] = []
 
-    def scan(self, name: str, like: Tensor, **arguments: object) -> list[Tensor]:
-        """All outputs of the kernel; those not in `wanted` (indices) are not asked for."""
-        wanted = arguments.pop("wanted", range(OUTPUTS.get(name, 1)))
-        call, restore = self._call(like, OUTPUTS.get(name, 1), wanted, arguments)
-        backward = name in BACKWARD
-        function = self._library.scan_backward if backward else self._library.scan_forward
-        names = BACKWARD if backward else FORWARD
+    def __call__(self, kernel: str, like: Tensor, **arguments: object) -> list[Tensor]:
+        """All outputs of the kernel; of those not in `wanted` (indices) no entry is written.
+
+        like: shape and layout of the steps; it and the other arrays are of any float dtype.
+        """
+        outputs = OUTPUTS.get(kernel, 1)
+        wanted = arguments.pop("wanted", range(outputs))
+        call, results = self._call(kernel, like, outputs, wanted, arguments)
+        function, number = getattr(self._library, kernel, None), 0
+        for name, kernels in (("scan_forward", FORWARD), ("scan_backward", BACKWARD)):
+            if kernel in kernels:
+                function, number = getattr(self._library, name), kernels.index(kernel)
         try:
-            self._run(function, names.index(name), DTYPES.index(self._dtype), byref(call))
-            return restore()
+            if like.numel():  # nothing is launched otherwise
+                error = function(number, DTYPES.index(self._dtype), byref(call))
+                assert not error, error.decode()
+            return [
+                torch.empty(0) if x is None else x[0].as_strided(x[1].shape, x[1].stride()).clone()
+                for x in results
+            ]
         finally:
-            self._free()
+            for held in self._held:
+                self._library.free_guarded(*held)
+            self._held.clear()
 
-    def _run(self, function, *arguments) -> None:
-        error = function(*arguments)
-        assert not error, error.decode()
-
-    def _call(self, like, outputs, wanted, arguments):
+    def _call(self, kernel, like, outputs, wanted, arguments):
         self._dtype = arguments.pop("dtype", None) or like.dtype
         result = torch.float64 if self._dtype is torch.float64 else torch.float32
         cu_seqlens = arguments.pop("cu_seqlens", None)
@@ -125,24 +132,19 @@ class Kernels:
                 setattr(call, {"gamma": "constant_gamma"}.get(name, "constant_lambda"), x)
             else:
                 setattr(call, name, x)
-        memories = []
+        results = []
         for k in range(outputs):
-            if k in wanted:
+            if k not in wanted:
+                results.append(None)
+            elif kernel == "value_grads" and k == 2:  # an entry a row, and 0 to begin with
+                at, memory = self._guard(torch.zeros(call.count, dtype=result))
+                call.out[k] = _Array(at, 1, 0)
+                results.append((memory, memory))
+            else:
                 empty = torch.empty_like(like, dtype=result)
                 call.out[k], memory = self._array(empty, result, cu_seqlens is not None, fill=False)
-                memories.append((memory, empty))
-            else:
-                memories.append(None)
-
-        def restore() -> list[Tensor]:
-            return [
-                torch.empty(0)
-                if entry is None
-                else entry[0].as_strided(entry[1].shape, entry[1].stride()).clone()
-                for entry in memories
-            ]
-
-        return call, restore
+                results.append((memory, empty))
+        return call, results
 
     def _array(self, x: Tensor, dtype, packed: bool, fill: bool = True):
         """x as it lies, gaps included, in guarded memory."""
@@ -168,8 +170,3 @@ class Kernels:
         if fill:
             memory.copy_(x)
         return at, memory
-
-    def _free(self) -> None:
-        for held in self._held:
-            self._library.free_guarded(*held)
-        self._held.clear()

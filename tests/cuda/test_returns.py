@@ -1,0 +1,246 @@
+"""The returns' kernels, compiled for a CPU and run in the emulator: against fastrl.reference."""
+
+import math
+
+import pytest
+import torch
+from budget import assert_within_budget
+from cuda.returns import FLOATS, OPS, OPTIONS, arguments, backward, forward, in_double
+
+from fastrl import reference
+
+# Around 4 steps of a thread, 32 lanes, 128 steps of a warp and 2048 of a block; and empty ones.
+LENGTHS = [0, 1, 3, 4, 5, 31, 32, 33, 0, 0, 127, 128, 129, 5, 255, 256, 257, 1, 1, 1023, 1024, 1025]
+LENGTHS += [2, 2047, 2048, 2049, 100, 4500, 0]
+OUTPUTS = {"gae": 2, "vtrace": 2}
+EVERY = [(op, option) for op in OPS for option in OPTIONS]
+
+
+def packed(lengths=LENGTHS):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    return (int(bounds[-1]),), bounds
+
+
+def results(op, given):
+    """What the op gives in the reference, for which no NaN stands behind a termination."""
+    if "next_values" in given and "terminated" in given:
+        next_values = given["next_values"].masked_fill(given["terminated"], 0.0)
+        given = given | {"next_values": next_values}
+    found = getattr(reference, op)(**given)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def check(kernels, op, given, dtype=torch.float32):
+    truth, eager = results(op, in_double(given)), results(op, given)
+    actual = forward(kernels, op, given)
+    for i in range(OUTPUTS.get(op, 1)):
+        assert actual[i].dtype is eager[i].dtype
+        assert_within_budget(actual[i], eager[i], truth[i], dtype)
+
+
+@pytest.mark.parametrize("op, option", EVERY)
+def test_packed_rows_of_all_lengths(kernels, op, option):
+    shape, bounds = packed()
+    check(kernels, op, arguments(op, shape, option, cu_seqlens=bounds))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", OPS)
+def test_other_dtypes(kernels, op, dtype):
+    shape, bounds = packed([700, 3, 2100, 128])
+    for option in ("mask", "everything"):
+        check(kernels, op, arguments(op, shape, option, dtype, bounds), dtype)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(2, 3, 129), (3, 1), (5,), (0, 7), (4, 0), (3, 2300)])
+def test_dense_rows(kernels, op, shape):
+    for option in ("bootstrap", "next_values"):
+        check(kernels, op, arguments(op, shape, option))
+
+
+def layouts(x):
+    """A dense [B, T] as it is, with gaps between its rows, and time-major."""
+    wide = torch.full((x.shape[0], x.shape[1] + 3), torch.nan).to(x.dtype)
+    wide[:, 1:-2] = x
+    return x, wide[:, 1:-2], x.t().contiguous().t()
+
+
+def everything_of(kernels, op, given):
+    """Outputs and gradients."""
+    outputs = forward(kernels, op, given)
+    generator = torch.Generator().manual_seed(1)
+    grads = []
+    for _ in range(OUTPUTS.get(op, 1)):
+        grad = torch.randn(given["rewards"].shape, generator=generator)
+        grads.append(torch.empty_like(given["rewards"], dtype=torch.float32).copy_(grad))
+    return [*outputs, *backward(kernels, op, given, outputs, grads).values()]
+
+
+@pytest.mark.parametrize("length", [1, 27, 128, 129, 1000, 2048, 4099])
+@pytest.mark.parametrize("op, option", [(op, o) for op in OPS for o in ("mask", "everything")])
+def test_a_row_gives_the_same_bits_in_every_layout(kernels, op, option, length):
+    shape = (3, length)
+    given = arguments(op, shape, option)
+    expected = everything_of(kernels, op, given)
+    per_step = {k for k, x in given.items() if isinstance(x, torch.Tensor) and x.shape == shape}
+    for i in (1, 2):
+        moved = {k: layouts(x)[i] if k in per_step else x for k, x in given.items()}
+        for a, b in zip(everything_of(kernels, op, moved), expected, strict=True):
+            assert a.shape == b.shape and torch.equal(a, b)
+            assert i == 1 or a.dim() == 1 or length == 1 or a.stride() == (1, 3)
+    alone = [
+        everything_of_row(kernels, op, given, per_step, row) for row in range(2)
+    ]
+    for outputs, row in zip(alone, range(2), strict=True):
+        for a, b in zip(outputs, forward(kernels, op, given), strict=True):
+            assert torch.equal(a[0], b[row])
+    flat = {k: x.reshape(-1) if k in per_step else x for k, x in given.items()}
+    flat["cu_seqlens"] = torch.arange(4, dtype=torch.int32) * length
+    for a, b in zip(everything_of_packed(kernels, op, flat, shape), expected, strict=True):
+        assert torch.equal(a.reshape(b.shape), b)
+
+
+def everything_of_row(kernels, op, given, per_step, row):
+    rows = per_step | {"bootstrap_value"}
+    return forward(kernels, op, {k: x[row : row + 1] if k in rows else x for k, x in given.items()})
+
+
+def everything_of_packed(kernels, op, flat, shape):
+    outputs = forward(kernels, op, flat)
+    generator = torch.Generator().manual_seed(1)
+    grads = [
+        torch.randn(shape, generator=generator).reshape(-1) for _ in range(OUTPUTS.get(op, 1))
+    ]
+    return [*outputs, *backward(kernels, op, flat, outputs, grads).values()]
+
+
+@pytest.mark.parametrize("op, option", EVERY)
+def test_gradients_are_those_of_the_reference(kernels, op, option):
+    """In float64: the formulas to the last digits."""
+    shape, bounds = packed([0, 1, 5, 150, 0, 128, 2200])
+    given = arguments(op, shape, option, torch.float64, bounds)
+    names = [n for n in ("rewards", *FLOATS[op], "bootstrap_value", "next_values") if n in given]
+    # NaN in the reference's graph would spread by 0 * NaN; the kernels keep theirs.
+    leaves = {n: given[n].nan_to_num(0.5).requires_grad_() for n in names}
+    expected = results(op, {**given, **leaves})
+    grads = [torch.randn_like(x) for x in expected]
+    for keep in range(1, 2 ** len(grads)):  # of vtrace's outputs one alone, too
+        some = [g if keep >> i & 1 else None for i, g in enumerate(grads)]
+        loss = sum((x * g).sum() for x, g in zip(expected, some, strict=True) if g is not None)
+        truth = torch.autograd.grad(
+            loss, list(leaves.values()), retain_graph=True, materialize_grads=True
+        )
+        found = backward(kernels, op, given, forward(kernels, op, given), some)
+        assert found.keys() == set(names)
+        for name, g in zip(names, truth, strict=True):
+            torch.testing.assert_close(found[name], g, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_long_rows_do_not_depend_on_the_order_of_blocks(kernels, op):
+    """Chunks wait for each other; what is not asked for may be left out."""
+    shape, bounds = packed([9000, 3, 21000, 2500])
+    given = arguments(op, shape, "mask", cu_seqlens=bounds)
+    expected = everything_of(kernels, op, given)
+    for kernels.workers, kernels.seed in ((1, 5), (4, 6), (8, 7)):
+        for a, b in zip(everything_of(kernels, op, given), expected, strict=True):
+            assert torch.equal(a, b)
+    kept = forward(kernels, op, given | {"wanted": [0]})
+    assert torch.equal(kept[0], expected[0]) and not any(x.numel() for x in kept[1:])
+
+
+def gae_in_double(given):
+    """One row; as plain as can be."""
+    rewards, values = (given[name].double().tolist() for name in ("rewards", "values"))
+    advantages, following, after = [], 0.0, float(given["bootstrap_value"])
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        delta = reward + given["gamma"] * after - value
+        following = delta + given["gamma"] * given["gae_lambda"] * following
+        after = value
+        advantages.append(following)
+    return torch.tensor(advantages[::-1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("steps", [100_000, 1_200_000])
+def test_long_rows_keep_their_digits(kernels, steps):
+    """The longer one has more chunks than one look back covers."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.rand(2, 1, steps, generator=generator)
+    given = {"rewards": rewards, "values": values, "bootstrap_value": torch.ones(1)}
+    given |= {"gamma": 1.0, "gae_lambda": 0.9999}
+    advantages = forward(kernels, "gae", given)[0]
+    truth = gae_in_double({k: x[0] if isinstance(x, torch.Tensor) else x for k, x in given.items()})
+    assert ((advantages[0] - truth) / truth).abs().max() < 1e-6
+
+
+def test_gradients_of_a_long_row(kernels):
+    """The transposed scan over more chunks than one look back covers."""
+    steps = 1_100_000
+    grad = torch.rand(1, steps, generator=torch.Generator().manual_seed(0))
+    (found,) = kernels("td_bwd", grad, grad_first=grad, gamma=0.9999)
+    truth, x = [], 0.0
+    for g in grad[0].double().tolist():
+        x = g + 0.9999 * x
+        truth.append(x)
+    truth = torch.tensor(truth, dtype=torch.float64)
+    assert ((found[0] - truth) / truth).abs().max() < 1e-6
+
+
+def test_what_is_not_finite_reaches_every_step_that_it_concerns(kernels):
+    """A product of factors underflows after some thousand steps; only an exact 0 cuts."""
+    steps = 30_000
+    rewards = torch.zeros(1, steps)
+    rewards[0, -1] = torch.nan
+    terminated = torch.zeros(1, steps, dtype=torch.bool)
+    given = {"rewards": rewards, "gamma": 0.5}
+    assert forward(kernels, "discounted_returns", given)[0].isnan().all()
+    terminated[0, 17_000] = True
+    (found,) = forward(kernels, "discounted_returns", given | {"terminated": terminated})
+    assert found[0, 17_001:].isnan().all() and (found[0, :17_001] == 0).all()
+
+
+@pytest.mark.parametrize("op", ["gae", "discounted_returns", "n_step_returns"])
+def test_gaps_longer_than_a_chunk(kernels, op):
+    """In rows that end, begin and consist of them."""
+    mask = torch.zeros(4, 9_000, dtype=torch.bool)
+    mask[0, [0, 1, 5_000, 5_001, 8_999]] = True
+    mask[1, 2049:2100] = True
+    mask[2, 128 * 7] = True
+    for name in ("bootstrap_value", "next_values"):
+        given = arguments(op, (4, 9_000), "alone") | {"mask": mask}
+        given[name] = torch.randn(4) if name == "bootstrap_value" else torch.randn(4, 9_000)
+        for x in given.values():
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() == 2:
+                x[~mask] = torch.nan
+        check(kernels, op, given)
+        strided = {k: x.t().contiguous().t() if isinstance(x, torch.Tensor) and x.dim() == 2 else x
+                   for k, x in given.items()}
+        for a, b in zip(
+            forward(kernels, op, strided), forward(kernels, op, given), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+def test_hundred_thousand_empty_segments(kernels):
+    lengths = torch.zeros(100_003, dtype=torch.int64)
+    lengths[[0, 50_000, 50_001, 100_002]] = torch.tensor([3, 200, 1, 70])
+    shape, bounds = packed(lengths.tolist())
+    few, few_bounds = packed([3, 200, 1, 70])
+    given = arguments("gae", shape, "alone", cu_seqlens=bounds)
+    expected = forward(kernels, "gae", given | {"cu_seqlens": few_bounds})
+    for a, b in zip(forward(kernels, "gae", given), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n", [1, 2, 40, 10_000])
+def test_n_step_returns_of_other_n(kernels, n):
+    shape, bounds = packed([0, 1, 33, 130, 500])
+    for option in ("mask", "everything"):
+        given = arguments("n_step_returns", shape, option, cu_seqlens=bounds) | {"n": n}
+        check(kernels, "n_step_returns", given)
+
+
+def test_infinite_clips(kernels):
+    given = arguments("vtrace", (3, 300), "bootstrap") | {"rho_clip": math.inf, "c_clip": math.inf}
+    check(kernels, "vtrace", given)
