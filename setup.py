@@ -35,7 +35,8 @@ def extension():
     with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
     cxx = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
     cxx += ["-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
-    nvcc = ["-O3", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    # Without contraction a row's bits do not depend on where in a kernel an expression stands.
+    nvcc = ["-O3", "-fmad=false", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     sources = ["csrc/registration.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     if with_cuda:
         sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
@@ -46,7 +47,7 @@ def extension():
         include_dirs=[str(ROOT / "csrc"), *pybind11_include()],
         define_macros=[("FASTRL_WITH_CUDA", None)] if with_cuda else [],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc} if with_cuda else cxx,
-        depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),
+        depends=sorted(str(p) for name in ("*.h", "*.cuh") for p in Path("csrc").rglob(name)),
     )
     built.libraries.remove("torch_python")  # nothing of torch's Python side is called
     return built

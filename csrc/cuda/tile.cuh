@@ -142,7 +142,7 @@ class Tile {
         step.next_value = number_of(next_value_[i]);
       }
       if constexpr (E::kReads & kQValue) step.q_value = number_of(q_value_[i]);
-      if constexpr (E::kReads & kLogRatio) step.log_ratio = number_of(log_ratio_[i]);
+      if constexpr (E::kReads & kLogRatio) step.ratio = N::exp(number_of(log_ratio_[i]));
       if constexpr (E::kReads & kGrads) {
         step.grad_first = grad_first_[i];
         step.grad_second = grad_second_[i];

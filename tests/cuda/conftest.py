@@ -1,16 +1,17 @@
 import shutil
 
 import pytest
-from cuda.emulator import Kernels, build
+from cuda.emulator import Emulator, build
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
+def built(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    return build(tmp_path_factory.mktemp("emulator"))
+    return Emulator(build(tmp_path_factory.mktemp("emulator")))
 
 
 @pytest.fixture
-def kernels(library):
-    return Kernels(library)
+def emulated(built):
+    built.configure()
+    return built

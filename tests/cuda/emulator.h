@@ -51,6 +51,9 @@ void free_guarded(void* memory, size_t bytes, bool at_end);
 
 }  // namespace emulator
 
+// Beside the extension module, whose names these would be otherwise.
+#define fastrl fastrl_emulated
+
 #define __device__
 #define __host__
 #define __global__

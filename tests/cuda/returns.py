@@ -1,19 +1,18 @@
-"""The returns' ops, forward and backward, out of the kernels that run in the emulator; and inputs."""
+"""The returns' ops of the emulator, forward and backward; and inputs for them."""
 
 import torch
 from torch import Tensor
 
-# What each op takes beside rewards, shaped like them; the kernels' names for it.
+# What each op takes beside rewards, shaped like them.
 FLOATS = {
-    "gae": {"values": "value"},
-    "lambda_returns": {"values": "value"},
-    "discounted_returns": {},
-    "vtrace": {"values": "value", "log_ratio": "log_ratio"},
-    "retrace_returns": {"values": "value", "q_values": "q_value", "log_ratio": "log_ratio"},
-    "n_step_returns": {"values": "value"},
+    "gae": ("values",),
+    "lambda_returns": ("values",),
+    "discounted_returns": (),
+    "vtrace": ("values", "log_ratio"),
+    "retrace_returns": ("values", "q_values", "log_ratio"),
+    "n_step_returns": ("values",),
 }
 OPS = list(FLOATS)
-PATH = ("terminated", "truncated", "mask", "cu_seqlens", "gamma", "gae_lambda")
 # Of an op in these: inputs, and whether gamma and lambda are given per step.
 OPTIONS = {
     "alone": (),
@@ -86,48 +85,48 @@ def in_double(given):
     }
 
 
-def forward(kernels, op, given):
-    """All outputs of the kernel, also those that it keeps for its backward pass."""
-    names = {"rewards": "reward", "bootstrap_value": "bootstrap", "next_values": "next_value"}
-    names |= FLOATS[op]
-    renamed = {names.get(name, name): x for name, x in given.items()}
-    return kernels("n_step" if op == "n_step_returns" else op, given["rewards"], **renamed)
+def path(given):
+    """What decides which step follows which, as the ops' schemas have it."""
+    tensors = [given.get(name) for name in ("terminated", "truncated", "mask", "cu_seqlens")]
+    discounts = [given.get(name, 1.0) for name in ("gamma", "gae_lambda")]
+    per_step = [x if isinstance(x, Tensor) else None for x in discounts]
+    return *tensors, *per_step, *(1.0 if isinstance(x, Tensor) else x for x in discounts)
 
 
-def backward(kernels, op, given, outputs, grads):
-    """Gradients of all that the op is differentiable in, as its autograd formula puts them
-    together; of the outputs' gradients some may be None."""
-    like = given["rewards"]
-    path = {name: given[name] for name in PATH if name in given}
-    clips = {name: given[name] for name in CLIPS if name in given}
-    grads = [*grads, None][:2]
-    found, grad_next, own = {}, None, op in ("gae", "lambda_returns", "vtrace")
-    options = {**path, **clips, "dtype": like.dtype}
+def further(op, given):
+    """What follows on the path."""
+    return [given[name] for name in ("n", "rho_clip", "c_clip") if name in given]
+
+
+def forward(emulated, op, given, keep=True):
+    """All outputs of the op, also those that it keeps for its backward pass."""
+    tensors = [given[name] for name in ("rewards", *FLOATS[op])]
+    ends = [given.get(name) for name in ("bootstrap_value", "next_values")]
+    keeps = [keep] if op in ("vtrace", "retrace_returns") else []
+    return emulated(op, *tensors, *ends, *path(given), *further(op, given), *keeps)
+
+
+def backward(emulated, op, given, outputs, grads):
+    """Gradients of all that the op is differentiable in; of the outputs' some may be None."""
+    steps, options = path(given), further(op, given)
+    found, grad_next = {}, None
     if op == "vtrace":
-        found["rewards"], found["log_ratio"] = kernels(
-            "vtrace_bwd", like, log_ratio=given["log_ratio"], grad_first=grads[0],
-            grad_second=grads[1], td_error=outputs[2], carried=outputs[3], **options,
-        )  # fmt: skip
+        found["rewards"], found["log_ratio"] = emulated(
+            "vtrace_bwd", *grads, given["log_ratio"], *outputs[2:], *steps, *options
+        )
     elif op == "retrace_returns":
-        found["rewards"], found["log_ratio"], found["q_values"] = kernels(
-            "retrace_returns_bwd", like, log_ratio=given["log_ratio"], grad_first=grads[0],
-            td_error=outputs[1], **options,
-        )  # fmt: skip
+        found["rewards"], found["log_ratio"], found["q_values"] = emulated(
+            "retrace_returns_bwd", *grads, given["log_ratio"], outputs[1], *steps, *options, True
+        )
     elif op == "n_step_returns":
-        found["rewards"], grad_next = kernels(
-            "n_step_backward", like, grad_first=grads[0], n=given["n"], **options
-        )
+        found["rewards"], grad_next = emulated("n_step_returns_bwd", *grads, *steps, *options)
     else:
-        (found["rewards"],) = kernels(
-            "td_bwd", like, grad_first=grads[0], grad_second=grads[1], **options
-        )
-    has_next_values = "next_values" in given
-    of_returns = grads[0] if op == "lambda_returns" else grads[1]
-    flags = 1 * own + 2 * (op == "discounted_returns") + 4 * has_next_values
-    wanted = [0] * ("values" in FLOATS[op]) + [1 if has_next_values else 2]
-    values, next_values, bootstrap_value = kernels(
-        "value_grads", like, grad_first=found["rewards"], flags=flags, wanted=wanted,
-        grad_second=of_returns if own else None, carried=grad_next, **options,
+        (found["rewards"],) = emulated("td_bwd", *[*grads, None][:2], *steps)
+    own = op in ("gae", "lambda_returns", "vtrace")
+    values, next_values, bootstrap_value = emulated(
+        "value_grads", found["rewards"], grads[-1] if own else None, grad_next, own,
+        op == "discounted_returns", "values" in FLOATS[op], "next_values" in given, *steps,
     )  # fmt: skip
     found |= {"values": values, "next_values": next_values, "bootstrap_value": bootstrap_value}
+    assert not any(x.numel() for n, x in found.items() if n not in given and n != "bootstrap_value")
     return {name: x for name, x in found.items() if name in given}
