@@ -5,7 +5,6 @@ ends, or begins, where the next byte may not be touched.
 """
 
 import ctypes
-import shutil
 import subprocess
 import weakref
 from ctypes import c_bool, c_size_t, c_void_p
@@ -36,20 +35,23 @@ PARTS = [
 ]  # fmt: skip
 
 
-def build(folder: Path) -> Path:
-    """The library; its parts are compiled side by side."""
-    compiler = shutil.which("g++")
-    assert compiler is not None
-    objects = [str(folder / f"{i}.o") for i in range(len(PARTS))]
+def compile_parts(compiler: str, folder: Path, parts: list, link: list[str]) -> Path:
+    """A library of these files, which are compiled side by side, each with its own flags."""
+    objects = [str(folder / f"{i}.o") for i in range(len(parts))]
     running = [
         subprocess.Popen([compiler, *FLAGS, *flags, "-c", str(HERE / file), "-o", to])
-        for (file, flags), to in zip(PARTS, objects, strict=True)
+        for (file, flags), to in zip(parts, objects, strict=True)
     ]
     assert not any([process.wait() for process in running])
     library = folder / "emulated.so"
-    link = ["-shared", "-pthread", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(library)]
-    subprocess.run([compiler, *objects, *link], check=True)
+    command = [compiler, "-shared", "-pthread", *objects, *link, "-o", str(library)]
+    subprocess.run(command, check=True)
     return library
+
+
+def build(compiler: str, folder: Path) -> Path:
+    link = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+    return compile_parts(compiler, folder, PARTS, link)
 
 
 class Emulator:

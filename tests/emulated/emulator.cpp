@@ -26,7 +26,12 @@ namespace {
 
 constexpr size_t kStack = 64 << 10;
 constexpr int kLanes = 32;
-constexpr long kWaits = 1 << 21;  // rounds of a block in which no thread got further
+// Rounds of a block in which no thread gets further.
+#ifdef FASTRL_PATIENCE
+constexpr long kWaits = FASTRL_PATIENCE;
+#else
+constexpr long kWaits = 1 << 21;
+#endif
 
 #if defined(__x86_64__)
 using Context = void*;

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from budget import assert_within_budget
-from cuda.returns import FLOATS, OPS, OPTIONS, arguments, backward, forward, in_double, path
+from emulated.returns import FLOATS, OPS, OPTIONS, arguments, backward, forward, in_double, path
 
 from fastrl import reference
 

@@ -1,0 +1,42 @@
+"""The emulator finds planted faults, and lets good kernels be."""
+
+import ctypes
+
+import pytest
+from emulated.emulator import CHECKS, compile_parts
+
+PARTED = "have parted"
+FAULTS = {
+    0: PARTED, 1: PARTED, 2: PARTED, 3: PARTED, 4: "not there", 5: "not there", 6: "misaligned",
+    7: "for ever",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, compiler):
+    folder = tmp_path_factory.mktemp("planted")
+    parts = [("planted.cpp", CHECKS), ("emulator.cpp", ["-DFASTRL_PATIENCE=2000"])]
+    library = ctypes.CDLL(str(compile_parts(compiler, folder, parts, [])))
+    library.run.restype = ctypes.c_char_p
+
+    def call(kernel, workers=1):
+        total = ctypes.c_float()
+        said = library.run(kernel, workers, ctypes.byref(total)).decode()
+        return said, total.value
+
+    return call
+
+
+@pytest.mark.parametrize("kernel, fault", FAULTS.items())
+def test_a_planted_fault_is_found(run, kernel, fault):
+    assert fault in run(kernel)[0]
+
+
+def test_a_block_that_waits_for_a_later_one_is_found(run):
+    assert "for ever" in run(8, workers=1)[0]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_good_kernels(run, workers):
+    assert run(9, workers) == ("", 0)
+    assert run(10, workers) == ("", 63 * 64 / 2)
