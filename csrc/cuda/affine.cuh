@@ -13,13 +13,16 @@ struct Affine {
   FASTRL_DEVICE double operator()(double x) const { return a == 0.0 ? b : fma(a, x, b); }
 };
 
+constexpr double kSmallest = 4.9406564584124654e-324;
+
 // `then` after `first`. A product of many factors underflows long before a row ends, and then still
 // is not 0: an inf or nan that follows is to be seen by every step that it reaches.
 FASTRL_DEVICE Affine compose(const Affine& then, const Affine& first) {
-  const double a = then.a * first.a;
-  const bool cuts = then.a == 0.0 || first.a == 0.0;
-  constexpr double kSmallest = 4.9406564584124654e-324;
-  return {cuts ? 0.0 : a == 0.0 ? kSmallest : a, then(first.b)};
+  Affine both{then.a * first.a, then(first.b)};
+  if (both.a == 0.0 || then.a == 0.0 || first.a == 0.0) {
+    both.a = then.a == 0.0 || first.a == 0.0 ? 0.0 : kSmallest;
+  }
+  return both;
 }
 
 FASTRL_DEVICE Affine shuffle_up(const Affine& f, int lanes) {

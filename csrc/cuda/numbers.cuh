@@ -64,10 +64,13 @@ struct Array {
   }
 };
 
-// Four of an array's entries, in the order of time, as they lie in memory.
+constexpr int kSteps = 8;  // of a thread, neighbours in time
+
+// A thread's entries of an array, in the order of time, as they lie in memory.
 template <class T>
-struct alignas(sizeof(T) == 8 ? 16 : 4 * sizeof(T)) Four {
-  uint32_t words[sizeof(T)];
+struct alignas(sizeof(T) == 1 ? kSteps : 16) Entries {
+  static constexpr int kWords = kSteps * sizeof(T) / 4;
+  uint32_t words[kWords];
 
   FASTRL_DEVICE T operator[](int i) const {
     T entry;
@@ -80,48 +83,79 @@ struct alignas(sizeof(T) == 8 ? 16 : 4 * sizeof(T)) Four {
   // What was computed from the entries is not kept in registers, but computed again.
   FASTRL_DEVICE void forget_results() {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T)); ++i) asm volatile("" : "+r"(words[i]));
+    for (int i = 0; i < kWords; ++i) asm volatile("" : "+r"(words[i]));
   }
 };
 
-template <class T>
-FASTRL_DEVICE bool is_aligned(const T* at) {
-  return reinterpret_cast<uintptr_t>(at) % alignof(Four<T>) == 0;
+// Bit i of flag i; torch's bools are 0 or 1.
+FASTRL_DEVICE unsigned bits_of(const Entries<uint8_t>& flags) {
+  static_assert(kSteps == 8);
+  return (flags.words[0] * 0x01020408u >> 24 & 0xf) | (flags.words[1] * 0x01020408u >> 20 & 0xf0);
 }
 
-// Steps first .. first + 3 of a row, of which those of `from` .. `to` - 1 exist.
+// Steps first .. first + 7 of a row, of which those of `from` .. `to` - 1 exist.
 struct Span {
   int64_t row, first;
   int from, to;
 
-  FASTRL_DEVICE bool whole() const { return from == 0 && to == 4; }
+  FASTRL_DEVICE bool whole() const { return from == 0 && to == kSteps; }
   FASTRL_DEVICE bool has(int i) const { return from <= i && i < to; }
 };
 
 template <class T>
-FASTRL_DEVICE Four<T> load(const Array<const T>& x, const Span& s) {
-  const T* at = x.at(s.row, s.first);
-  Four<T> four;
-  if (s.whole() && x.step_stride == 1 && is_aligned(at)) {
-    four = *reinterpret_cast<const Four<T>*>(at);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) four.set(i, s.has(i) ? at[i * x.step_stride] : T{});
-  }
-  return four;
+FASTRL_DEVICE bool is_vector(const Span& s, int64_t step_stride, const T* at) {
+  return s.whole() && step_stride == 1 &&
+         reinterpret_cast<uintptr_t>(at) % alignof(Entries<T>) == 0;
 }
 
 template <class T>
-FASTRL_DEVICE void store(const Array<T>& x, const Span& s, const Four<T>& four) {
-  T* at = x.at(s.row, s.first);
-  if (s.whole() && x.step_stride == 1 && is_aligned(at)) {
-    *reinterpret_cast<Four<T>*>(at) = four;
+FASTRL_DEVICE Entries<T> load(const Array<const T>& x, const Span& s) {
+  const T* at = x.at(s.row, s.first);
+  Entries<T> entries;
+  if (is_vector(s, x.step_stride, at)) {
+    entries = *reinterpret_cast<const Entries<T>*>(at);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (s.has(i)) at[i * x.step_stride] = four[i];
+    for (int i = 0; i < kSteps; ++i) entries.set(i, s.has(i) ? at[i * x.step_stride] : T{});
+  }
+  return entries;
+}
+
+template <class T>
+FASTRL_DEVICE void store(const Array<T>& x, const Span& s, const Entries<T>& entries) {
+  T* at = x.at(s.row, s.first);
+  if (is_vector(s, x.step_stride, at)) {
+    *reinterpret_cast<Entries<T>*>(at) = entries;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (s.has(i)) at[i * x.step_stride] = entries[i];
     }
   }
+}
+
+// Where all lanes have whole entries: 32 bytes each, a sector of memory, of which one store has
+// half. So lanes trade with their neighbour, and store the even lane's sector together, then the
+// odd one's: no sector is written in parts.
+FASTRL_DEVICE void store_sectors(float* to, int64_t at, const Entries<float>& entries) {
+  struct alignas(16) Half {
+    uint32_t words[4];
+  } keeps, gets;
+  const bool odd = threadIdx.x & 1;
+  const int64_t other = __shfl_xor_sync(kAllLanes, at, 1);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t low = entries.words[i], high = entries.words[4 + i];
+    gets.words[i] = __shfl_xor_sync(kAllLanes, odd ? low : high, 1);
+    keeps.words[i] = odd ? high : low;
+  }
+  Half* of_even = reinterpret_cast<Half*>(to + (odd ? other : at));
+  Half* of_odd = reinterpret_cast<Half*>(to + (odd ? at : other));
+  of_even[odd] = odd ? gets : keeps;
+  of_odd[odd] = odd ? keeps : gets;
+}
+FASTRL_DEVICE void store_sectors(double* to, int64_t at, const Entries<double>& entries) {
+  *reinterpret_cast<Entries<double>*>(to + at) = entries;
 }
 
 }  // namespace fastrl::cuda

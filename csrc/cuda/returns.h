@@ -97,12 +97,15 @@ class Call {
 
   const Rows& rows() const { return rows_; }
   cudaStream_t stream() const { return stream_; }
+  // All arrays so far hold the steps one row behind the other, and begin at whole vectors.
+  bool side_by_side() const { return side_by_side_; }
 
   template <class T>
   Array<const T> read(const Tensor& t, const char* name) const {
     check_dtype<T>(t, name);
     const Strides strides = strides_of(t, name);
-    return {static_cast<const T*>(t.const_data_ptr()), strides.row, strides.step};
+    return noted(
+        Array<const T>{static_cast<const T*>(t.const_data_ptr()), strides.row, strides.step});
   }
   template <class T>
   Array<const T> read(const std::optional<Tensor>& t, const char* name) const {
@@ -124,7 +127,7 @@ class Call {
     if (t.numel() == 0) return {};
     check_dtype<T>(t, "a result");
     const Strides strides = strides_of(t, "a result");
-    return {static_cast<T*>(t.mutable_data_ptr()), strides.row, strides.step};
+    return noted(Array<T>{static_cast<T*>(t.mutable_data_ptr()), strides.row, strides.step});
   }
 
   // Shaped and laid out like the steps; without entries where it is not wanted.
@@ -167,12 +170,20 @@ class Call {
     STD_TORCH_CHECK(t.scalar_type() == kDtype<T>, "fastrl: ", name, " must have its op's dtype");
   }
 
+  template <class T>
+  Array<T> noted(const Array<T>& x) const {
+    const bool flat = rows_.cu_seqlens || rows_.count <= 1 || x.row_stride == rows_.length;
+    side_by_side_ &= flat && x.step_stride == 1 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+    return x;
+  }
+
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
   std::vector<int64_t> shape_;
   Rows rows_;
   bool time_major_ = false;
+  mutable bool side_by_side_ = true;
 };
 
 inline void check(cudaError_t status) {
@@ -180,7 +191,8 @@ inline void check(cudaError_t status) {
 }
 
 template <class E, class T>
-void scan(const Call& call, const Trajectories<T>& x) {
+void scan(const Call& call, Trajectories<T>& x) {
+  x.side_by_side = call.side_by_side();
   const size_t bytes = ScanLaunch(x.rows).bytes;
   Tensor memory;  // given back in the order of the stream
   void* at = nullptr;

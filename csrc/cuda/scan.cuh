@@ -78,25 +78,39 @@ FASTRL_DEVICE double carry(const Slots& slots, Shared& shared, const Affine& all
   return x;
 }
 
+// Blocks on a multiprocessor: as many as leave the registers that an estimator's inputs need.
 template <class E, class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+constexpr int kBlocks = sizeof(T) == 8                        ? 1
+                        : (E::kReads & (kLogRatio | kErrors)) ? 2
+                                                              : 3;
+
+template <class E, class T>
+__global__ void __launch_bounds__(kThreads, (kBlocks<E, T>))
     scan_kernel(const Trajectories<T> x, const Slots slots) {
   constexpr bool kForwardInTime = E::kForwardInTime;
   __shared__ Shared shared;
   take_window<kForwardInTime>(slots, shared);
+  const bool all_long = !x.rows.cu_seqlens && x.rows.length > kTile;
+  const bool all_short = !x.rows.cu_seqlens && x.rows.length <= kTile;
   const Stretch<kForwardInTime> stretch(shared, x.rows);
-  stretch.begin();
+  if (!all_long) stretch.begin();
   Pieces pieces;
-  for (bool is_short = true;;) {
+  for (bool is_short = !all_long, is_first = true;;) {
     Place place;
     int first = 0;
     if (is_short) {
       is_short = stretch.next(place);
-      if (!is_short) __syncthreads();  // the pieces are there
-    } else {
-      __syncthreads();  // the tiles of those before have been read
+      if (!is_short && all_short) return;
     }
-    if (!is_short && !pieces.next(shared, x.rows, place, first)) return;
+    if (!is_short) {
+      // The pieces are there; or the tiles of those before have been read.
+      if (!(is_first && all_long)) __syncthreads();
+      is_first = false;
+      if (warp_of_thread() == 0) pieces.assign<kForwardInTime>(shared, x.rows);
+      __syncthreads();
+      if (shared.assigned[0].piece.length == 0) return;
+      place = assigned_place(shared, x.rows, first);
+    }
     int64_t ahead = -1;
     if (!is_short && Tile<E, T>::looks_ahead(x)) ahead = action_behind(x.mask, place);
     Tile<E, T> tile(x, place);
@@ -104,6 +118,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     double before = 0.0;
     if (!is_short) before = carry<kForwardInTime>(slots, shared, all, first);
     tile.write(x, before);
+    if (!is_short && shared.is_last) return;
   }
 }
 

@@ -1,22 +1,22 @@
 // Which steps a warp scans next.
 //
 // All steps of a call stand in one line, cut into windows of 2048; a block has a window, each of
-// its 16 warps a stretch of 128. To a stretch belong the rows, and the chunks of 2048 steps of
-// longer rows, whose first step in the order of the scan lies in it. Rows of up to a tile of 128
-// steps share a warp's lanes with their neighbours. What is longer goes to the whole block, tile by
-// tile.
+// its 8 warps a stretch of 256. To a window or stretch belong the rows, and the chunks of 2048
+// steps of longer rows, whose first step in the order of the scan lies in it. Rows of up to a tile
+// of 256 steps share a warp's lanes with their neighbours. What is longer goes to the whole block,
+// tile by tile.
 #pragma once
 
 #include "tile.cuh"
 
 namespace fastrl::cuda {
 
-constexpr int kWarps = 16;
+constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kChunk = kTile * kWarps;
 constexpr int kPieces =
     2;  // longer than a tile: a row's first chunk, and the last one of the next row
-static_assert(kWarps * kPieces == kLanes);
+static_assert(kWarps * kPieces <= kLanes);
 
 // A row, or a chunk of one.
 struct Piece {
@@ -27,14 +27,29 @@ struct Piece {
   }
 };
 
+// The chunk of the row whose first step lies in start .. start + width - 1, if one does.
+template <bool kForwardInTime>
+FASTRL_DEVICE bool find_chunk(Piece& p, int64_t start, int64_t width) {
+  const int64_t last = p.begin + p.length - 1, stop = start + width;
+  if (kForwardInTime ? p.begin >= stop : last < start) return false;
+  p.chunk = (kForwardInTime ? stop - 1 - p.begin : last - start) / kChunk;
+  const int64_t first = kForwardInTime ? p.begin + p.chunk * kChunk : last - p.chunk * kChunk;
+  return start <= first && first < stop && p.chunk * kChunk < p.length;
+}
+
 // What is to be done lies here, so that the registers are the tiles'.
 struct Shared {
   int64_t window;
   int64_t next_row[kWarps];  // of each stretch; behind its last one: -1
   int found[kWarps];
   Piece pieces[kWarps * kPieces];  // longer than a tile, as many as `found` of each stretch
-  Piece chained;                   // of these that which is scanned and is a chunk of a longer row
+  struct {
+    Piece piece;  // of length 0 where there is nothing for the warp
+    int first;    // tile of the same piece
+  } assigned[kWarps];
+  Piece chained;  // of these pieces that which is a chunk of a longer row
   int chained_first, chained_tiles;
+  bool is_last;
   Affine tiles[kWarps];
   Affine spans[kWarps];
   double before;
@@ -72,7 +87,7 @@ class Stretch {
       Piece piece{row, rows_.begin(row), rows_.begin(row + 1), 0};
       const bool inside = row < rows_.count && piece.begin < stop();
       piece.length = inside ? piece.length - piece.begin : 0;
-      const bool mine = piece.length > 0 && find_chunk(piece);
+      const bool mine = piece.length > 0 && find_chunk<kForwardInTime>(piece, start(), kTile);
       const bool is_short = mine && piece.length <= kTile;
       const int lanes = is_short ? static_cast<int>(piece.length + kSteps - 1) / kSteps : 0;
       const bool fills = __any_sync(kAllLanes, is_short);
@@ -87,18 +102,6 @@ class Stretch {
  private:
   FASTRL_DEVICE int64_t start() const { return shared_.window * kChunk + warp_of_thread() * kTile; }
   FASTRL_DEVICE int64_t stop() const { return start() + kTile; }
-
-  // The chunk of the row whose first step lies in the stretch, if one does.
-  FASTRL_DEVICE bool find_chunk(Piece& p) const {
-    if (kForwardInTime) {
-      p.chunk = (stop() - 1 - p.begin) / kChunk;
-      return p.begin + p.chunk * kChunk >= start() && p.chunk * kChunk < p.length;
-    }
-    const int64_t last = p.begin + p.length - 1;
-    if (last < start()) return false;
-    p.chunk = (last - start()) / kChunk;
-    return last - p.chunk * kChunk < stop() && p.chunk * kChunk < p.length;
-  }
 
   // As many of the rows, of which a lane each knows, as fit side by side into `lanes` each. Gives
   // their number.
@@ -148,45 +151,62 @@ class Stretch {
 };
 
 // The block's longer pieces, as many at a time as fit into its tiles: each in one go, because its
-// steps stay in registers until what comes before them is known. Each warp finds the same.
+// steps stay in registers until what comes before them is known. By the first warp, for all.
 class Pieces {
  public:
-  // False where none is left. `first`: of the block's tiles the first of the same piece.
-  FASTRL_DEVICE bool next(Shared& shared, const Rows& rows, Place& place, int& first) {
-    const int lane = lane_of_thread(), tile = warp_of_thread();
-    const bool exists = lane % kPieces < shared.found[lane / kPieces];
-    const int tiles = exists ? shared.pieces[lane].tiles() : 0;
-    const int tiles_to = sum_up_to_lane(tiles);
-    const int done = done_;
-    if (done == __shfl_sync(kAllLanes, tiles_to, kLanes - 1)) return false;
+  template <bool kForwardInTime>
+  FASTRL_DEVICE void assign(Shared& shared, const Rows& rows) {
+    const int lane = lane_of_thread();
+    Piece piece{0, 0, 0, 0};
+    if (rows.cu_seqlens) {
+      if (lane < kWarps * kPieces && lane % kPieces < shared.found[lane / kPieces]) {
+        piece = shared.pieces[lane];
+      }
+    } else {
+      const int64_t start = shared.window * kChunk;
+      piece = {start / rows.length + lane, 0, rows.length, 0};
+      piece.begin = piece.row * rows.length;
+      if (piece.row >= rows.count || !find_chunk<kForwardInTime>(piece, start, kChunk)) {
+        piece.length = 0;
+      }
+    }
+    const int tiles = piece.length > 0 ? piece.tiles() : 0;
+    const int tiles_to = sum_up_to_lane(tiles), done = done_;
     const unsigned fit = __ballot_sync(kAllLanes, tiles_to - done <= kWarps);
     done_ = __shfl_sync(kAllLanes, tiles_to, __popc(fit) - 1);
-    const int from = __popc(__ballot_sync(kAllLanes, tiles_to <= done + tile)) % kLanes;
-    first = __shfl_sync(kAllLanes, tiles_to - tiles, from) - done;
-    place = {0, 0, 0, 0, 0};
-    if (done + tile < done_) {
-      const Piece& p = shared.pieces[from];
-      place = {p.row, rows.index(p.row, p.begin), p.length,
-               p.chunk * kChunk + (tile - first) * kTile + lane * kSteps, lane};
-    } else {
-      first = tile;
-    }
-    // Of longer rows there is at most one chunk: where those of two begin in one window, the first
-    // in the order of the scan is whole and fills the block.
-    if (tile == 0) {
-      if (lane == 0) shared.chained_tiles = 0;
-      __syncwarp();
-      if (exists && done < tiles_to && tiles_to <= done_ && shared.pieces[lane].length > kChunk) {
-        shared.chained = shared.pieces[lane];
-        shared.chained_first = tiles_to - tiles - done;
+    const int first = tiles_to - tiles - done;
+    if (lane < kWarps) shared.assigned[lane].piece.length = 0;
+    if (lane == 0) shared.chained_tiles = 0;
+    __syncwarp();
+    if (tiles > 0 && done < tiles_to && tiles_to <= done_) {
+      for (int i = first; i < first + tiles; ++i) shared.assigned[i] = {piece, first};
+      // Of longer rows there is at most one chunk: where those of two begin in one window, the
+      // first in the order of the scan is whole and fills the block.
+      if (piece.length > kChunk) {
+        shared.chained = piece;
+        shared.chained_first = first;
         shared.chained_tiles = tiles;
       }
     }
-    return true;
+    const int all = __shfl_sync(kAllLanes, tiles_to, kLanes - 1);
+    if (lane == 0) shared.is_last = done_ == all;
   }
 
  private:
   int done_ = 0;  // tiles
 };
+
+// The thread's place in its warp's tile. `first`: of the block's tiles the first of the same piece.
+FASTRL_DEVICE Place assigned_place(const Shared& shared, const Rows& rows, int& first) {
+  const int tile = warp_of_thread(), lane = lane_of_thread();
+  const Piece& p = shared.assigned[tile].piece;
+  if (p.length == 0) {
+    first = tile;
+    return {0, 0, 0, 0, 0};
+  }
+  first = shared.assigned[tile].first;
+  return {p.row, rows.index(p.row, p.begin), p.length,
+          p.chunk * kChunk + (tile - first) * kTile + lane * kSteps, lane};
+}
 
 }  // namespace fastrl::cuda

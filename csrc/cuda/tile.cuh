@@ -1,11 +1,10 @@
-// A warp's part of the scan: a tile of 128 steps, four to a thread.
+// A warp's part of the scan: a tile of 256 steps, eight to a thread.
 #pragma once
 
 #include "affine.cuh"
 
 namespace fastrl::cuda {
 
-constexpr int kSteps = 4;  // of a thread: 16 bytes of float, and whole sectors from lane to lane
 constexpr int kTile = kSteps * kLanes;
 
 // Of all that the estimators read and write. Arrays that are not given have no data.
@@ -21,10 +20,12 @@ struct Trajectories {
   Array<R> out[4];
   double constant_gamma, constant_lambda;
   Clips clips;
+  // All arrays hold the steps one row behind the other, and begin at a multiple of 16 bytes.
+  bool side_by_side;
 };
 
-// Where a thread's four steps stand. Steps are counted in the order of the scan: from the row's end
-// for estimators, whose x_t depends on x_{t+1}.
+// Where a thread's steps stand. Steps are counted in the order of the scan: from the row's end for
+// estimators, whose x_t depends on x_{t+1}.
 struct Place {
   int64_t row, index, length;  // index: of the row, in arrays
   int64_t first;               // of the thread's steps
@@ -47,57 +48,61 @@ class Tile {
   }
 
   // Reads the steps: all loads are under way before the first is waited for.
-  FASTRL_DEVICE Tile(const Trajectories<T>& x, const Place& place) {
+  FASTRL_DEVICE Tile(const Trajectories<T>& x, const Place& place)
+      : row_(place.index), before_lanes_(place.before) {
     const int n = static_cast<int>(larger(0, smaller(kSteps, place.length - place.first)));
-    row_ = place.index;
     low_ = E::kForwardInTime ? place.first : place.length - kSteps - place.first;
-    bits_ = E::kForwardInTime ? (1u << n) - 1 : 0xfu << (kSteps - n) & 0xfu;
-    bits_ |= place.before << kBefore;
+    exists_ = E::kForwardInTime ? (1u << n) - 1 : 0xffu << (kSteps - n) & 0xff;
+    const bool aligned = x.side_by_side && n == kSteps && flat(x) % kSteps == 0;
+    side_by_side_ = __all_sync(kAllLanes, aligned);
     bootstrap_ = x.bootstrap && n > 0 ? *x.bootstrap.at(place.row, 0) : T{};
-    mask_ = read(x.mask);
-    if constexpr (E::kReads & kReward) reward_ = read(x.reward);
-    if constexpr (kReadsValue) value_ = read(x.value);
+    mask_ = read(x, x.mask);
+    if constexpr (E::kReads & kReward) reward_ = read(x, x.reward);
+    if constexpr (kReadsValue) value_ = read(x, x.value);
     if constexpr (E::kReads & kNextValue) {
-      next_value_ = read(kReadsValue || x.next_value ? x.next_value : x.value);
+      next_value_ = read(x, kReadsValue || x.next_value ? x.next_value : x.value);
     }
     if constexpr (E::kReads & kValueAtCut) next_value_ = {};
-    if constexpr (E::kReads & kQValue) q_value_ = read(x.q_value);
-    if constexpr (E::kReads & kLogRatio) log_ratio_ = read(x.log_ratio);
+    if constexpr (E::kReads & kQValue) q_value_ = read(x, x.q_value);
+    if constexpr (E::kReads & kLogRatio) log_ratio_ = read(x, x.log_ratio);
     if constexpr (E::kReads & kGrads) {
-      grad_first_ = read(x.grad_first);
-      grad_second_ = read(x.grad_second);
+      grad_first_ = read(x, x.grad_first);
+      grad_second_ = read(x, x.grad_second);
     }
     if constexpr (E::kReads & kErrors) {
-      td_error_ = read(x.td_error);
-      carried_ = read(x.carried);
+      td_error_ = read(x, x.td_error);
+      carried_ = read(x, x.carried);
     }
-    terminated_ = read(x.terminated);
-    truncated_ = read(x.truncated);
+    terminated_ = read(x, x.terminated);
+    truncated_ = read(x, x.truncated);
   }
 
   // Gives what the steps of the row up to the thread's last one make of x in front of the tile.
   // ahead: the action of the warp's row that follows on the tile in time, or -1.
   FASTRL_DEVICE Affine compose_steps(const Trajectories<T>& x, int64_t ahead) {
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      bits_ |= (bits_ >> i & (!x.mask || mask_[i])) << (kActs + i);
-      bits_ |= (terminated_[i] != 0) << (kTerminated + i);
-      bits_ |= (truncated_[i] != 0) << (kTruncated + i);
-    }
+    acts_ = x.mask ? exists_ & bits_of(mask_) : exists_;
+    terminates_ = bits_of(terminated_);
+    truncates_ = bits_of(truncated_);
+    ends_ = 0;
+    is_plain_ = __all_sync(kAllLanes, acts_ == 0xff) && !x.gamma && !x.lambda;
     if (looks_ahead(x)) look_ahead(x, ahead);
-    Affine all = Affine::identity();
-    each_step(x, [&](int, const Formed&, const Affine& f) { all = compose(f, all); });
-    const int before = bits_ >> kBefore;
-    all = compose_lanes(all, before);
+    Affine all{1.0, 0.0};
+    bool cuts = false;
+    each_step(x, [&](int, const Formed&, const Affine& f) {
+      cuts |= f.a == 0.0;
+      all = {f.a * all.a, f(all.b)};
+    });
+    all.a = cuts ? 0.0 : all.a == 0.0 ? kSmallest : all.a;
+    all = compose_lanes(all, before_lanes_);
     before_ = shuffle_up(all, 1);
-    if (before == 0) before_ = Affine::identity();
+    if (before_lanes_ == 0) before_ = Affine::identity();
     return all;
   }
 
   // x_before: in front of the tile.
   FASTRL_DEVICE void write(const Trajectories<T>& x, double x_before) {
     forget_results();
-    Four<R> out[E::kOutputs];
+    Entries<R> out[E::kOutputs];
     double at = before_(x_before);
     each_step(x, [&](int i, const Formed& formed, const Affine& f) {
       const double previous = at;
@@ -105,33 +110,57 @@ class Tile {
       R results[E::kOutputs];
       E::template write<N>(formed, at, previous, results);
 #pragma unroll
-      for (int k = 0; k < E::kOutputs; ++k) {
-        out[k].set(i, has(kActs, i) ? results[k] : R{});
-      }
+      for (int k = 0; k < E::kOutputs; ++k) out[k].set(i, results[k]);
     });
 #pragma unroll
     for (int k = 0; k < E::kOutputs; ++k) {
-      if (x.out[k]) store(x.out[k], span(), out[k]);
+      if (!x.out[k]) continue;
+      if (!is_plain_) {
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+          if (!(acts_ >> i & 1)) out[k].set(i, R{});
+        }
+      }
+      if (side_by_side_) {
+        store_sectors(x.out[k].data, flat(x), out[k]);
+      } else {
+        store(x.out[k], span(), out[k]);
+      }
     }
   }
 
  private:
   FASTRL_DEVICE static constexpr int entry(int j) { return E::kForwardInTime ? j : kSteps - 1 - j; }
-  FASTRL_DEVICE bool has(int what, int i) const { return bits_ >> (what + i) & 1; }
   FASTRL_DEVICE Span span() const {
-    const int exists = bits_ & 0xf;
-    return {row_, low_, __ffs(exists) - 1, kLanes - __clz(exists)};
+    return {row_, low_, __ffs(exists_) - 1, kLanes - __clz(exists_)};
+  }
+  // Of the first step in time, among those of all rows.
+  FASTRL_DEVICE int64_t flat(const Trajectories<T>& x) const {
+    return (x.rows.cu_seqlens ? row_ : row_ * x.rows.length) + low_;
   }
   template <class A>
-  FASTRL_DEVICE Four<A> read(const Array<const A>& x) const {
-    return x ? cuda::load(x, span()) : Four<A>{};
+  FASTRL_DEVICE Entries<A> read(const Trajectories<T>& x, const Array<const A>& array) const {
+    if (!array) return {};
+    if (side_by_side_) return *reinterpret_cast<const Entries<A>*>(array.data + flat(x));
+    return load(array, span());
   }
 
   // f(i, formed, (a, b)) in the order of the scan.
   template <class F>
   FASTRL_DEVICE void each_step(const Trajectories<T>& x, F f) const {
-    // Rarely given, and then read twice, the second time from a cache: they have no registers.
-    const Four<T> gamma = read(x.gamma), lambda = read(x.lambda);
+    if (is_plain_) {
+      each_step<true>(x, {}, {}, f);
+    } else {
+      // Discounts are rarely given, and then read twice, the second time from a cache: they have no
+      // registers.
+      each_step<false>(x, read(x, x.gamma), read(x, x.lambda), f);
+    }
+  }
+
+  // kPlain: all steps are actions, with the same discounts.
+  template <bool kPlain, class F>
+  FASTRL_DEVICE void each_step(const Trajectories<T>& x, const Entries<T>& gamma,
+                               const Entries<T>& lambda, F f) const {
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
       const int i = entry(j);
@@ -151,14 +180,14 @@ class Tile {
         step.td_error = td_error_[i];
         step.carried = carried_[i];
       }
-      step.gamma = x.gamma ? number_of(gamma[i]) : x.constant_gamma;
-      step.lambda = x.lambda ? number_of(lambda[i]) : x.constant_lambda;
-      step.terminated = has(kTerminated, i);
-      step.truncated = has(kTruncated, i);
+      step.gamma = !kPlain && x.gamma ? number_of(gamma[i]) : x.constant_gamma;
+      step.lambda = !kPlain && x.lambda ? number_of(lambda[i]) : x.constant_lambda;
+      step.terminated = terminates_ >> i & 1;
+      step.truncated = truncates_ >> i & 1;
       const Formed formed = E::template form<N>(step, x.clips);
       Affine affine{formed.a, formed.b};
-      if (E::kEndsOnValue && has(kEnds, i)) affine = {0.0, affine(step.next_value)};
-      if (!has(kActs, i)) affine = Affine::identity();
+      if (E::kEndsOnValue && ends_ >> i & 1) affine = {0.0, affine(step.next_value)};
+      if (!kPlain && !(acts_ >> i & 1)) affine = Affine::identity();
       f(i, formed, affine);
     }
   }
@@ -166,15 +195,15 @@ class Tile {
   // next_value_ from what follows each action in time: the value of the next action, or behind the
   // row's last one bootstrap_value.
   FASTRL_DEVICE void look_ahead(const Trajectories<T>& x, int64_t behind_tile) {
-    const Four<T> values = kReadsValue ? value_ : next_value_;
+    const Entries<T> values = kReadsValue ? value_ : next_value_;
     T value{};  // of the thread's first action in time
 #pragma unroll
     for (int i = kSteps - 1; i >= 0; --i) {
-      if (has(kActs, i)) value = values[i];
+      if (acts_ >> i & 1) value = values[i];
     }
     const int lane = lane_of_thread();
-    unsigned lanes = __ballot_sync(kAllLanes, bits_ >> kActs & 0xf);
-    lanes &= lanes_below(lane) & ~lanes_below(lane - (bits_ >> kBefore));
+    unsigned lanes = __ballot_sync(kAllLanes, acts_ != 0);
+    lanes &= lanes_below(lane) & ~lanes_below(lane - before_lanes_);
     value = __shfl_sync(kAllLanes, value, lanes ? kLanes - 1 - __clz(lanes) : lane);
     bool exists = lanes != 0;
     if (!exists) {
@@ -186,10 +215,10 @@ class Tile {
     }
 #pragma unroll
     for (int i = kSteps - 1; i >= 0; --i) {
-      if (!has(kActs, i)) continue;
+      if (!(acts_ >> i & 1)) continue;
       if constexpr (E::kEndsOnValue) {
-        bits_ |= !exists << (kEnds + i);
-        if (x.next_value && (has(kTruncated, i) || !exists)) {
+        ends_ |= !exists << i;
+        if (x.next_value && (truncates_ >> i & 1 || !exists)) {
           value = *x.next_value.at(row_, low_ + i);
         }
       }
@@ -213,18 +242,19 @@ class Tile {
       td_error_.forget_results();
       carried_.forget_results();
     }
-    asm volatile("" : "+r"(bits_));
+    asm volatile("" : "+r"(acts_));
+    asm volatile("" : "+r"(terminates_));
+    asm volatile("" : "+r"(truncates_));
   }
 
-  Four<T> reward_, value_, next_value_, q_value_, log_ratio_;
-  Four<R> grad_first_, grad_second_, td_error_, carried_;
-  Four<uint8_t> terminated_, truncated_, mask_;  // until they are in bits_
+  Entries<T> reward_, value_, next_value_, q_value_, log_ratio_;
+  Entries<R> grad_first_, grad_second_, td_error_, carried_;
+  Entries<uint8_t> terminated_, truncated_, mask_;  // until they are bits
   T bootstrap_;
   int64_t row_, low_;  // index of the row, and the first step in time
-  // Four bits each, in the order of time: which steps exist, are actions, ...; and above them how
-  // many lanes below this one have earlier steps of the row.
-  enum { kExists = 0, kActs = 4, kTerminated = 8, kTruncated = 12, kEnds = 16, kBefore = 20 };
-  unsigned bits_;
+  int before_lanes_;
+  unsigned exists_, acts_, terminates_, truncates_, ends_;  // bits in the order of time
+  bool side_by_side_, is_plain_;                            // the same in all lanes
   Affine before_;
 };
 

@@ -83,6 +83,11 @@ T __shfl_up_sync(unsigned, T x, unsigned by, int = 32, int line = __builtin_LINE
   const int own = emulator::thread_index().x % 32, lane = own - static_cast<int>(by);
   return emulator::from_lane<T>(emulator::exchange(&x, sizeof(T), 2, line), lane < 0 ? own : lane);
 }
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int by, int = 32, int line = __builtin_LINE()) {
+  const int lane = (emulator::thread_index().x % 32) ^ by;
+  return emulator::from_lane<T>(emulator::exchange(&x, sizeof(T), 4, line), lane);
+}
 
 inline unsigned __ballot_sync(unsigned, bool vote, int line = __builtin_LINE()) {
   const char* all = emulator::exchange(&vote, sizeof(vote), 3, line);

@@ -9,13 +9,44 @@ from emulated.returns import FLOATS, OPS, OPTIONS, arguments, backward, forward,
 
 from fastrl import reference
 
-# Around 4 steps of a thread, 32 lanes, 128 steps of a warp and 2048 of a block; and empty ones.
-LENGTHS = [0, 1, 3, 4, 5, 31, 32, 33, 0, 0, 127, 128, 129, 5, 255, 256, 257, 1, 1, 1023, 1024, 1025]
+# Around 8 steps of a thread, 256 of a warp and 2048 of a block; and empty ones.
+LENGTHS = [
+    0,
+    1,
+    3,
+    7,
+    8,
+    9,
+    31,
+    32,
+    33,
+    0,
+    0,
+    127,
+    128,
+    129,
+    5,
+    255,
+    256,
+    257,
+    1,
+    1,
+    1023,
+    1024,
+    1025,
+]
 LENGTHS += [2, 2047, 2048, 2049, 100, 0]
 OUTPUTS = {"gae": 2, "vtrace": 2}
 EVERY = [(op, option) for op in OPS for option in OPTIONS]
 # With what a row is given in each layout, and its length.
-ROWS = [("everything", 1), ("mask", 27), ("everything", 129), ("everything", 2048), ("mask", 4099)]
+ROWS = [
+    ("everything", 1),
+    ("mask", 27),
+    ("everything", 128),
+    ("everything", 2048),
+    ("bootstrap", 600),
+    ("mask", 4099),
+]
 
 
 def packed(lengths=LENGTHS):
