@@ -119,9 +119,9 @@ FASTRL_INLINE bool solve_lanes(VecD a, VecD b, Carry& carry, VecD& x, VecD& x_be
 // kDoubles steps of one row, the first of them t.
 template <class E, bool kAll, bool kWrite>
 FASTRL_INLINE void scan_lanes(const Trajectories& row, int64_t t, const Present& in,
-                              const Clips& clips, Carry& carry) {
+                              const Clips& clips, Carry& carry, const VecD* ratio = nullptr) {
   const Place<false> at{t, 0};
-  Step<Lanes> s = load_step<E, kAll>(row, at, in);
+  Step<Lanes> s = load_step<E, kAll>(row, at, in, ratio);
   const bool some_missing = !kAll || row.mask.data;
   const VecL exists = load_actions<kAll>(row, at, in);
   if constexpr (kLooksAhead<E>) {

@@ -39,11 +39,24 @@ __attribute__((noinline)) void scan_row(const Trajectories& x, int64_t begin, in
   Trajectories row = x;  // a copy that no store can change
   if constexpr (kPlain) assume_plain(row);
   Carry carry = at_start;
+  // exp takes about as long as all that waits for it: it runs one vector ahead.
+  constexpr bool kRatio = kPlain && (E::kReads & kLogRatio) != 0;
+  constexpr Present kWhole{0, kDoubles};
+  const int64_t first = E::kForwardInTime ? begin : end - kDoubles;
+  VecD ratio = {};
+  if (kRatio && end - begin >= kDoubles) ratio = load_ratio<true>(row.log_ratio, first, kWhole);
   for_each_vector<E>(begin, end, [&](int64_t t, const Present& in) __attribute__((always_inline)) {
-    if (__builtin_expect(in.count == kDoubles, true)) {
-      scan_lanes<E, true, kWrite>(row, t, in, clips, carry);
-    } else {
+    if (__builtin_expect(in.count < kDoubles, false)) {
       scan_lanes<E, false, kWrite>(row, t, in, clips, carry);
+    } else if constexpr (kRatio) {
+      const VecD now = ratio;
+      const int64_t next = t - kStepBack<E> * kDoubles;
+      if (next >= begin && next + kDoubles <= end) {
+        ratio = load_ratio<true>(row.log_ratio, next, kWhole);
+      }
+      scan_lanes<E, true, kWrite>(row, t, in, clips, carry, &now);
+    } else {
+      scan_lanes<E, true, kWrite>(row, t, in, clips, carry);
     }
   });
   at_start = carry;

@@ -52,6 +52,17 @@ FASTRL_INLINE VecL load(const Flags& x, int64_t at, const Present& in) {
   return load_flags(lanes);
 }
 
+// exp of a log-ratio, in the precision that it was given in.
+template <bool kAll>
+FASTRL_INLINE VecD load_ratio(const Floats& x, int64_t at, const Present& in) {
+  if (kAll && __builtin_expect(x.type == Float::f32, true)) {
+    return widen(exp_floats(load_floats(static_cast<const float*>(x.data) + at)));
+  }
+  const VecD log_ratio = load<kAll>(x, at, in);
+  if (x.type == Float::f64) return exp_doubles(log_ratio);
+  return widen(exp_floats(__builtin_convertvector(log_ratio, VecHalfF)));
+}
+
 inline double value_at(const Floats& x, int64_t at) {
   return load<false>(Floats{x.data, x.type, 0}, at, Present{0, 1})[0];
 }
@@ -148,8 +159,10 @@ inline int64_t last_action(const Trajectories& row, int64_t length, int64_t lane
   return t;
 }
 
+// ratio: exp of log_ratio where the caller has it already.
 template <class E, bool kAll, class At>
-FASTRL_INLINE Step<Lanes> load_step(const Trajectories& x, const At& at, const Present& in) {
+FASTRL_INLINE Step<Lanes> load_step(const Trajectories& x, const At& at, const Present& in,
+                                    const VecD* ratio = nullptr) {
   const auto floats = [&](const Floats& f)
                           __attribute__((always_inline)) { return load<kAll>(f, at.in(f), in); };
   const auto floats_or = [&](const Floats& f, double missing) __attribute__((always_inline)) {
@@ -165,9 +178,7 @@ FASTRL_INLINE Step<Lanes> load_step(const Trajectories& x, const At& at, const P
     s.next_value = floats_or(x.next_values, 0.0);
   if constexpr (E::kReads & kQValue) s.q_value = floats(x.q_values);
   if constexpr (E::kReads & kLogRatio) {
-    const VecD log_ratio = floats(x.log_ratio);
-    s.ratio = x.log_ratio.type == Float::f64 ? exp_doubles<true>(log_ratio)
-                                             : exp_doubles<false>(log_ratio);
+    s.ratio = ratio ? *ratio : load_ratio<kAll>(x.log_ratio, at.in(x.log_ratio), in);
   }
   if constexpr (E::kReads & kGrads) {
     s.grad_first = floats_or(x.grad_first, 0.0);
