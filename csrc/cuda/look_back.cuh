@@ -2,7 +2,7 @@
 // them.
 //
 // A block publishes what its chunk makes of x before it knows that x, and then composes what the
-// chunks before it have published, 512 at most: every 512th chunk publishes its own x as well. The
+// chunks before it have published, 256 at most: every 256th chunk publishes its own x as well. The
 // order of composition depends on the chunk's place in the row alone.
 #pragma once
 

@@ -22,13 +22,13 @@ __global__ void __launch_bounds__(kStepThreads, 3)
   for (int64_t step = 1; __any_sync(kAllLanes, walks); ++step) {
     Step<N> at{};
     if (walks) {
-      at = path_at(x, own.index, t);
+      at = path_at<N>(x, own.index, t);
       sum += factor * number_of(*x.reward.at(own.index, t));
-      walks = at.discount() != 0.0;
+      walks = at.discount().wide != 0.0;
     }
     const int64_t next = action_from_each<1>(walks, x.mask, own.index, t + 1, own.length);
     if (!walks) continue;
-    factor *= at.discount();
+    factor *= at.discount().wide;
     const bool is_last = next >= own.length;
     if (step >= n || is_last || at.truncated) {
       double value = 0.0;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kStepThreads, 3)
   for (int64_t step = 2; step <= n && __any_sync(kAllLanes, walks); ++step) {
     t = action_from_each<-1>(walks, x.mask, own.index, t - 1, own.length);
     if (!walks) continue;
-    const double a = t >= 0 ? path_at(x, own.index, t).unbroken() : 0.0;
+    const double a = t >= 0 ? path_at<N>(x, own.index, t).unbroken().wide : 0.0;
     walks = a != 0.0;
     if (!walks) continue;
     factor *= a;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kStepThreads, 3)
   if (!own.exists) return;
   double grad_next = 0.0;
   if (own.acts) {
-    const Step<N> at = path_at(x, own.index, own.t);
+    const Step<N> at = path_at<N>(x, own.index, own.t);
     const bool ends = at.truncated || next >= own.length;
     grad_next = through<N>(at.discount(), ends ? sum : last_term);
   }

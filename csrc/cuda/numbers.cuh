@@ -20,16 +20,33 @@ constexpr int kLanes = 32;
 // Not inlined: four at a time, side by side, have no room beside four of each input.
 inline __device__ __noinline__ double exp_of(double x) { return ::exp(x); }
 
+// A double beside what it is in the results' dtype V: a conversion takes as long as eight sums, and
+// whichever of the two is not used is not computed.
+template <class V>
+struct Wide {
+  double wide;
+  V narrow;
+
+  Wide() = default;
+  __host__ FASTRL_DEVICE Wide(double x) : wide(x), narrow(static_cast<V>(x)) {}
+  __host__ FASTRL_DEVICE Wide(double x, V v) : wide(x), narrow(v) {}
+  FASTRL_DEVICE operator double() const { return wide; }
+
+  FASTRL_DEVICE Wide operator*(const Wide& x) const { return wide * x.wide; }
+  FASTRL_DEVICE Wide operator+(const Wide& x) const { return wide + x.wide; }
+  FASTRL_DEVICE bool operator==(const Wide& x) const { return narrow == x.narrow; }
+};
+
 // Results have the dtype R. The files here are compiled without contraction of a * b + c: a row
 // must give the same bits wherever the compiler has put a copy of an expression.
 template <class R>
 struct Numbers {
   using V = R;
-  using D = double;
+  using D = Wide<V>;
   using M = bool;
 
-  FASTRL_DEVICE static V narrow(D x) { return static_cast<V>(x); }
-  FASTRL_DEVICE static D wide(V x) { return x; }
+  FASTRL_DEVICE static V narrow(const D& x) { return x.narrow; }
+  FASTRL_DEVICE static D wide(V x) { return {x, x}; }
   FASTRL_DEVICE static V number(double x) { return static_cast<V>(x); }
   FASTRL_DEVICE static float exp(float x) { return expf(x); }
   FASTRL_DEVICE static double exp(double x) { return exp_of(x); }

@@ -28,10 +28,10 @@ FASTRL_DEVICE Here here(const Rows& rows, const Flags& mask) {
 }
 
 // What decides how much of step t + 1 reaches step t.
-template <class T>
-FASTRL_DEVICE Step<Numbers<double>> path_at(const Trajectories<T>& x, int64_t index, int64_t t) {
-  Step<Numbers<double>> step{};
-  step.gamma = x.gamma ? number_of(*x.gamma.at(index, t)) : x.constant_gamma;
+template <class N, class T>
+FASTRL_DEVICE Step<N> path_at(const Trajectories<T>& x, int64_t index, int64_t t) {
+  Step<N> step{};
+  step.gamma = x.gamma ? number_of(*x.gamma.at(index, t)) : x.constant_gamma.wide;
   step.terminated = x.terminated && *x.terminated.at(index, t);
   step.truncated = x.truncated && *x.truncated.at(index, t);
   return step;

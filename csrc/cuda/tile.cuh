@@ -18,7 +18,7 @@ struct Trajectories {
   Array<const R> grad_first, grad_second, td_error, carried;
   Flags terminated, truncated, mask;
   Array<R> out[4];
-  double constant_gamma, constant_lambda;
+  Wide<R> constant_gamma, constant_lambda;
   Clips clips;
   // All arrays hold the steps one row behind the other, and begin at a multiple of 16 bytes.
   bool side_by_side;
@@ -118,7 +118,7 @@ class Tile {
       if (!is_plain_) {
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
-          if (!(acts_ >> i & 1)) out[k].set(i, R{});
+          if (!(acts_ & 1u << i)) out[k].set(i, R{});
         }
       }
       if (side_by_side_) {
@@ -180,14 +180,16 @@ class Tile {
         step.td_error = td_error_[i];
         step.carried = carried_[i];
       }
-      step.gamma = !kPlain && x.gamma ? number_of(gamma[i]) : x.constant_gamma;
-      step.lambda = !kPlain && x.lambda ? number_of(lambda[i]) : x.constant_lambda;
-      step.terminated = terminates_ >> i & 1;
-      step.truncated = truncates_ >> i & 1;
+      step.gamma = x.constant_gamma;
+      step.lambda = x.constant_lambda;
+      if (!kPlain && x.gamma) step.gamma = N::wide(number_of(gamma[i]));
+      if (!kPlain && x.lambda) step.lambda = N::wide(number_of(lambda[i]));
+      step.terminated = terminates_ & 1u << i;
+      step.truncated = truncates_ & 1u << i;
       const Formed formed = E::template form<N>(step, x.clips);
       Affine affine{formed.a, formed.b};
-      if (E::kEndsOnValue && ends_ >> i & 1) affine = {0.0, affine(step.next_value)};
-      if (!kPlain && !(acts_ >> i & 1)) affine = Affine::identity();
+      if (E::kEndsOnValue && ends_ & 1u << i) affine = {0.0, affine(step.next_value)};
+      if (!kPlain && !(acts_ & 1u << i)) affine = Affine::identity();
       f(i, formed, affine);
     }
   }
@@ -199,7 +201,7 @@ class Tile {
     T value{};  // of the thread's first action in time
 #pragma unroll
     for (int i = kSteps - 1; i >= 0; --i) {
-      if (acts_ >> i & 1) value = values[i];
+      if (acts_ & 1u << i) value = values[i];
     }
     const int lane = lane_of_thread();
     unsigned lanes = __ballot_sync(kAllLanes, acts_ != 0);
@@ -215,10 +217,10 @@ class Tile {
     }
 #pragma unroll
     for (int i = kSteps - 1; i >= 0; --i) {
-      if (!(acts_ >> i & 1)) continue;
+      if (!(acts_ & 1u << i)) continue;
       if constexpr (E::kEndsOnValue) {
         ends_ |= !exists << i;
-        if (x.next_value && (truncates_ >> i & 1 || !exists)) {
+        if (x.next_value && (truncates_ & 1u << i || !exists)) {
           value = *x.next_value.at(row_, low_ + i);
         }
       }

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   const Here own = here(x.rows, x.mask);
   const auto owed = [&](int64_t t, bool is_last) {
     if (x.carried) return *x.carried.at(own.index, t);
-    const Step<Numbers<double>> at = path_at(x, own.index, t);
+    const auto at = path_at<Numbers<R>>(x, own.index, t);
     if (what.only_at_cuts && !at.truncated && !is_last) return R{};
     return through<Numbers<R>>(at.discount(), *x.grad_first.at(own.index, t));
   };

@@ -116,6 +116,7 @@ struct Worker {
   std::vector<Warp> warps;
   char* stacks;
   bool moved;  // a thread has done more than to look whether it may go on
+  std::minstd_rand random;
   sigjmp_buf on_fault;
 };
 thread_local Worker* worker = nullptr;
@@ -167,7 +168,11 @@ void run_block() {
   for (long waited = 0; !w.launch->failed; ++waited) {
     w.moved = false;
     bool done = true;
-    for (unsigned first = 0; first < threads; first += kLanes) {
+    // Warps take turns in any order and go any way: what wants a barrier shows without it.
+    const unsigned warps = (threads + kLanes - 1) / kLanes;
+    const unsigned start = w.random() % warps, step = w.random() % 2 ? 1 : warps - 1;
+    for (unsigned i = 0; i < warps; ++i) {
+      const unsigned first = (start + i * step) % warps * kLanes;
       const unsigned end = std::min(first + kLanes, threads);
       do {
         for (unsigned i = first; i < end; ++i) {
@@ -175,7 +180,8 @@ void run_block() {
           w.current = i;
           change(w.scheduler, w.fibers[i].context);
         }
-      } while (!w.launch->failed && release(first, end, State::at_warp, "warp"));
+      } while (!w.launch->failed && release(first, end, State::at_warp, "warp") &&
+               w.random() % 8 != 0);
       for (unsigned i = first; i < end; ++i) done &= w.fibers[i].state == State::done;
     }
     if (done) return;
@@ -213,10 +219,10 @@ void work(Launch* launch, unsigned seed) {
   stack.ss_size = signal_stack.size();
   sigaltstack(&stack, &before);
   worker = own.get();
-  std::minstd_rand random(seed);
+  own->random.seed(seed + 1);
   if (sigsetjmp(own->on_fault, 1) == 0) {
     for (unsigned i; !launch->failed && (i = launch->next++) < launch->blocks;) {
-      for (unsigned n = random() % 4; n > 0; --n) std::this_thread::yield();
+      for (unsigned n = own->random() % 4; n > 0; --n) std::this_thread::yield();
       own->block = launch->order[i];
       run_block();
     }

@@ -56,6 +56,18 @@ __global__ void waits_for_a_later_block(float* x, unsigned* taken) {
   while (own == 0 && *flag != 3) __nanosleep(20);
 }
 
+// The sum of a number from each warp, which is 2 unless the second comes too late.
+__global__ void wants_a_barrier(float* x) {
+  __shared__ float own[2];
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) own[threadIdx.x / 32] = 0;
+  __syncthreads();
+  __syncwarp();
+  own[threadIdx.x / 32] = 1;
+  __syncwarp();
+  x[threadIdx.x] = own[0] + own[1];
+}
+
 // Each as it should be.
 __global__ void waits_for_an_earlier_block(float* x, unsigned* taken) {
   __shared__ unsigned own;
@@ -80,9 +92,9 @@ __global__ void sums(float* x) {
 
 }  // namespace
 
-// What the emulator says of the kernel of this number, over 64 floats of which `sum` is the last.
+// What the emulator says of the kernel of this number, over 64 floats of which `sum` is one.
 extern "C" __attribute__((visibility("default"))) const char* run(int kernel, int workers,
-                                                                  float* sum) {
+                                                                  unsigned seed, float* sum) {
   static std::string said;
   const size_t bytes = 64 * sizeof(float);
   float* x = static_cast<float*>(emulator::guarded(bytes, kernel != 5));
@@ -100,10 +112,11 @@ extern "C" __attribute__((visibility("default"))) const char* run(int kernel, in
       [&] { waits_for_a_later_block(x, &taken); },
       [&] { waits_for_an_earlier_block(x, &taken); },
       [&] { sums(x); },
+      [&] { wants_a_barrier(x); },
   };
   const unsigned blocks = kernel == 8 || kernel == 9 ? 2 : 1;
-  said = emulator::launch(blocks, 64, workers, 0, kernels[kernel]);
-  *sum = x[63];
+  said = emulator::launch(blocks, 64, workers, seed, kernels[kernel]);
+  *sum = kernel == 11 ? x[0] : x[63];
   emulator::free_guarded(x, bytes, kernel != 5);
   return said.c_str();
 }

@@ -19,9 +19,9 @@ def run(tmp_path_factory, compiler):
     library = ctypes.CDLL(str(compile_parts(compiler, folder, parts, [])))
     library.run.restype = ctypes.c_char_p
 
-    def call(kernel, workers=1):
+    def call(kernel, workers=1, seed=0):
         total = ctypes.c_float()
-        said = library.run(kernel, workers, ctypes.byref(total)).decode()
+        said = library.run(kernel, workers, seed, ctypes.byref(total)).decode()
         return said, total.value
 
     return call
@@ -34,6 +34,10 @@ def test_a_planted_fault_is_found(run, kernel, fault):
 
 def test_a_block_that_waits_for_a_later_one_is_found(run):
     assert "for ever" in run(8, workers=1)[0]
+
+
+def test_a_missing_barrier_shows_in_the_numbers(run):
+    assert {run(11, seed=seed)[1] for seed in range(20)} == {1, 2}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
