@@ -217,8 +217,9 @@ def test_what_is_not_finite_reaches_every_step_that_it_concerns(emulated):
     rewards = torch.zeros(1, steps)
     rewards[0, -1] = torch.nan
     terminated = torch.zeros(1, steps, dtype=torch.bool)
-    given = {"rewards": rewards, "gamma": 0.5}
-    assert forward(emulated, "discounted_returns", given)[0].isnan().all()
+    for gamma in (0.5, 1e-60):  # from tile to tile, and within a thread's steps
+        given = {"rewards": rewards, "gamma": gamma}
+        assert forward(emulated, "discounted_returns", given)[0].isnan().all()
     terminated[0, 17_000] = True
     (found,) = forward(emulated, "discounted_returns", given | {"terminated": terminated})
     assert found[0, 17_001:].isnan().all() and (found[0, :17_001] == 0).all()
