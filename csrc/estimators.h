@@ -14,7 +14,8 @@
 
 namespace FASTRL_DEVICE_NAMESPACE {
 
-// What an estimator reads of each step. kNextValue is v_{t+1}: given, or the value of the next
+// An estimator has kOutputs results, of which the first kAlways are always wanted. What it reads of
+// each step: kNextValue is v_{t+1}: given, or the value of the next
 // action; kValueAtCut is wanted where the row is truncated alone. What backward passes read may be
 // missing, and is 0 then.
 enum Reads : unsigned {
@@ -51,7 +52,6 @@ FASTRL_DEVICE typename N::V through(typename N::D factor, typename N::V x) {
   return factor == typename N::D{} ? typename N::V{} : N::narrow(factor) * x;
 }
 
-// kOutputs results, of which the first kAlways are always wanted.
 struct Clips {
   double rho, c;
 };

@@ -17,7 +17,7 @@ namespace fastrl::cuda {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kLanes = 32;
 
-// Not inlined: four at a time, side by side, have no room beside four of each input.
+// Not inlined: eight at a time have no room beside eight of each input.
 inline __device__ __noinline__ double exp_of(double x) { return ::exp(x); }
 
 // A double beside what it is in the results' dtype V: a conversion takes as long as eight sums, and

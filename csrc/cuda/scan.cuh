@@ -1,11 +1,11 @@
 // The returns' recursions x_t = b_t + a_t x_{t+1}, and their transposed, on a GPU: one kernel.
 //
 // An estimator (estimators.h) forms (a, b) of each step. They compose to what many steps make of x:
-// the eight of a thread, in turn; those of a warp's tile, by shuffles; the tiles of a chunk of 2048,
-// in turn; the chunks of a row by look_back.cuh. So the order of all operations on a row follows
-// from its own length, dense or packed, and its results do not depend on its batch, its address or
-// the schedule. Each input is read once and each output written once; what a block waits for, while
-// its steps stay in registers, was taken by a block that had started before.
+// the eight of a thread, in turn; those of a warp's tile, by shuffles; the tiles of a chunk of
+// 2048, in turn; the chunks of a row by look_back.cuh. So the order of all operations on a row
+// follows from its own length, dense or packed, and its results do not depend on its batch, its
+// address or the schedule. Each input is read once and each output written once; what a block waits
+// for, while its steps stay in registers, was taken by a block that had started before.
 //
 // gae in float with next_values and terminated moves 21 bytes a step, and one multiprocessor of an
 // H200 copies 18 bytes a cycle: 1.1 cycles a step, or 145 instructions of a thread. The kernel

@@ -18,20 +18,25 @@ except ImportError as error:  # an install without a compiler still has fastrl.r
 # Products of the vendor's library, and the kernels of token_logprobs on each slice of them.
 _SLICES = {"cpu": "products in slices, C++", "cuda": "products in slices, Triton"}
 
+# C++ on the CPU, CUDA C++ on a GPU where this binary was built for one.
+_SCANS = {"cpu": "C++"}
+if module is not None and module.build_facts()["cuda_architectures"]:
+    _SCANS["cuda"] = "CUDA C++"
+
 # What runs an op with kernels of its own on which device. `_checks.implemented` refuses the others,
 # `fastrl info` prints it, and a test holds it against the dispatcher's own list.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "discounted_returns": {"cpu": "C++"},
-    "gae": {"cpu": "C++"},
-    "lambda_returns": {"cpu": "C++"},
+    "discounted_returns": _SCANS,
+    "gae": _SCANS,
+    "lambda_returns": _SCANS,
     "linear_token_logprobs": _SLICES,
     "linear_token_loss": _SLICES,
-    "n_step_returns": {"cpu": "C++"},
-    "retrace_returns": {"cpu": "C++"},
+    "n_step_returns": _SCANS,
+    "retrace_returns": _SCANS,
     "sample_tokens": {"cpu": "C++", "cuda": "Triton"},
     "token_logprobs": {"cpu": "C++", "cuda": "Triton"},
     "token_stats": _SLICES,
-    "vtrace": {"cpu": "C++"},
+    "vtrace": _SCANS,
 }
 
 
