@@ -96,7 +96,7 @@ def implementations() -> list[tuple[str, str]]:
             kernels = _binary.IMPLEMENTATIONS[name]
             here = [f"{device}: {kind}{built}" for device, kind in kernels.items()]
             if "cuda" not in kernels:
-                here.append(f"cuda: none in this version, use fastrl.reference.{name}")
+                here.append(f"cuda: not in this build, use fastrl.reference.{name}")
             text = "; ".join(here)
         else:
             text = f"cpu, cuda: PyTorch, the definition in fastrl.reference.{name}"

@@ -138,7 +138,7 @@ def implemented(op: str, x: Tensor) -> None:
     devices = IMPLEMENTATIONS[op]
     if kind not in devices and kind != "meta":
         have = " or ".join(devices) or "no device yet"
-        build = "Build fastrl where nvcc and a torch with CUDA are, or use" if kind == "cuda" else "Use"
+        build = "Build fastrl with nvcc and a torch with CUDA, or use" if kind == "cuda" else "Use"
         raise NotImplementedError(
             f"{op}: expected tensors on {have}, got {kind}. {build} fastrl.reference.{op} there."
         )
