@@ -61,6 +61,16 @@ def test_one_graph_serves_many_shapes(op):
     assert counter.frame_count == 1
 
 
+@every_op
+def test_a_second_derivative_is_refused_and_not_incomplete(op):
+    arguments = case(op, "bootstrap_value", (2, 6), torch.float32)
+    rewards = arguments["rewards"].requires_grad_()
+    loss = sum(o.square().sum() for o in call(fastrl, op, arguments))
+    (first,) = torch.autograd.grad(loss, rewards, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated once"):
+        first.square().sum().backward()
+
+
 ROW = torch.zeros(2, 5)
 
 
