@@ -70,7 +70,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)  # numbers and switches
     layout: str = ""  # of attention: "512 + 16 x 128", a prompt with 16 completions of 128
     in_place: bool = False  # time inplace_backward=True as well
-    quick: bool = False
+    quick: bool | str = False  # or the one kind of device where it is
     devices: tuple[str, ...] = DEVICES  # where this size makes sense
     targets: tuple[Target, ...] = ()
 

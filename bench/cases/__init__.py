@@ -24,5 +24,5 @@ def select(ops: list[str], *, quick: bool = False, device: str = "cpu") -> list[
         case
         for op in chosen
         for case in CASES[op]
-        if device in case.devices and (case.quick or not quick)
+        if device in case.devices and (not quick or case.quick in (True, device))
     ]

@@ -38,7 +38,7 @@ GAE = [
     ),
     Case(
         "gae", (1, 1048576), "a million steps in one row: blocks of it side by side",
-        inputs=_EPISODES, options=_DISCOUNTS, quick=True,
+        inputs=_EPISODES, options=_DISCOUNTS, quick="cuda",
         targets=(Target("fastrl", "share_of_ceiling", at_least=0.3, device="cuda"),),
     ),
     Case(
