@@ -61,6 +61,13 @@ def test_one_graph_serves_many_shapes(op):
     assert counter.frame_count == 1
 
 
+def test_of_many_bounds_the_one_that_falls_is_named():
+    cu_seqlens = torch.arange(0, 101, dtype=torch.int32)
+    cu_seqlens[70] = 60
+    with pytest.raises(ValueError, match=r"cu_seqlens that rise, got \[69, 60\] at 69"):
+        fastrl.discounted_returns(torch.zeros(100), gamma=0.9, cu_seqlens=cu_seqlens)
+
+
 @every_op
 def test_a_second_derivative_is_refused_and_not_incomplete(op):
     arguments = case(op, "bootstrap_value", (2, 6), torch.float32)
