@@ -105,8 +105,8 @@ struct ReturnsKernels {
   Scan gae, lambda_returns, discounted_returns, vtrace, retrace_returns;
   Scan td_bwd, vtrace_bwd, retrace_returns_bwd;
   Scan value_grads;  // of grad_first: grad_rewards, grad_second: grad_returns, carried: grad_next
-  // A whole row, or rows together; scratch: kWindowScratch
-  // doubles for each of their steps, of the backward pass twice as many.
+  // A whole row, or rows together; scratch: kWindowScratch doubles for each of their steps, of the
+  // backward pass twice as many.
   void (*n_step_returns)(const Trajectories&, const Piece&, int64_t n, double* scratch);
   void (*n_step_returns_bwd)(const Trajectories&, const Piece&, int64_t n, double* scratch);
 };

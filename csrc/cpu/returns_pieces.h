@@ -71,6 +71,10 @@ __attribute__((noinline)) void scan_rows_together(const Trajectories& x, int64_t
         for (int lane = 0; lane < count; lane += kDoubles) {
           const int lanes = std::min(kDoubles, count - lane);
           Carry& carry = carries[lane / kDoubles];
+          const int64_t ahead = t - kStepBack<E> * kDoubles;
+          if (lane % 16 == 0 && ahead >= begin && ahead + kDoubles <= end) {
+            prefetch_steps(rows, ahead, lane);
+          }
           if (lanes == kDoubles) {
             scan_vectors<E, true, kWrite>(rows, t, lane, steps, {0, lanes}, clips, carry);
           } else {
