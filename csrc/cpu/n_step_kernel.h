@@ -15,7 +15,8 @@ inline double apply_one(double a, double b, double x) {
 }
 template <bool kGuarded>
 inline double further_one(double a, double next) {
-  return kGuarded && a == 0.0 ? a : a * next;
+  if (!kGuarded) return a * next;
+  return a == 0.0 || next == 0.0 ? 0.0 : std::max(a * next, kLeastFactor);
 }
 
 // The actions of one row, one after another.

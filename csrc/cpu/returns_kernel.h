@@ -15,9 +15,19 @@ template <bool kGuarded>
 FASTRL_INLINE VecD apply(VecD a, VecD b, VecD x) {
   return kGuarded ? (a == 0.0 ? b : b + a * x) : b + a * x;
 }
+// A product of many factors leaves the range of a double where the sums that it weighs need not: it
+// stops at these ends, so that it cuts where a factor is 0 and nowhere else, and times 0 stays 0.
+constexpr double kLeastFactor = 1e-250, kMostFactor = 1e300;
+
+FASTRL_INLINE VecD within_range(VecD product) {
+  product = product < kLeastFactor ? VecD{} + kLeastFactor : product;
+  return product > kMostFactor ? VecD{} + kMostFactor : product;
+}
 template <bool kGuarded>
 FASTRL_INLINE VecD further(VecD a, VecD next) {
-  return kGuarded ? (a == 0.0 ? a : a * next) : a * next;
+  if constexpr (!kGuarded) return a * next;
+  const VecL cut = (a == 0.0) | (next == 0.0);
+  return cut ? VecD{} : within_range(a * next);
 }
 
 // What the scan of a row, or of kDoubles rows side by side, carries from vector to vector.
@@ -33,7 +43,7 @@ struct Carry {
   template <bool kGuarded>
   FASTRL_INLINE void add(VecD last_a, VecD last_b) {
     b = apply<kGuarded>(last_a, last_b, b);
-    a = further<kGuarded>(last_a, a);
+    a = further<true>(last_a, a);  // over a whole chunk: many factors
   }
   void next_chunk() {
     x = before<true>();

@@ -13,15 +13,17 @@ struct Affine {
   FASTRL_DEVICE double operator()(double x) const { return a == 0.0 ? b : fma(a, x, b); }
 };
 
-constexpr double kSmallest = 4.9406564584124654e-324;
+constexpr double kSmallest = 4.9406564584124654e-324, kLargest = 1e300;
 
-// `then` after `first`. A product of many factors underflows long before a row ends, and then still
-// is not 0: an inf or nan that follows is to be seen by every step that it reaches.
+// `then` after `first`. A product of many factors leaves the range of a double long before a row
+// ends. Then it still is not 0: an inf or nan that follows is to be seen by every step that it
+// reaches; nor infinite: times 0 it is 0.
 FASTRL_DEVICE Affine compose(const Affine& then, const Affine& first) {
   Affine both{then.a * first.a, then(first.b)};
   if (both.a == 0.0 || then.a == 0.0 || first.a == 0.0) {
     both.a = then.a == 0.0 || first.a == 0.0 ? 0.0 : kSmallest;
   }
+  if (both.a > kLargest) both.a = kLargest;
   return both;
 }
 

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import library
 from torch.autograd import forward_ad
 
 module: ModuleType | None = None
@@ -77,12 +78,12 @@ def _short_cut(overload: Callable[..., Any], differentiable: int | None) -> Call
 def register_fake(name: str, function: Callable[..., Any]) -> None:
     """What shapes and dtypes the op gives, for torch.compile and meta tensors."""
     if module is not None:
-        torch.library.register_fake(f"fastrl::{name}", function)
+        library.register_fake(f"fastrl::{name}", function)
 
 
 def register_autograd(name: str, backward: Callable[..., Any], *, setup_context: Any) -> None:
     if module is not None:
-        torch.library.register_autograd(f"fastrl::{name}", backward, setup_context=setup_context)
+        library.register_autograd(f"fastrl::{name}", backward, setup_context=setup_context)
 
 
 def register_torch(function: Callable[..., Any]) -> None:
@@ -96,7 +97,7 @@ def register_torch(function: Callable[..., Any]) -> None:
             return function(*args)
 
     if module is not None:
-        torch.library.register_kernel(f"fastrl::{function.__name__}", ("cpu", "cuda"), call)
+        library.register_kernel(f"fastrl::{function.__name__}", ("cpu", "cuda"), call)
 
 
 def register_triton(kernels: str, *names: str) -> None:
@@ -106,8 +107,8 @@ def register_triton(kernels: str, *names: str) -> None:
     """
     if module is not None:
         for name in names:
-            # Not torch.library.impl: Dynamo would trace the launcher, called from a frame it skips.
-            torch.library.register_kernel(f"fastrl::{name}", "cuda", launcher(kernels, name))
+            # Not library.impl: Dynamo would trace the launcher, called from a frame it skips.
+            library.register_kernel(f"fastrl::{name}", "cuda", launcher(kernels, name))
 
 
 def launcher(kernels: str, name: str) -> Callable[..., Any]:

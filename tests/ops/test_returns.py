@@ -7,7 +7,7 @@ import torch
 from returns_cases import GIVEN, INPUTS, OPS, call, case, check, on_tensors
 
 import fastrl
-from fastrl import _C
+from fastrl import _C, reference
 
 every_op = pytest.mark.parametrize("op", OPS)
 # No step; one; less than a vector; a vector and its neighbours; some vectors and a rest.
@@ -110,6 +110,32 @@ def test_extreme_ratios(simd_level, op):
     for out in call(fastrl, op, arguments | {"log_ratio": spoiled}):
         # No step before one that weighs 0 sees it: exp(-110) is 0 in no more than float32.
         assert out[0, 3:].isnan()[0] == (op == "vtrace") and out[0, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("op", ["vtrace", "retrace_returns"])
+def test_unclipped_ratios_whose_product_overflows(simd_level, op):
+    """exp(0.2 * 4000) is no double; what follows the first steps is 0 all the same."""
+    arguments = {name: torch.zeros(2, 4000) for name in INPUTS[op]} | {"gamma": 1.0}
+    arguments["log_ratio"] += 0.2
+    arguments["rewards"][:, :50] = torch.randn(2, 50)
+    clips = ("rho_clip", "c_clip") if op == "vtrace" else ("c_clip",)
+    arguments |= dict.fromkeys(clips, math.inf)
+    truth = call(reference, op, on_tensors(torch.Tensor.double, arguments))
+    for out, exact in zip(call(fastrl, op, arguments), truth, strict=True):
+        torch.testing.assert_close(
+            out.double(), exact, rtol=2e-6, atol=1e-6 * exact.abs().max().item()
+        )
+
+
+@every_op
+def test_a_nan_reaches_all_steps_before_it_however_far(simd_level, op):
+    """0.5 ** 20000 is 0 in a double."""
+    arguments = case(op, "", (20_000,), torch.float32) | {"gamma": 0.5}
+    arguments |= {"n": 30_000} if op == "n_step_returns" else {}
+    arguments["rewards"][-1] = math.nan
+    if "log_ratio" in arguments:
+        arguments["log_ratio"].zero_()
+    assert all(o.isnan().all() for o in call(fastrl, op, arguments))
 
 
 def time_major(x):
