@@ -27,6 +27,9 @@ std::string cuda_architectures() { return ""; }
 #endif
 }  // namespace fastrl
 
+#define VISIBLE                                                                       \
+  "Tensor? key_start, Tensor? key_end, Tensor? position_ids, Tensor? visible_until, " \
+  "Tensor[] schedule, bool causal, float scale, int? window, float? softcap"
 #define PATH                                                                  \
   "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, " \
   "Tensor? gamma_per_step, Tensor? lambda_per_step, float gamma, float gae_lambda"
@@ -83,6 +86,23 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
       "float? top_p) -> (Tensor token_ids, Tensor logprobs, Tensor lowest, Tensor last_id)");
   m.def(
       "kept_ids(Tensor logits, Tensor lowest, Tensor last_id) -> (Tensor ids, Tensor cu_seqlens)");
+  // Attention. schedule: PackedLayout.schedule, on a CPU [parts], on a GPU [query_tiles, runs,
+  // key_tiles, key_sums]; empty without a layout. An lse is [B, Hq, T], -inf for a query that sees
+  // no key. A gradient that is not needed comes back empty.
+  m.def("attention_fwd(Tensor query, Tensor key, Tensor value, " VISIBLE
+        ") -> (Tensor output, Tensor lse)");
+  m.def(
+      "attention_bwd(Tensor? grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
+      "value, "
+      "Tensor output, Tensor lse, " VISIBLE
+      ", bool needs_query, bool needs_key, bool needs_value) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  // prefix_cu_rows: the rows of each prefix.
+  m.def(
+      "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? key_start, "
+      "Tensor? key_end, Tensor? prefix_key, Tensor? prefix_value, Tensor? prefix_end, "
+      "Tensor? prefix_cu_rows, float scale, int? window, float? softcap) "
+      "-> (Tensor output, Tensor lse)");
   // Returns and advantages. What all of them take after their own tensors, each [..., T] or packed:
   // bootstrap_value, next_values, terminated, truncated, mask, cu_seqlens, gamma and lambda per
   // step (or none, and then the two numbers count).

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrl._paths import LeafPaths
+from fastrl._schedule import attention_parts
 from fastrl._segments import (
     check_bounds,
     check_segments,
@@ -36,6 +37,7 @@ class PackedLayout:
         visible_until: [N] int32, the end of the subtree below the token's segment.
         predecessor: [N] int64, the token that comes before, through the tree: the last token of
             the nearest segment above that is not empty; -1 at a root's first token.
+        schedule: what the attention of its device works through; see `fastrl._schedule`.
     Raises:
         ValueError: cu_seqlens does not rise from 0, or prefix is not in depth-first order
             (`PackedBatch.from_segments` sorts).
@@ -48,6 +50,7 @@ class PackedLayout:
     segment_ids: Tensor
     visible_until: Tensor
     predecessor: Tensor
+    schedule: list[Tensor]
     _subtree_end: Tensor
 
     def __init__(self, cu_seqlens: Tensor, prefix: Tensor) -> None:
@@ -67,10 +70,10 @@ class PackedLayout:
             length = bounds[parent + 1] - bounds[parent]
             first_position.append(first_position[parent] + length)
             before.append(bounds[parent + 1] - 1 if length else before[parent])
-        until = [bounds[end] for end in subtree_end]
 
-        starts = torch.tensor(bounds[:-1], dtype=torch.int64)
-        lengths = torch.tensor(bounds, dtype=torch.int64).diff()
+        self._host_bounds = torch.tensor(bounds, dtype=torch.int64)
+        self._host_until = self._host_bounds[torch.tensor(subtree_end, dtype=torch.int64)]  # [S]
+        starts, lengths = self._host_bounds[:-1], self._host_bounds.diff()
         token = torch.arange(self.num_tokens)
         segment = torch.arange(self.num_segments).repeat_interleave(lengths)
         offset = token - starts[segment]
@@ -78,10 +81,11 @@ class PackedLayout:
         self._set_on_device(
             position_ids=offset + torch.tensor(first_position).long()[segment],
             segment_ids=segment,
-            visible_until=torch.tensor(until, dtype=torch.int32)[segment],
+            visible_until=self._host_until.int()[segment],
             predecessor=predecessor,
             _subtree_end=torch.tensor(subtree_end, dtype=torch.int64),  # [S]
         )
+        self.schedule = self._schedule_for(self.cu_seqlens.device)
 
     def paths(self) -> LeafPaths:
         """Each path from a root to a leaf as one row of tokens, so that each is a trajectory.
@@ -98,8 +102,14 @@ class PackedLayout:
         """The same layout on another device."""
         moved = object.__new__(PackedLayout)
         for name, value in vars(self).items():
-            setattr(moved, name, value.to(device) if isinstance(value, Tensor) else value)
+            on_device = isinstance(value, Tensor) and not name.startswith("_host_")
+            setattr(moved, name, value.to(device) if on_device else value)
+        moved.schedule = self._schedule_for(moved.cu_seqlens.device)
         return moved
+
+    def _schedule_for(self, device: torch.device) -> list[Tensor]:
+        starts, ends = self._host_bounds[:-1], self._host_bounds[1:]
+        return [attention_parts(starts, ends, self._host_until)]
 
     def __repr__(self) -> str:
         roots = int((self.prefix < 0).sum())

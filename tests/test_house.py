@@ -18,12 +18,13 @@ LAYERS = [
     {"rollout", "rewards", "models", "hf"},
     {"ops"},
     {"kernels", "_C", "reference"},
-    {"layout", "_paths", "_segments", "_vocabulary"},
+    {"layout", "_paths", "_schedule", "_segments", "_vocabulary"},
 ]
 ALONE = {
     "reference": {"torch", "fastrl"},
     "layout": {"torch", "fastrl"},
     "_paths": {"torch"},
+    "_schedule": {"torch"},
     "_segments": {"torch"},
     "_vocabulary": {"torch"},
 }

@@ -19,7 +19,8 @@ def attention(
     softcap: float | None = None,
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which each query sees some of the keys.
 
         s_ij = scale <query_i, key_j>,  or softcap tanh(s_ij / softcap)
@@ -45,11 +46,14 @@ def attention(
         window: >= 1, number of positions that a query sees, its own included.
         softcap: > 0, bound of the scores' absolute value.
         key_start, key_end: [B] int32, the keys of a row that exist. Default 0 and S.
+        return_lse: also return log sum_j exp(s_ij), with which two outputs over different keys
+            merge into one: weights exp(lse - logaddexp(lse_1, lse_2)).
     Returns:
         output: [B, Hq, T, D] in the query's dtype; the arithmetic is in float32 or float64.
+        lse: [B, Hq, T] float32 or float64, nats, if return_lse; -inf where a query sees no key.
     Raises:
         ValueError: layout or window without causal.
-    Differentiable in: query, key, value.
+    Differentiable in: query, key, value; both outputs.
     Reference: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
     """
     if not causal and (layout is not None or window is not None):
@@ -70,8 +74,12 @@ def attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     # A query without keys has NaN weights; masked on either side of softmax, they reach nothing.
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0)
-    return (weights @ v).to(query.dtype)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    output = (scores.softmax(-1).masked_fill(~visible, 0) @ v).to(query.dtype)
+    if not return_lse:
+        return output
+    seen = visible.any(-1)
+    return output, scores.masked_fill(~seen[..., None], 0).logsumexp(-1).where(seen, -torch.inf)
 
 
 def _visible_tree(layout: PackedLayout, window: int | None) -> Tensor:
