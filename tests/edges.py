@@ -49,8 +49,6 @@ def everywhere(test):
 
 def call(space, op, row=ROW, **given):
     """The op's outputs as a list of tensors; lists become tensors, bool where all entries are."""
-    if space is fastrl.ops and op in fastrl.ops._unavailable.NAMES:
-        pytest.skip(f"{op} is in fastrl.reference alone")
     row = {k: torch.tensor(v) for k, v in row.items()}
     row["log_ratio"] = row.pop("ratio").log()
     options = {"gamma": 0.5} | OPTIONS[op] | given

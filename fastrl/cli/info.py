@@ -8,7 +8,7 @@ import shutil
 import torch
 
 import fastrl
-from fastrl.ops import _binary, _unavailable
+from fastrl.ops import _binary
 
 OPTIONAL = {
     "train": ("tokenizers", "safetensors", "rich", "matplotlib", "tyro"),
@@ -90,9 +90,7 @@ def implementations() -> list[tuple[str, str]]:
     built = "" if _binary.module is not None else " (not built)"
     rows = []
     for name in sorted(fastrl.ops.__all__):
-        if name in _unavailable.NAMES:
-            text = f"none in this version: use fastrl.reference.{name}"
-        elif name in _binary.IMPLEMENTATIONS:
+        if name in _binary.IMPLEMENTATIONS:
             kernels = _binary.IMPLEMENTATIONS[name]
             here = [f"{device}: {kind}{built}" for device, kind in kernels.items()]
             if "cuda" not in kernels:

@@ -4,9 +4,8 @@ The tensor's device chooses the implementation through torch's dispatcher; there
 silent fallback. `fastrl.reference` has the same names and signatures in plain PyTorch.
 """
 
-from fastrl import reference
-from fastrl.ops._unavailable import unavailable
 from fastrl.ops.actor_critic_loss import actor_critic_loss
+from fastrl.ops.attention import attention
 from fastrl.ops.discounted_returns import discounted_returns
 from fastrl.ops.gae import gae
 from fastrl.ops.group_advantages import group_advantages
@@ -24,8 +23,6 @@ from fastrl.ops.token_stats import token_stats
 from fastrl.ops.value_loss import value_loss
 from fastrl.ops.vtrace import vtrace
 from fastrl.ops.whiten import whiten
-
-attention = unavailable(reference.attention)
 
 __all__ = [
     "actor_critic_loss",

@@ -27,6 +27,7 @@ if module is not None and module.build_facts()["cuda_architectures"]:
 # What runs an op with kernels of its own on which device. `_checks.implemented` refuses the others,
 # `fastrl info` prints it, and a test holds it against the dispatcher's own list.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "attention": {"cpu": "torch's flash attention by parts", "cuda": "Triton"},
     "discounted_returns": _SCANS,
     "gae": _SCANS,
     "lambda_returns": _SCANS,
@@ -86,9 +87,9 @@ def register_autograd(name: str, backward: Callable[..., Any], *, setup_context:
         library.register_autograd(f"fastrl::{name}", backward, setup_context=setup_context)
 
 
-def register_torch(function: Callable[..., Any]) -> None:
-    """A function of PyTorch and other ops as the implementation, on every device, of the op of its
-    name. Autocast ends at the op: what its inputs are cast to is decided before."""
+def register_torch(function: Callable[..., Any], *devices: str) -> None:
+    """A function of PyTorch and other ops as the implementation of the op of its name, on these
+    devices or on all. Autocast ends at the op: what its inputs are cast to is decided before."""
 
     def call(*args: Any) -> Any:
         kind = next(x.device.type for x in args if isinstance(x, torch.Tensor))
@@ -97,7 +98,8 @@ def register_torch(function: Callable[..., Any]) -> None:
             return function(*args)
 
     if module is not None:
-        library.register_kernel(f"fastrl::{function.__name__}", ("cpu", "cuda"), call)
+        kinds = devices or ("cpu", "cuda")
+        library.register_kernel(f"fastrl::{function.__name__}", kinds, call)
 
 
 def register_triton(kernels: str, *names: str) -> None:

@@ -116,9 +116,3 @@ def test_bad_arguments(name, arguments, options, error, message):
     with pytest.raises(error, match=message) as caught:
         getattr(fastrl, name)(*arguments, **options)
     assert str(caught.value).startswith(f"{name}: expected ")
-
-
-@pytest.mark.parametrize("name", fastrl.ops._unavailable.NAMES)
-def test_what_is_not_there_yet_refuses(name):
-    with pytest.raises(NotImplementedError, match=f"Use fastrl.reference.{name}"):
-        getattr(fastrl, name)()

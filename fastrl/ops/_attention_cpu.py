@@ -1,0 +1,276 @@
+"""Attention on a CPU: torch's own flash attention on each part of what is visible, merged.
+
+A part is a rectangle or a causal triangle of pairs (fastrl/_schedule.py for layouts; a dense row is
+a rectangle and a triangle). A query's parts merge by their log-sum-exps, always in the same order:
+
+    lse = logaddexp(lse_1, lse_2)
+    output = output_1 + sigmoid(lse_2 - lse_1) (output_2 - output_1)
+
+Each part's backward pass is given the merged output and log-sum-exp, for which its probabilities
+are those of the whole, and the parts' gradients add up. torch's op knows neither window nor softcap
+nor a gradient of the log-sum-exp: those parts go through `_attention_blocks`. 16-bit inputs are
+computed in float32 and rounded once, at the end.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.ops import _attention_blocks
+from fastrl.ops._attention_blocks import Positions, Rule
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+# Flash attention takes queries in blocks of 32 or more. A last block of less than eight rows goes
+# to another product kernel, with other bits; whole eights make a row's bits its own.
+_ROWS = 8
+
+
+class Part(NamedTuple):
+    """Pairs of some rows of the batch: queries and keys are ranges of tokens.
+
+    segments > 1: so many segments of equal length after one another, each seeing only itself.
+    merge: the queries have an output already, from the parts before.
+    shared: how many queries there are depends on what else continues the keys.
+    """
+
+    rows: slice
+    queries: slice
+    keys: slice
+    causal: bool
+    segments: int
+    merge: bool
+    shared: bool
+
+
+def attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    position_ids: Tensor | None,
+    visible_until: Tensor | None,
+    schedule: list[Tensor],
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """output [B, Hq, T, D] in memory order [B, T, Hq, D], and lse [B, Hq, T]."""
+    q, k, v, rule = _prepared(query, key, value, position_ids, scale, window, softcap)
+    parts = _parts(q, k, key_start, key_end, schedule, causal)
+    if len(parts) == 1 and parts[0].segments == 1 and parts[0].rows == slice(0, len(q)):
+        part = parts[0]
+        if part.queries == slice(0, q.shape[2]):
+            output, lse = _attend(*_cut_inputs(q, k, v, part), part, rule)
+            return token_major(output.to(query.dtype)), lse.contiguous()
+    output = token_major(torch.zeros_like(q))
+    lse = q.new_full(q.shape[:3], -torch.inf)
+    for part in parts:
+        cut_q, cut_k, cut_v = _cut_inputs(q, k, v, part)
+        new, new_lse = _attend(cut_q, cut_k, cut_v, part, rule)
+        held = cut(output, part.rows, part.queries, part.segments)
+        held_lse = cut(lse, part.rows, part.queries, part.segments)
+        if not part.merge:
+            held.copy_(new)
+            held_lse.copy_(new_lse)
+            continue
+        # Neither has a key: NaN from inf - inf, where 0 is right as well as any other weight.
+        held.lerp_(new, torch.sigmoid(new_lse - held_lse).nan_to_num_(0.0)[..., None])
+        torch.logaddexp(held_lse, new_lse, out=held_lse)
+    return output.to(query.dtype), lse
+
+
+def attention_bwd(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    position_ids: Tensor | None,
+    visible_until: Tensor | None,
+    schedule: list[Tensor],
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    needs_query: bool,
+    needs_key: bool,
+    needs_value: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in memory order [B, T, H, D]; [0] where none is needed."""
+    q, k, v, rule = _prepared(query, key, value, position_ids, scale, window, softcap)
+    g = torch.zeros_like(q) if grad_output is None else grad_output.to(q.dtype)
+    if grad_lse is not None:
+        rule = rule._replace(in_blocks=True)
+    saved = (g, output.to(q.dtype), lse, grad_lse)
+    needed = zip((q, k, v), (needs_query, needs_key, needs_value), strict=True)
+    grads = [token_major(torch.zeros_like(x)) if needs else None for x, needs in needed]
+    for part in _parts(q, k, key_start, key_end, schedule, causal):
+        new = _attend_backward(saved, _cut_inputs(q, k, v, part), part, rule)
+        for grad, x, tokens in zip(grads, new, (part.queries, part.keys, part.keys), strict=True):
+            if grad is not None:
+                cut(grad, part.rows, tokens, part.segments).add_(x)
+    given = (query, key, value)
+    return tuple(  # type: ignore[return-value]
+        x.new_empty(0) if grad is None else grad.to(x.dtype)
+        for grad, x in zip(grads, given, strict=True)
+    )
+
+
+def token_major(x: Tensor) -> Tensor:
+    """[B, H, T, D] in memory order [B, T, H, D], as models have it and as torch's op gives it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def cut(x: Tensor, rows: slice, tokens: slice, segments: int) -> Tensor:
+    """A view: [rows, H, tokens, ...], or [segments, H, tokens of each, ...] of the only row."""
+    x = x[rows, :, tokens]
+    return x if segments == 1 else x[0].unflatten(1, (segments, -1)).transpose(0, 1)
+
+
+def _prepared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position_ids: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Rule]:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    in_blocks = window is not None or softcap is not None
+    # torch's op scales what is hidden, -inf, as well: only a positive number leaves it hidden.
+    rule = Rule(scale, window, softcap, position_ids, in_blocks or scale <= 0)
+    return q, k, v, rule
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part, rule: Rule) -> tuple[Tensor, Tensor]:
+    if rule.in_blocks:
+        positions = _positions(q, k, part, rule)
+        return _attention_blocks.forward(q, k, v, part.causal, positions, rule)
+    length = q.shape[2]
+    output, lse = _flash(_whole_rows(q, part), k, v, 0.0, part.causal, scale=rule.scale)
+    return output[:, :, :length], lse[:, :, :length]
+
+
+def _attend_backward(
+    saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    part: Part,
+    rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor]:
+    at = (part.rows, part.queries, part.segments)
+    g, output, lse, grad_lse = (None if x is None else cut(x, *at) for x in saved)
+    assert g is not None and output is not None and lse is not None
+    q, k, v = inputs
+    if rule.in_blocks:
+        delta = (g * output).sum(-1)
+        if grad_lse is not None:
+            delta -= grad_lse
+        positions = _positions(q, k, part, rule)
+        return _attention_blocks.backward(g, delta, lse, q, k, v, part.causal, positions, rule)
+    length = q.shape[2]
+    # Rows of zeros add zeros to the gradients of keys and values.
+    g, q, output, lse = (_whole_rows(x, part) for x in (g, q, output, lse))
+    grad_q, grad_k, grad_v = _flash_backward(
+        g, q, k, v, output, lse, 0.0, part.causal, scale=rule.scale
+    )
+    return grad_q[:, :, :length], grad_k, grad_v
+
+
+def _whole_rows(x: Tensor, part: Part) -> Tensor:
+    """x [n, H, L, ...] with rows of zeros after it, where other queries could have made it longer:
+    those of a rectangle of a layout, which depend on how many continue its keys."""
+    missing = -x.shape[2] % _ROWS
+    if not missing or not part.shared:
+        return x
+    return torch.cat([x, x.new_zeros((*x.shape[:2], missing, *x.shape[3:]))], dim=2)
+
+
+def _positions(q: Tensor, k: Tensor, part: Part, rule: Rule) -> Positions | None:
+    """Of a part's first segment: in the others they differ as much. A dense row's parts end at the
+    same key as its queries."""
+    if rule.window is None:
+        return None
+    if rule.position_ids is not None:
+        queries, keys = rule.position_ids[part.queries], rule.position_ids[part.keys]
+        return Positions(queries[: q.shape[2]], keys[: k.shape[2]])
+    keys = torch.arange(k.shape[2])
+    queries = torch.arange(q.shape[2])
+    return Positions(queries if part.causal else queries + k.shape[2], keys)
+
+
+def _cut_inputs(q: Tensor, k: Tensor, v: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    keys = (part.rows, part.keys, part.segments)
+    return cut(q, part.rows, part.queries, part.segments), cut(k, *keys), cut(v, *keys)
+
+
+def _parts(
+    q: Tensor,
+    k: Tensor,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    schedule: list[Tensor],
+    causal: bool,
+) -> list[Part]:
+    if q.numel() == 0 or k.numel() == 0:
+        return []
+    if schedule:
+        return _parts_of_layout(schedule[0].tolist())
+    num_keys = k.shape[2]
+    starts = [0] if key_start is None else key_start.clamp(0, num_keys).tolist()
+    ends = [num_keys] if key_end is None else key_end.clamp(0, num_keys).tolist()
+    found: list[Part] = []
+    if len(starts) == len(ends) == 1:
+        return _parts_of_row(slice(0, len(q)), starts[0], ends[0], q.shape[2], causal)
+    for b in range(len(q)):
+        start, end = starts[b % len(starts)], ends[b % len(ends)]
+        found += _parts_of_row(slice(b, b + 1), start, end, q.shape[2], causal)
+    return found
+
+
+def _parts_of_row(rows: slice, start: int, end: int, queries: int, causal: bool) -> list[Part]:
+    """The last query stands at the last key, and those that would stand before the first see none;
+    the keys before the first query are a rectangle, those at the queries a triangle."""
+    if end <= start:
+        return []
+    standing = min(queries, end - start) if causal else queries
+    if not causal or standing == 1:
+        at = slice(queries - standing, queries)
+        return [Part(rows, at, slice(start, end), False, 1, False, False)]
+    at, middle = slice(queries - standing, queries), end - standing
+    before = Part(rows, at, slice(start, middle), False, 1, False, False)
+    triangle = Part(rows, at, slice(middle, end), True, 1, start < middle, False)
+    return [before, triangle] if start < middle else [triangle]
+
+
+def _parts_of_layout(listed: list[list[int]]) -> list[Part]:
+    """Of `attention_parts`: neighbours of equal length that see but themselves are one part."""
+    found: list[Part] = []
+    covered = 0  # the queries before here have an output
+    for query_start, query_end, key_start, key_end, causal in listed:
+        merge = query_start < covered
+        covered = max(covered, query_end)
+        before = found[-1] if found else None
+        length = query_end - query_start
+        if (
+            before is not None
+            and causal and before.causal and merge == before.merge
+            and before.queries.stop == query_start
+            and before.queries.stop - before.queries.start == length * before.segments
+        ):  # fmt: skip
+            both = slice(before.queries.start, query_end)
+            found[-1] = before._replace(queries=both, keys=both, segments=before.segments + 1)
+            continue
+        queries, keys = slice(query_start, query_end), slice(key_start, key_end)
+        found.append(Part(slice(0, 1), queries, keys, bool(causal), 1, merge, not causal))
+    return found
