@@ -1,0 +1,60 @@
+"""fastrl's attention inside Hugging Face models, with packed batches and shared prompts.
+
+    fastrl.hf.register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastrl")
+    model(token_ids, attention_mask=mask)                                   # as with any other
+    model(token_ids, position_ids=restarting)                               # padding-free
+    layout = batch.layout                                                   # of pack_groups
+    model(batch.token_ids[None], position_ids=layout.position_ids[None], layout=layout)
+
+Which keys exist comes from our mask function (`_masks`), which tokens belong together from the
+layout, from cu_seq_lens_q or from position_ids (`_packing`), and `_models` refuses models
+that would not hand these on.
+"""
+
+from fastrl.hf._attention import attention_function
+from fastrl.hf._masks import mask_function
+from fastrl.hf._models import NAME, refuse_models
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Makes attn_implementation="fastrl" known to transformers. Calling it again does nothing.
+
+    Works: batches without padding or padded on either side, dynamic and static caches, generate,
+    sliding windows, softcap, gradient checkpointing, 16-bit weights, autocast, torch.compile.
+    Nothing of the size [tokens, tokens] is built.
+
+    Three ways to keep sequences of one row apart, of which the first also shares prompts:
+      - layout=: a PackedLayout of the row's tokens, with position_ids=layout.position_ids[None].
+      - cu_seq_lens_q=: the boundaries of independent sequences, as for flash attention.
+      - position_ids that restart at 0, one independent sequence each; in any number of rows.
+    The cache of such a forward cannot be continued: pass use_cache=False.
+
+    What cannot be honoured is a ValueError: dropout in attention while training, attention that is
+    not causal or is chunked, a bias on scores, sinks, masks of four dimensions or with holes, mask
+    functions of one's own, layout with padding, position_ids that disagree with the layout or that
+    restart elsewhere than at 0, attention weights as an output, and layouts in models with layers
+    that are no attention. A model that does not promise, by `_supports_attention_backend`, to hand
+    its arguments on to its attention is refused when it is built. For that, and for nothing else,
+    PreTrainedModel's choice of an attention is wrapped: some such models take layout= and drop it.
+
+    On a GPU, a forward waits for it once for the padding mask and once for the position_ids (twice
+    where they restart; never while decoding, nor with a view of layout.position_ids). Under
+    torch.compile nothing waits: what would be a ValueError fails there as an assertion on the
+    device, and position_ids that restart do too; pass layout= instead.
+
+    Raises:
+        ImportError: transformers is not installed, or is older than 5.4.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(
+            "hf: expected transformers >= 5.4, found none that has an AttentionMaskInterface. "
+            "Use pip install 'fastrl[hf]'."
+        ) from error
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, mask_function)
+    refuse_models()
