@@ -4,10 +4,10 @@
 Models, rewards and trainers stand in `fastrl.models`, `fastrl.rewards` and `fastrl.trainers`.
 """
 
-from fastrl import ops, reference
+from fastrl import hf, ops, reference
 from fastrl.layout import PackedBatch, PackedLayout, pack_groups
 from fastrl.ops import *  # noqa: F403  (its __all__ is the contract)
 
 __version__ = "0.1.0"
 
-__all__ = ["PackedBatch", "PackedLayout", "ops", "pack_groups", "reference", *ops.__all__]
+__all__ = ["PackedBatch", "PackedLayout", "hf", "ops", "pack_groups", "reference", *ops.__all__]

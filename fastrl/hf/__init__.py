@@ -12,11 +12,14 @@ layout, from cu_seq_lens_q or from position_ids (`_packing`), and `_models` refu
 that would not hand these on.
 """
 
+from torch import nn
+
 from fastrl.hf._attention import attention_function
 from fastrl.hf._masks import mask_function
-from fastrl.hf._models import NAME, refuse_models
+from fastrl.hf._models import NAME, check_model, refuse_models
+from fastrl.ops._checks import fail
 
-__all__ = ["register"]
+__all__ = ["check", "register"]
 
 
 def register() -> None:
@@ -58,3 +61,27 @@ def register() -> None:
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, mask_function)
     refuse_models()
+
+
+def check(model: nn.Module) -> None:
+    """Refuses a model that would take layout= and drop it. For trainers, before the first step.
+
+    With another attention transformers hands a layout to every layer, and none looks at it.
+
+    Args:
+        model: from transformers, bare or inside other modules.
+    Raises:
+        ValueError: a model of transformers in it is not on fastrl's attention, or none is.
+    """
+    from transformers import PreTrainedModel
+
+    remedy = "Call fastrl.hf.register(), and load the model with attn_implementation='fastrl'."
+    models = [x for x in model.modules() if isinstance(x, PreTrainedModel)]
+    if not models:
+        got = type(model).__name__
+        raise fail("hf", "a model of transformers with attn_implementation='fastrl'", got, remedy)
+    for part in models:
+        where, attention = type(part).__name__, part.config._attn_implementation
+        if attention != NAME:
+            raise fail("hf", f"attn_implementation='{NAME}' in {where}", attention, remedy)
+        check_model(type(part))

@@ -6,7 +6,7 @@
                  a row's last query stands at its last such key
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ EXISTS_NOT, TOKEN, PADDING = 0, 1, 2
 # The functions of transformers.masking_utils that a mask may be made of. Packed rows are ours to
 # find again, from the position_ids that each layer gets.
 _CAUSAL = {
+    "and_mask",  # what and_masks returns
     "and_masks",
     "causal_mask_function",
     "packed_sequence_mask_function",
@@ -38,6 +39,7 @@ def mask_function(
     attention_mask: Tensor | None = None,
     config: Any = None,
     use_vmap: bool = False,
+    local_size: int | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
@@ -50,8 +52,16 @@ def mask_function(
     Returns:
         [B, S] int8, as the module's docstring says, or None if all keys are tokens.
     """
-    check_config(type(config))
-    _check_pattern(mask_function, use_vmap)
+    if use_vmap:
+        remedy = "Leave or_mask_function and and_mask_function out."
+        raise fail("hf", "transformers' own causal masks", "a mask function beside them", remedy)
+    if torch.compiler.is_compiling():
+        is_bidirectional = "allow_is_bidirectional_skip" in kwargs
+        _check_traced_pattern(mask_function, is_bidirectional, local_size, config)
+        _assert_causal(mask_function, batch_size, q_length, q_offset, device)
+    else:
+        check_config(type(config))
+        _check_pattern(_parts(mask_function))
     num_keys = q_offset + q_length - kv_offset  # up to the last query
     if isinstance(num_keys, int) and num_keys > kv_length:
         raise fail("hf", f"keys up to the last query, {num_keys}", kv_length, "Pass the cache.")
@@ -69,11 +79,8 @@ def mask_function(
     return (TOKEN * token + PADDING * (begun & ~token & written)).to(torch.int8)
 
 
-def _check_pattern(function: Callable[..., Any] | None, use_vmap: bool) -> None:
-    if use_vmap:
-        remedy = "Leave or_mask_function and and_mask_function out."
-        raise fail("hf", "transformers' own causal masks", "a mask function beside them", remedy)
-    for name in _parts(function):
+def _check_pattern(parts: Iterable[str]) -> None:
+    for name in parts:
         if name not in _CAUSAL:
             remedy = "Use another attn_implementation."
             raise fail("hf", "causal attention, with a window or without", name, remedy)
@@ -89,6 +96,30 @@ def _parts(function: Any) -> Iterator[str]:
         for part in inside if isinstance(inside, tuple) else (inside,):
             if callable(part):
                 yield from _parts(part)
+
+
+def _check_traced_pattern(
+    function: Any, is_bidirectional: bool, local_size: int | None, config: Any
+) -> None:
+    """The same where a function's closure cannot be looked into."""
+    parts = [] if function is None or function.__name__ in _CAUSAL else [function.__name__]
+    if is_bidirectional:
+        parts.append("bidirectional_mask_function")
+    if local_size is not None and getattr(config, "attention_chunk_size", None) is not None:
+        parts.append("chunked_overlay")
+    _check_pattern(parts)
+
+
+def _assert_causal(
+    function: Any, batch: int, queries: int, offset: int | Tensor, device: torch.device | str
+) -> None:
+    """No query sees the next key, as it would in blocks that see all of themselves."""
+    if function is None:
+        return
+    row = torch.arange(batch, device=device)[:, None]
+    query = torch.arange(queries - 1, device=device)[None] + offset
+    seen = function(row, row.new_zeros(()), query, query + 1)
+    torch._assert_async(~seen.any(), "hf: expected causal attention, got blocks that see ahead.")
 
 
 def _aligned(mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:

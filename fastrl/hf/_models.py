@@ -74,7 +74,6 @@ def check_packable(module: nn.Module) -> None:
         raise fail("hf", "attention in all layers of a model with packed rows", got, remedy)
 
 
-@functools.cache
 def _has_state(attention: type) -> bool:
     """Whether a model class beside this attention class carries a state from token to token."""
     return any(c._is_stateful for c in _models_in(attention.__module__))
