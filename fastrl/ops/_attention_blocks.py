@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Fixed, so that a row's bits do not follow from its batch. The query heads of a key's head share
-# its products.
+# Fixed, and one row of the batch at a time, so that its bits do not follow from the others: a
+# product of several may take another kernel. Query heads that share keys share a product.
 QUERIES, KEYS = 128, 512
-SCORES = 1 << 21  # at a time, where one row of the batch has no more than that
 
 
 class Rule(NamedTuple):
@@ -44,7 +43,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """output [n, Hq, L, D] and lse [n, Hq, L] of n segments or rows that see but themselves."""
     output, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf)
-    for rows in _rows(q):
+    for rows in _ranges(q.shape[0], 1):
         for i in _ranges(q.shape[2], QUERIES):
             query, keys = _fold(q[rows, :, i] * rule.scale, k), (k[rows], v[rows])
             seen = _visible_blocks(i, k.shape[2], causal, positions, rule)
@@ -98,7 +97,7 @@ def backward(
     """grad_query, grad_key, grad_value, from the merged output's delta and lse, [n, Hq, L]."""
     grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     lse = lse.masked_fill(lse == -torch.inf, 0)  # exp(-inf - 0) is the 0 that such a row needs
-    for rows in _rows(q):
+    for rows in _ranges(q.shape[0], 1):
         grad_q, grad_k, grad_v = (x[rows] for x in grads)
         for i in _ranges(q.shape[2], QUERIES):
             query, grad = _fold(q[rows, :, i] * rule.scale, k), _fold(g[rows, :, i], k)
@@ -153,10 +152,6 @@ def _visible_blocks(
                 near = positions.queries[i, None] - rule.window < key
                 mask = near if mask is None else mask & near
         yield j, mask
-
-
-def _rows(q: Tensor) -> Iterator[slice]:
-    return _ranges(q.shape[0], max(1, SCORES // (q.shape[1] * QUERIES * KEYS)))
 
 
 def _ranges(size: int, block: int) -> Iterator[slice]:

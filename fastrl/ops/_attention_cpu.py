@@ -3,8 +3,8 @@
 A part is a rectangle or a causal triangle of pairs (fastrl/_schedule.py for layouts; a dense row is
 a rectangle and a triangle). A query's parts merge by their log-sum-exps, always in the same order:
 
-    lse = logaddexp(lse_1, lse_2)
-    output = output_1 + sigmoid(lse_2 - lse_1) (output_2 - output_1)
+    lse = log(exp(lse_1) + exp(lse_2))
+    output = output_1 + (output_2 - output_1) exp(lse_2 - lse)
 
 Each part's backward pass is given the merged output and log-sum-exp, for which its probabilities
 are those of the whole, and the parts' gradients add up. torch's op knows neither window nor softcap
@@ -78,9 +78,7 @@ def attention_fwd(
             held.copy_(new)
             held_lse.copy_(new_lse)
             continue
-        # Neither has a key: NaN from inf - inf, where 0 is right as well as any other weight.
-        held.lerp_(new, torch.sigmoid(new_lse - held_lse).nan_to_num_(0.0)[..., None])
-        torch.logaddexp(held_lse, new_lse, out=held_lse)
+        _merge(held, held_lse, new, new_lse)
     return output.to(query.dtype), lse
 
 
@@ -108,6 +106,7 @@ def attention_bwd(
     """The gradients in memory order [B, T, H, D]; [0] where none is needed."""
     q, k, v, rule = _prepared(query, key, value, position_ids, scale, window, softcap)
     g = torch.zeros_like(q) if grad_output is None else grad_output.to(q.dtype)
+    g = g if g.stride(-1) == 1 else g.contiguous()  # that of a sum is expanded
     if grad_lse is not None:
         rule = rule._replace(in_blocks=True)
     saved = (g, output.to(q.dtype), lse, grad_lse)
@@ -146,19 +145,33 @@ def _prepared(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Rule]:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    # torch's op takes for granted that a row of D is dense.
+    q, k, v = ((x if x.stride(-1) == 1 else x.contiguous()).to(dtype) for x in (query, key, value))
     in_blocks = window is not None or softcap is not None
     # torch's op scales what is hidden, -inf, as well: only a positive number leaves it hidden.
     rule = Rule(scale, window, softcap, position_ids, in_blocks or scale <= 0)
     return q, k, v, rule
 
 
+def _merge(output: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
+    """In place. Of functions whose bits do not follow from where in memory an entry stands, as
+    those of torch's sigmoid, logaddexp and lerp do."""
+    top = torch.maximum(lse, new_lse)
+    top.masked_fill_(top == -torch.inf, 0)  # neither has a key: no inf - inf
+    mine, other = (lse - top).exp_(), (new_lse - top).exp_()
+    total = mine.add_(other)
+    weight = other.div_(total.masked_fill(total == 0, 1))
+    output.add_((new - output).mul_(weight[..., None]))
+    lse.copy_(total.log_().add_(top))
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part, rule: Rule) -> tuple[Tensor, Tensor]:
+    length, positions = q.shape[2], _positions(q, k, part, rule)
+    q = _whole_rows(q, part)
     if rule.in_blocks:
-        positions = _positions(q, k, part, rule)
-        return _attention_blocks.forward(q, k, v, part.causal, positions, rule)
-    length = q.shape[2]
-    output, lse = _flash(_whole_rows(q, part), k, v, 0.0, part.causal, scale=rule.scale)
+        output, lse = _attention_blocks.forward(q, k, v, part.causal, positions, rule)
+    else:
+        output, lse = _flash(q, k, v, 0.0, part.causal, scale=rule.scale)
     return output[:, :, :length], lse[:, :, :length]
 
 
@@ -172,41 +185,48 @@ def _attend_backward(
     g, output, lse, grad_lse = (None if x is None else cut(x, *at) for x in saved)
     assert g is not None and output is not None and lse is not None
     q, k, v = inputs
-    if rule.in_blocks:
-        delta = (g * output).sum(-1)
-        if grad_lse is not None:
-            delta -= grad_lse
-        positions = _positions(q, k, part, rule)
-        return _attention_blocks.backward(g, delta, lse, q, k, v, part.causal, positions, rule)
-    length = q.shape[2]
+    length, positions = q.shape[2], _positions(q, k, part, rule)
     # Rows of zeros add zeros to the gradients of keys and values.
     g, q, output, lse = (_whole_rows(x, part) for x in (g, q, output, lse))
-    grad_q, grad_k, grad_v = _flash_backward(
-        g, q, k, v, output, lse, 0.0, part.causal, scale=rule.scale
-    )
-    return grad_q[:, :, :length], grad_k, grad_v
+    if not rule.in_blocks:
+        saved_by_forward = (output, lse, 0.0, part.causal)
+        grad_q, *others = _flash_backward(g, q, k, v, *saved_by_forward, scale=rule.scale)
+    else:
+        delta = (g * output).sum(-1)
+        if grad_lse is not None:
+            delta -= _whole_rows(grad_lse, part)
+        seen = (part.causal, positions, rule)
+        grad_q, *others = _attention_blocks.backward(g, delta, lse, q, k, v, *seen)
+    return grad_q[:, :, :length], *others
 
 
 def _whole_rows(x: Tensor, part: Part) -> Tensor:
     """x [n, H, L, ...] with rows of zeros after it, where other queries could have made it longer:
     those of a rectangle of a layout, which depend on how many continue its keys."""
-    missing = -x.shape[2] % _ROWS
-    if not missing or not part.shared:
+    missing = _missing_rows(x.shape[2], part)
+    if not missing:
         return x
     return torch.cat([x, x.new_zeros((*x.shape[:2], missing, *x.shape[3:]))], dim=2)
 
 
+def _missing_rows(num_queries: int, part: Part) -> int:
+    return -num_queries % _ROWS if part.shared else 0
+
+
 def _positions(q: Tensor, k: Tensor, part: Part, rule: Rule) -> Positions | None:
-    """Of a part's first segment: in the others they differ as much. A dense row's parts end at the
-    same key as its queries."""
+    """Of a part's first segment: in the others they differ as much."""
     if rule.window is None:
         return None
+    num_queries, num_keys = q.shape[2], k.shape[2]
     if rule.position_ids is not None:
         queries, keys = rule.position_ids[part.queries], rule.position_ids[part.keys]
-        return Positions(queries[: q.shape[2]], keys[: k.shape[2]])
-    keys = torch.arange(k.shape[2])
-    queries = torch.arange(q.shape[2])
-    return Positions(queries if part.causal else queries + k.shape[2], keys)
+        queries = queries[:num_queries]
+        # Rows of zeros stand where the last query does.
+        queries = torch.cat([queries, queries[-1:].expand(_missing_rows(num_queries, part))])
+        return Positions(queries, keys[:num_keys])
+    # A row's queries begin after the keys of its rectangle; a single one is the last of them.
+    first = 0 if part.causal else num_keys - (num_queries == 1)
+    return Positions(torch.arange(first, first + num_queries), torch.arange(num_keys))
 
 
 def _cut_inputs(q: Tensor, k: Tensor, v: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,6 +278,8 @@ def _parts_of_layout(listed: list[list[int]]) -> list[Part]:
     found: list[Part] = []
     covered = 0  # the queries before here have an output
     for query_start, query_end, key_start, key_end, causal in listed:
+        if query_start == query_end:
+            continue
         merge = query_start < covered
         covered = max(covered, query_end)
         before = found[-1] if found else None

@@ -215,7 +215,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> Any:
-    saved, schedule = ctx.saved_tensors[:9], list(ctx.saved_tensors[9:])
+    everything = ctx.saved_tensors  # read once: selective checkpointing counts
+    saved, schedule = everything[:9], list(everything[9:])
     needed, grads = ctx.needs_input_grad[:3], [None] * 3
     if grad_output is not None or grad_lse is not None:
         found = _bwd(grad_output, grad_lse, *saved, schedule, *ctx.numbers, *needed)
