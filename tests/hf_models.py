@@ -65,5 +65,7 @@ def gradients(model, loss):
 def assert_equal_gradients(ours, theirs, atol=1e-5):
     assert ours.keys() == theirs.keys() and len(ours) > 10
     for name, grad in ours.items():
-        torch.testing.assert_close(grad, theirs[name], rtol=0, atol=atol, msg=lambda m: name + m)
+        torch.testing.assert_close(
+            grad, theirs[name], rtol=0, atol=atol, msg=f"the gradient of {name} differs"
+        )
     assert max(grad.abs().max() for grad in ours.values()) > 0.01  # not all but zero

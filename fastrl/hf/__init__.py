@@ -12,6 +12,8 @@ layout, from cu_seq_lens_q or from position_ids (`_packing`), and `_models` refu
 that would not hand these on.
 """
 
+import inspect
+
 from torch import nn
 
 from fastrl.hf._attention import attention_function
@@ -20,6 +22,8 @@ from fastrl.hf._models import NAME, check_model, refuse_models
 from fastrl.ops._checks import fail
 
 __all__ = ["check", "register"]
+
+_MISSING = "hf: expected transformers >= 5.4, got {found}. Use pip install 'fastrl[hf]'."
 
 
 def register() -> None:
@@ -53,11 +57,12 @@ def register() -> None:
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
     except ImportError as error:
-        raise ImportError(
-            "hf: expected transformers >= 5.4, found none that has an AttentionMaskInterface. "
-            "Use pip install 'fastrl[hf]'."
-        ) from error
+        raise ImportError(_MISSING.format(found="none")) from error
+    if "q_offset" not in inspect.signature(sdpa_mask).parameters:
+        found = "one that tells a mask function cache positions"
+        raise ImportError(_MISSING.format(found=found))
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, mask_function)
     refuse_models()

@@ -1,9 +1,9 @@
 """transformers' attention mask as one number per key, never one per pair.
 
-    EXISTS_NOT   padding before a row's first token; a place of a cache that is not yet written
-    TOKEN        a key
-    PADDING      padding after a row's last token: no token sees it, since attention is causal, but
-                 a row's last query stands at its last such key
+EXISTS_NOT   padding before a row's first token; a place of a cache that is not yet written
+TOKEN        a key
+PADDING      padding after a row's last token: no token sees it, since attention is causal, but
+             a row's last query stands at its last such key
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -41,6 +41,7 @@ _REFUSED = {
     "s_aux": "attention without sinks",
     "sinks": "attention without sinks",
 }
+_CHECKED: set[type] = set()  # configurations whose models keep their promise
 _ATTENDING = {"full_attention", "sliding_attention"}
 
 
@@ -97,9 +98,10 @@ def check_model(model: type) -> None:
         )
 
 
-@functools.cache
 def check_config(config: type) -> None:
     """`check_model` for who only knows the configuration, as a mask function does."""
+    if config in _CHECKED:
+        return
     from transformers import PreTrainedModel
 
     models = [c for c in _subclasses(PreTrainedModel) if getattr(c, "config_class", None) is config]
@@ -108,6 +110,7 @@ def check_config(config: type) -> None:
     models = [c for c in models if c.__module__.rpartition(".")[0] == package] or models
     if models and not any(c._supports_attention_backend for c in models):
         check_model(models[0])
+    _CHECKED.add(config)
 
 
 def _subclasses(cls: Any) -> set[Any]:
@@ -130,7 +133,7 @@ def refuse_models() -> None:
         return original(self, requested_attention, *args, **kwargs)
 
     checked.checks_fastrl = True  # type: ignore[attr-defined]
-    PreTrainedModel.get_correct_attn_implementation = checked
+    PreTrainedModel.get_correct_attn_implementation = checked  # type: ignore[method-assign]
 
 
 def check_mask(mask: object, expected: str) -> None:

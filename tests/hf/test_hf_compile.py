@@ -1,9 +1,10 @@
 """torch.compile(fullgraph=True): the same numbers, one graph for all layouts, and errors that
-appear when the graph runs. The eager backend runs what Dynamo has traced; aot_eager its autograd."""
+appear when the graph runs. The eager backend runs what Dynamo traced, aot_eager its."""
 
 import pytest
 import torch
 from hf_models import VOCAB, build
+from torch._dynamo.exc import Unsupported
 from transformers import masking_utils
 
 from fastrl import pack_groups
@@ -88,9 +89,9 @@ def test_decoding_with_a_static_cache(name):
     "create, given, error",
     [
         ("create_causal_mask", dict(block_sequence_ids=torch.zeros(1, 9).long()), RuntimeError),
-        ("create_causal_mask", dict(or_mask_function=lambda b, h, q, k: q >= k), Exception),
-        ("create_chunked_causal_mask", {}, Exception),
-        ("create_bidirectional_mask", {}, Exception),
+        ("create_causal_mask", dict(or_mask_function=lambda b, h, q, k: q >= k), Unsupported),
+        ("create_chunked_causal_mask", {}, Unsupported),
+        ("create_bidirectional_mask", {}, Unsupported),
     ],
 )
 def test_masks_that_are_more_than_causal(create, given, error):
@@ -108,6 +109,5 @@ def test_masks_that_are_more_than_causal(create, given, error):
         return embeddings + 1
 
     fast, _ = compiled(mask)
-    with pytest.raises(error, match="hf: expected (causal attention|transformers' own)") as e:
+    with pytest.raises(error, match="hf: expected (causal attention|transformers' own)"):
         fast(torch.zeros(1, 9, 32))
-    print(type(e.value), str(e.value)[:1500])

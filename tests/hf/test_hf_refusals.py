@@ -1,6 +1,7 @@
 """What fastrl's attention cannot honour is an error, never a wrong number."""
 
 import copy
+import inspect
 import sys
 
 import pytest
@@ -72,7 +73,7 @@ def test_a_wrapper_does_not_make_its_model_worse():
     model = build("llama")
     with pytest.raises(ValueError, match="got Wrapper"):
         Wrapper(copy.deepcopy(model.config))
-    fastrl.hf._models.check_config.cache_clear()
+    fastrl.hf._models._CHECKED.clear()
     assert model(IDS).logits.isfinite().all()
 
 
@@ -84,7 +85,7 @@ def test_chunked_attention():
         with pytest.raises(ValueError, match="causal attention.* got chunked_overlay"):
             chunked(ids, **given)
     full = build("llama4_text", **widths, layer_types=["full_attention"] * 2)
-    with pytest.raises(ValueError, match="got chunked_attention|position_ids in each layer"):
+    with pytest.raises(ValueError, match="got chunked_|position_ids in each layer"):
         full(ids, **arguments)
 
 
@@ -153,17 +154,13 @@ def test_masks_that_are_more_than_causal(create, arguments):
     embeddings = torch.zeros(1, 9, 32)
     if "bidirectional" not in create:
         arguments = arguments | dict(position_ids=torch.arange(9)[None] % 5)
+    takes = inspect.signature(getattr(masking_utils, create)).parameters
+    if not arguments.keys() <= takes.keys():
+        pytest.skip("transformers has no such mask yet")
     inputs = dict(config=config, inputs_embeds=embeddings, attention_mask=None)
-    takes_cache = "past_key_values" not in create_arguments(create)
-    inputs |= {"cache" if takes_cache else "past_key_values": None}
+    inputs |= {"past_key_values" if "past_key_values" in takes else "cache": None}
     with pytest.raises(ValueError, match="hf: expected (causal attention|transformers' own)"):
         getattr(masking_utils, create)(**inputs, **arguments)
-
-
-def create_arguments(name):
-    import inspect
-
-    return inspect.signature(getattr(masking_utils, name)).parameters
 
 
 @pytest.mark.parametrize(
