@@ -47,10 +47,11 @@ def register() -> None:
     its arguments on to its attention is refused when it is built. For that, and for nothing else,
     PreTrainedModel's choice of an attention is wrapped: some such models take layout= and drop it.
 
-    On a GPU, a forward waits for it once for the padding mask and once for the position_ids (twice
-    where they restart; never while decoding, nor with a view of layout.position_ids). Under
-    torch.compile nothing waits: what would be a ValueError fails there as an assertion on the
-    device, and position_ids that restart do too; pass layout= instead.
+    On a GPU, a forward waits for it once for each padding mask that the model makes and once for
+    the position_ids beside it (twice more where they restart; never while decoding, nor with a view
+    of layout.position_ids). Under torch.compile nothing waits: what the values would make a
+    ValueError fails as an assertion on the device, and so do position_ids that restart: pass
+    layout= there.
 
     Raises:
         ImportError: transformers is not installed, or is older than 5.4.

@@ -4,6 +4,7 @@ import functools
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastrl.ops._checks import fail
@@ -63,28 +64,29 @@ def check_call(
 
 
 def check_packable(module: nn.Module) -> None:
-    """Refuses a layer of a model in which other layers would mix what a layout keeps apart."""
+    """Refuses a layer of a model in which other layers would mix what a layout keeps apart, or
+    whose positions begin elsewhere than at 0."""
     config = getattr(module, "config", None)
     kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENDING
     if getattr(config, "attention_chunk_size", None) is not None:
         kinds.add("chunked_attention")
-    kinds |= {"recurrent layers"} if _has_state(type(module)) else set()
+    kinds.update(_unpackable(type(module).__module__))
     if kinds:
-        got = ", ".join(sorted(kinds))
+        expected = "attention in all layers, and positions from 0, in a model with packed rows"
         remedy = "Pass sequences as rows of a padded batch."
-        raise fail("hf", "attention in all layers of a model with packed rows", got, remedy)
+        raise fail("hf", expected, ", ".join(sorted(kinds)), remedy)
 
 
-def _has_state(attention: type) -> bool:
-    """Whether a model class beside this attention class carries a state from token to token."""
-    return any(c._is_stateful for c in _models_in(attention.__module__))
-
-
-def _models_in(module: str) -> list[Any]:
-    from transformers import PreTrainedModel
-
-    found = vars(sys.modules[module]).values() if module in sys.modules else ()
-    return [c for c in found if isinstance(c, type) and issubclass(c, PreTrainedModel)]
+@torch.compiler.assume_constant_result
+def _unpackable(module: str) -> list[str]:
+    """What the model classes beside an attention class say of themselves, by its module."""
+    found = set()
+    for cls in vars(sys.modules[module]).values() if module in sys.modules else ():
+        if getattr(cls, "_is_stateful", False) is True:
+            found.add("recurrent layers")
+        if hasattr(cls, "create_position_ids_from_input_ids"):
+            found.add("positions that are counted from the padding's id")
+    return sorted(found)
 
 
 def check_model(model: type) -> None:

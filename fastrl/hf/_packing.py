@@ -34,9 +34,11 @@ def packing(
     if position_ids is None:
         remedy = "Its layers could not tell packed rows from others: take another model."
         raise fail("hf", "position_ids in each layer", f"none in {type(module).__name__}", remedy)
-    if position_ids.dim() != 2 or position_ids.shape[1] != num_queries:
+    rows = position_ids.shape[0]
+    if position_ids.dim() != 2 or position_ids.shape[1] != num_queries or rows not in (1, batch):
         got = tuple(position_ids.shape)
-        raise fail("hf", f"position_ids [B, T] = ({batch}, {num_queries})", got, "Pass two axes.")
+        remedy = "Pass one per token, for each row or for all."
+        raise fail("hf", f"position_ids [B, T] = ({batch}, {num_queries})", got, remedy)
     if layout is None and cu_seq_lens_q is None:
         return once(
             position_ids,
@@ -89,7 +91,11 @@ def _check_layout(layout: Any, query: Tensor, key: Tensor, position_ids: Tensor)
         return
 
     def agree() -> bool:
-        is_view = position_ids.data_ptr() == positions.data_ptr() and position_ids.is_contiguous()
+        is_view = (
+            position_ids.data_ptr() == positions.data_ptr()
+            and position_ids.dtype == positions.dtype
+            and position_ids.is_contiguous()
+        )
         return is_view or torch.equal(position_ids[0], positions.to(position_ids.dtype))
 
     if not once(position_ids, "layout", agree, layout):

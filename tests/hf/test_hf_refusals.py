@@ -120,6 +120,27 @@ def test_layers_that_mix_what_a_layout_keeps_apart(name, widths):
             model(ids, use_cache=False, **given)
 
 
+def test_positions_that_do_not_begin_at_0():
+    widths = SMALL | dict(is_decoder=True)
+    ids, arguments = packed()
+    with pytest.raises(ValueError, match="positions from 0.* counted from the padding's id"):
+        build("roberta", **widths)(ids, **arguments)
+
+
+def test_recurrent_layers_that_the_configuration_does_not_name():
+    """A model class beside the layer's own says that it carries a state."""
+    model = build("llama")
+    ids, arguments = packed()
+    assert model(ids, **arguments).logits.isfinite().all()
+    try:
+        type(model.model)._is_stateful = True
+        assert model(ids).logits.isfinite().all()
+        with pytest.raises(ValueError, match="attention in all layers.* got recurrent layers"):
+            model(ids, **arguments)
+    finally:
+        del type(model.model)._is_stateful
+
+
 def test_attention_that_is_not_causal():
     fastrl.hf.register()
     config = AutoConfig.for_model("bert", **SMALL, vocab_size=VOCAB)
