@@ -18,9 +18,24 @@ def attention_parts(starts: Tensor, ends: Tensor, until: Tensor) -> Tensor:
         until: [S] int64, the end of the subtree below it.
     """
     has_tokens = starts < ends
-    starts, ends, until = starts[has_tokens], ends[has_tokens], until[has_tokens]
-    one = torch.ones_like(starts)
-    causal = torch.stack([starts, ends, starts, ends, one], dim=1)
-    full = torch.stack([ends, until, starts, ends, 0 * one], dim=1)
-    both = torch.stack([causal, full], dim=1).flatten(0, 1)  # [2 S, 5], by segment
-    return both[both[:, 0] < both[:, 1]].int()
+    exists = torch.stack([has_tokens, has_tokens & (ends < until)], dim=1)  # triangle, rectangle
+    part = exists.flatten().nonzero().squeeze(-1)  # by segment
+    segment, is_causal = part >> 1, (part & 1) == 0
+    # index_select: half the time of the brackets
+    starts, ends, until = (x.int().index_select(0, segment) for x in (starts, ends, until))
+    query_start = torch.where(is_causal, starts, ends)
+    query_end = torch.where(is_causal, ends, until)
+    return torch.stack([query_start, query_end, starts, ends, is_causal.int()], dim=1)
+
+
+def with_any_length(tensors: list[Tensor]) -> list[Tensor]:
+    """The same tensors, marked so that torch.compile takes their first size for a variable: what it
+    has compiled for one layout then serves the next.
+
+    This is `torch._dynamo.maybe_mark_dynamic(tensor, 0)` without the import, which costs a second:
+    the attributes that it sets in torch 2.10 to 2.13. A test compares them.
+    """
+    for tensor in tensors:
+        tensor._dynamo_weak_dynamic_indices = {0}  # type: ignore[attr-defined]
+        tensor._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
+    return tensors

@@ -61,7 +61,7 @@ def test_dtypes_device_and_repr():
     moved = layout.to("meta")
     assert all(getattr(moved, name).is_meta for name in int32 + int64)
     assert moved.num_tokens == 3 and not layout.prefix.is_meta
-    assert repr(layout) == "PackedLayout(3 tokens in 2 segments, 1 roots, on cpu)"
+    assert repr(layout) == "PackedLayout(3 tokens, 2 segments, 1 tree: 2 + 1)"
 
 
 @pytest.mark.parametrize(
