@@ -70,7 +70,8 @@ def _row(trees: list[str], num_trees: int) -> str:
         if len(" | ".join([*shown, text])) > WIDTH:
             if shown:
                 break
-            text = f"{text[:WIDTH].rsplit(' ', 1)[0]} ..."
+            text = text[:WIDTH].rsplit(" ", 1)[0]
+            text += " ..." + ")" * (text.count("(") - text.count(")"))
         shown.append(text)
         left -= n
     return " | ".join([*shown, f"{left} more"] if left else shown)

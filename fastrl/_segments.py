@@ -13,7 +13,8 @@ def check_lists(cu_seqlens: Tensor, prefix: Tensor) -> None:
                 f"PackedLayout: expected {name} of one dimension, got {tuple(numbers.shape)}. "
                 "Pass one number per segment, and for cu_seqlens a 0 before them."
             )
-        if numbers.is_floating_point() or numbers.dtype == torch.bool:
+        # torch.tensor([]) is float32
+        if len(numbers) and (numbers.is_floating_point() or numbers.dtype == torch.bool):
             raise TypeError(
                 f"PackedLayout: expected {name} of dtype int32, got {numbers.dtype}. Use .int()."
             )
