@@ -40,22 +40,24 @@ class PackedBatch:
     def __init__(
         self, token_ids: Tensor, layout: PackedLayout, is_target: Tensor, segment_order: Tensor
     ) -> None:
-        """is_target: [N] bool, False where no token comes before. For the builders below, which
-        build on the host."""
-        self.token_ids = token_ids
-        self.layout = layout
-        self.segment_order = segment_order
-        self.target_index = is_target.nonzero().squeeze(-1)
-        self.target_ids = token_ids[self.target_index]
-        self.predict_index = layout.predecessor[self.target_index]
-        counts = torch.bincount(
-            layout.segment_ids[self.target_index], minlength=layout.num_segments
-        )
+        """For the builders below. All moves to the device of token_ids, once; the rest is on the
+        host, where some of it stays. is_target: [N] bool, False where no token comes before."""
+        target_index = is_target.nonzero().squeeze(-1)
+        counts = torch.bincount(layout.segment_ids[target_index], minlength=layout.num_segments)
         is_completion = (layout.prefix >= 0) | (counts > 0)
-        self.completion_segments = is_completion.nonzero().squeeze(-1)
+        self._host_is_target, self._host_segment_order = is_target, segment_order
+        self._host_completion_segments = is_completion.nonzero().squeeze(-1)
         ends = counts[is_completion].cumsum(0)
         self._host_completion_bounds = torch.nn.functional.pad(ends, (1, 0))  # [C + 1] int64
-        self.completion_cu_seqlens = self._host_completion_bounds.int()
+
+        device = token_ids.device
+        self.token_ids, self.layout = token_ids, layout.to(device)
+        self.segment_order = segment_order.to(device)
+        self.target_index = target_index.to(device)
+        self.target_ids = token_ids[self.target_index]
+        self.predict_index = layout.predecessor[target_index].to(device)
+        self.completion_segments = self._host_completion_segments.to(device)
+        self.completion_cu_seqlens = self._host_completion_bounds.int().to(device)
 
     @classmethod
     def from_segments(
@@ -98,22 +100,21 @@ class PackedBatch:
         loss_mask: Sequence[Tensor] | None,
         order: list[int],
     ) -> "PackedBatch":
-        empty = torch.zeros(0, dtype=torch.int64)
-        tokens = torch.cat([empty.to(segments[0].device) if segments else empty, *segments])
-        bounds = torch.tensor([0] + [segment.numel() for segment in segments]).cumsum(0)
-        layout = PackedLayout(bounds.int(), torch.tensor(parents, dtype=torch.int32))
+        tokens = _joined(segments, torch.int64)
+        lengths = _on_host([segment.numel() for segment in segments])
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        layout = PackedLayout(bounds.int(), _on_host(parents).int())
         has_predecessor = layout.predecessor >= 0
         if loss_mask is None:
             is_target = (layout.prefix >= 0)[layout.segment_ids] & has_predecessor
         else:
-            is_target = torch.cat([empty.bool(), *(mask.cpu() for mask in loss_mask)])
+            is_target = _joined(loss_mask, torch.bool).cpu()
             if bool((is_target & ~has_predecessor).any()):
                 raise ValueError(
                     "from_segments: expected loss_mask False at the first token of a root, got "
                     "True. No token predicts it: begin the root with a token that is no target."
                 )
-        batch = cls(tokens.cpu(), layout, is_target, torch.tensor(order, dtype=torch.int64))
-        return batch.to(tokens.device)
+        return cls(tokens, layout, is_target, _on_host(order))
 
     def paths(self) -> LeafPaths:
         """`PackedLayout.paths` of the M targets alone: index counts among them, [P] goes to [M].
@@ -212,7 +213,7 @@ class MicroBatch(PackedBatch):
 def _micro_batches(batch: PackedBatch, max_tokens: int) -> list[MicroBatch]:
     bounds, prefix = batch.layout._host_bounds, batch.layout._host_prefix
     is_root, lengths = prefix < 0, bounds.diff()
-    micro_of_tree = torch.tensor(bins_of_trees(bounds, is_root, max_tokens), dtype=torch.int64)
+    micro_of_tree = _on_host(bins_of_trees(bounds, is_root, max_tokens))
     count = int(micro_of_tree.max()) + 1 if len(micro_of_tree) else 0
 
     def members(micro: Tensor) -> tuple[Tensor, ...]:
@@ -220,31 +221,39 @@ def _micro_batches(batch: PackedBatch, max_tokens: int) -> list[MicroBatch]:
         sizes = torch.bincount(micro, minlength=count).tolist()
         return micro.argsort(stable=True).split(sizes) if count else ()
 
-    token_ids, order = batch.token_ids.cpu(), batch.segment_order.cpu()
-    target_index, completions = batch.target_index.cpu(), batch.completion_segments.cpu()
+    is_target, device = batch._host_is_target, batch.token_ids.device
     of_segment = micro_of_tree[is_root.cumsum(0) - 1]
     of_token = of_segment.repeat_interleave(lengths)
-    is_target = torch.zeros_like(of_token, dtype=torch.bool)
-    is_target[target_index] = True
     place = torch.empty_like(prefix)  # of each segment, within its micro-batch
     micro_batches = []
-    for segments, tokens, targets, of_completions in zip(
+    for segments, tokens, targets, completions in zip(
         members(of_segment),
         members(of_token),
-        members(of_token[target_index]),
-        members(of_segment[completions]),
+        members(of_token[is_target]),
+        members(of_segment[batch._host_completion_segments]),
         strict=True,
     ):
-        place[segments] = torch.arange(len(segments))
+        place[segments] = torch.arange(len(segments), device="cpu")
         parents = prefix[segments]
         parents = torch.where(parents >= 0, place[parents], -1)
         ends = torch.nn.functional.pad(lengths[segments].cumsum(0), (1, 0))
         layout = PackedLayout(ends.int(), parents.int())
-        micro = MicroBatch(token_ids[tokens], layout, is_target[tokens], order[segments])
-        micro.source_tokens, micro.source_targets = tokens, targets
-        micro.source_completions = of_completions
-        micro_batches.append(micro.to(batch.token_ids.device))
+        source_tokens = tokens.to(device)
+        order = batch._host_segment_order[segments]
+        micro = MicroBatch(batch.token_ids[source_tokens], layout, is_target[tokens], order)
+        micro.source_tokens, micro.source_targets = source_tokens, targets.to(device)
+        micro.source_completions = completions.to(device)
+        micro_batches.append(micro)
     return micro_batches
+
+
+def _on_host(numbers: Sequence[int]) -> Tensor:
+    """[n] int64, whatever torch's default device is."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.empty(0, dtype=dtype, device="cpu")
 
 
 def pack_groups(prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]) -> PackedBatch:

@@ -39,11 +39,11 @@ def subtree_ends(parents: Tensor) -> Tensor:
     The last segment below another is its last child's last child and so on. These chains are
     followed from all segments at once, in steps that double: a chain of 10^5 takes 17.
     """
-    segment = torch.arange(len(parents))
+    segment = torch.arange(len(parents), device=parents.device)
     if bool(((parents < -1) | (parents >= segment)).any()):
         raise _not_depth_first(parents)
     # Counted from 1 here: number 0 is what the roots continue.
-    last = torch.arange(len(parents) + 1)
+    last = torch.arange(len(parents) + 1, device=parents.device)
     last.scatter_reduce_(0, parents + 1, segment + 1, "amax")  # the last child, or itself
     has_next = last[parents + 1] > segment + 1  # a sibling follows
     while not torch.equal(last, further := last.index_select(0, last)):
@@ -51,7 +51,7 @@ def subtree_ends(parents: Tensor) -> Tensor:
     ends = last[1:]
     # In depth-first order a segment continues the one right before it, or it is the sibling that
     # comes after a subtree ends. No two subtrees of segments with a next sibling end together.
-    continues = torch.full((len(parents) + 1,), -2)
+    continues = parents.new_full((len(parents) + 1,), -2)
     continues[ends[has_next]] = parents[has_next]
     if not bool(((parents == segment - 1) | (parents == continues[:-1])).all()):
         raise _not_depth_first(parents)

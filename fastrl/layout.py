@@ -73,8 +73,8 @@ class PackedLayout:
         starts, lengths = bounds[:-1], bounds.diff()
         # What stands before a segment without being above it: the subtrees that end there or before
         aside = torch.zeros_like(bounds).scatter_add_(0, subtree_end, lengths).cumsum(0)
-        token = torch.arange(self.num_tokens)
-        segment = torch.arange(self.num_segments).repeat_interleave(lengths)
+        token = torch.arange(self.num_tokens, device="cpu")
+        segment = torch.arange(self.num_segments, device="cpu").repeat_interleave(lengths)
         predecessor = token - 1
         has_tokens = lengths > 0
         predecessor[starts[has_tokens]] = last_tokens_before(bounds, parents)[has_tokens]

@@ -139,6 +139,31 @@ def test_micro_batches_by_hand():
     assert again.source_targets.tolist() == [0]
     moved = two.to("meta")
     assert isinstance(moved, MicroBatch) and moved.source_targets.is_meta
+    there = batch.to("meta").split_by_tokens(6)  # needs nothing that is only there
+    assert [len(micro.token_ids) for micro in there] == [6, 5]
+    for name in ("token_ids", "target_ids", "predict_index", "source_tokens", "source_completions"):
+        assert all(getattr(micro, name).is_meta for micro in there)
+    assert there[1].layout.position_ids.is_meta
+
+
+def test_a_batch_is_built_where_its_tokens_are_whatever_the_default_device():
+    prompts, completions = random_groups(2)
+    expected = pack_groups(prompts, completions)
+    with torch.device("meta"):  # as with torch.set_default_device("cuda")
+        batch = pack_groups(prompts, completions)
+        micro_batches = batch.split_by_tokens(40)
+    assert torch.equal(batch.predict_index, expected.predict_index)
+    assert [x.device.type for m in micro_batches for x in (m.token_ids, m.layout.prefix)] == [
+        "cpu"
+    ] * (2 * len(micro_batches))
+    there = pack_groups(
+        [p.to("meta") for p in prompts], [[c.to("meta") for c in g] for g in completions]
+    )
+    assert all(v.is_meta for k, v in vars(there).items() if hasattr(v, "is_meta") and k[0] != "_")
+    assert there.layout.visible_until.is_meta
+    assert [len(x) for x in there.unpack(there.target_ids)] == [
+        len(x) for g in completions for x in g
+    ]
 
 
 def test_a_tree_is_not_cut():

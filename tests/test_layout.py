@@ -198,8 +198,8 @@ def test_repr_draws_the_trees(lengths, prefix, text):
 
 
 def test_repr_of_large_layouts_is_one_short_line():
-    roots = repr(layout_of(range(1, 10_001), [-1] * 10_000))
-    assert roots.endswith("10000 trees: " + " | ".join(map(str, range(1, 19))) + " | 9982 more)")
+    roots = repr(layout_of([s % 30 for s in range(10_000)], [-1] * 10_000))
+    assert roots.endswith("10000 trees: " + " | ".join(map(str, range(18))) + " | 9982 more)")
     # one tree that does not fit, and one of which only the beginning is looked at
     children = repr(layout_of(range(100), [-1] + [0] * 99))
     assert children.endswith(f"1 tree: 0 + ({', '.join(map(str, range(1, 22)))}, ...))")
