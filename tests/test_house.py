@@ -18,14 +18,19 @@ LAYERS = [
     {"rollout", "rewards", "models", "hf"},
     {"ops"},
     {"kernels", "_C", "reference"},
-    {"layout", "_paths", "_schedule", "_segments", "_vocabulary"},
+    {"layout", "_batch", "_notation", "_paths", "_picture", "_schedule", "_segments", "_split"}
+    | {"_vocabulary"},
 ]
 ALONE = {
     "reference": {"torch", "fastrl"},
     "layout": {"torch", "fastrl"},
+    "_batch": {"torch", "fastrl"},
+    "_notation": {"torch"},
     "_paths": {"torch"},
+    "_picture": {"torch", "fastrl", "matplotlib"},
     "_schedule": {"torch"},
     "_segments": {"torch"},
+    "_split": {"torch"},
     "_vocabulary": {"torch"},
 }
 # The core's own dependencies may be imported anywhere; those of the extras not at import time.

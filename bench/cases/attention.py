@@ -2,18 +2,25 @@
 
 import torch
 
-from bench.case import Case
+from bench.case import Case, Target
 
 BF16 = torch.bfloat16
 CPU, CUDA = ("cpu",), ("cuda",)
+_FLASH, _COPIES, _FLEX = "torch SDPA, flash", "torch SDPA, a copy *", "torch FlexAttention"
+
+
+def _beats(peer: str, ratio: float, device: str = "cuda") -> Target:
+    return Target(peer, "ratio", at_least=ratio, device=device)
+
 
 _SMALL = [
     Case(
         "attention", (2, 8, 8, 1024, 1024, 64), "dense and causal: scoring a batch", devices=CPU,
+        targets=(_beats(_FLASH, 1 / 1.1, "cpu"),),
     ),
     Case(
         "attention", (2, 8, 2, 1024, 1024, 64), "grouped queries: a training step",
-        devices=CPU, mode="both",
+        devices=CPU, mode="both", targets=(_beats(_FLASH, 1 / 1.1, "cpu"),),
     ),
     Case(
         "attention", (1, 8, 8, 2560, 2560, 64), "a prompt with its completions: scoring",
@@ -22,6 +29,7 @@ _SMALL = [
     Case(
         "attention", (1, 8, 8, 2560, 2560, 64), "the same: a training step",
         devices=CPU, mode="both", layout="512 + 16 x 128",
+        targets=(_beats(_COPIES, 3.5, "cpu"),),
     ),
     Case(
         "attention", (1, 8, 2, 384, 384, 64), "a small group: what a call costs",
@@ -52,11 +60,25 @@ _SMALL = [
 _LARGE = [
     Case(
         "attention", (4, 48, 48, 4096, 4096, 128), "the size that FlashAttention-3 quotes",
-        devices=CUDA, dtype=BF16, quick=True,
+        devices=CUDA, dtype=BF16, quick=True, targets=(_beats(_FLASH, 1.15), _beats(_FLEX, 1)),
     ),
     Case(
         "attention", (4, 48, 48, 4096, 4096, 128), "the same: a training step",
         devices=CUDA, dtype=BF16, mode="both", quick=True,
+        targets=(_beats(_FLASH, 1.15), _beats(_FLEX, 1)),
+    ),
+    Case(
+        "attention", (16, 32, 8, 1024, 1024, 128), "short rows: a training step",
+        devices=CUDA, dtype=BF16, mode="both", targets=(_beats(_FLASH, 1.15), _beats(_FLEX, 1)),
+    ),
+    Case(
+        "attention", (1, 32, 8, 16384, 16384, 128), "a long row: a training step",
+        devices=CUDA, dtype=BF16, mode="both", targets=(_beats(_FLASH, 1.15), _beats(_FLEX, 1)),
+    ),
+    Case(
+        "attention", (1, 32, 8, 14329, 14329, 128), "ragged completions: a training step",
+        devices=CUDA, dtype=BF16, mode="both", layout="2048 + 16 x 256..1280",
+        targets=(_beats(_FLEX, 1.2),),
     ),
     Case(
         "attention", (1, 32, 8, 20480, 20480, 128), "a group of 16 on a long prompt: scoring",
@@ -65,10 +87,12 @@ _LARGE = [
     Case(
         "attention", (1, 32, 8, 20480, 20480, 128), "the same: a training step",
         devices=CUDA, dtype=BF16, mode="both", layout="4096 + 16 x 1024", quick=True,
+        targets=(_beats(_COPIES, 2.8), _beats(_FLEX, 1.2)),
     ),
     Case(
         "attention", (1, 32, 8, 33792, 33792, 128), "a group of 64: a training step",
         devices=CUDA, dtype=BF16, mode="both", layout="1024 + 64 x 512",
+        targets=(_beats(_COPIES, 2), _beats(_FLEX, 1.2)),
     ),
     Case(
         "attention", (1, 32, 8, 8192, 8192, 128), "a window, as in Mistral and Gemma",

@@ -65,7 +65,8 @@ def test_compiled_once_for_every_layout(device):
 
     layouts = [
         layout_of([9, 4, 5], [-1, 0, 0], device),
-        layout_of([3, 4, 5, 1, 2, 2], [-1, 0, 0, -1, 3, 3], device),
+        layout_of([3, 4, 5, 2, 2, 2], [-1, 0, 0, -1, 3, 3], device),
+        layout_of([18], [-1], device),
         layout_of([31], [-1], device),
         layout_of([8, 0, 8, 8], [-1, 0, 1, 2], device),
     ]
@@ -76,8 +77,8 @@ def test_compiled_once_for_every_layout(device):
         fastrl.attention(plain[0] * 2, *plain[1:], layout=layout, window=6).sum().backward()
         for a, b in zip(tensors, plain, strict=True):
             torch.testing.assert_close(a.grad, b.grad)
-    # The first size is compiled for, the second makes sizes dynamic, and that is all.
-    assert counter.frame_count <= 2
+        # Of as many tokens: once. Of others: what torch does for any tensor of a second size.
+        assert counter.frame_count == (1 if layout.num_tokens == 18 else 2)
 
 
 def test_compiled_once_for_every_padding(device):

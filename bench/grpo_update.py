@@ -1,0 +1,211 @@
+"""One GRPO update of a small Llama: each prompt once for all its completions, beside padded copies.
+
+    python -m bench.grpo_update     # 4 layers, 4 prompts x 16 completions, 256 + 64 tokens, V 8192
+    python -m bench.grpo_update --device cuda --dtype bfloat16 --layers 16 --hidden 2048
+
+Three do the same update, in turns: copies of every prompt, padded and through torch's attention,
+with log_softmax over their logits, as trainers do; the same with `linear_token_logprobs`; and the
+packed batch through `fastrl.hf`. All start from the same weights; their gradients are compared.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastrl
+from bench import memory
+from bench.environment import cpu_name
+from bench.peers import version_of
+from fastrl.layout import PackedBatch, pack_groups
+
+Update = Callable[[], Tensor]  # the loss, its gradients being in the model's parameters
+CLIP = {"clip_low": 0.2, "clip_high": 0.2}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m bench.grpo_update")
+    p.add_argument("--prompts", type=int, default=4)
+    p.add_argument("--completions", type=int, default=16, help="of each prompt")
+    p.add_argument("--prompt-tokens", type=int, default=256)
+    p.add_argument("--tokens", type=int, default=64, help="of a completion")
+    p.add_argument("--ragged", action="store_true", help="lengths from half of these up to them")
+    p.add_argument("--vocab", type=int, default=8192)
+    p.add_argument("--hidden", type=int, default=256)
+    p.add_argument("--head-size", type=int, default=64)
+    p.add_argument("--key-heads", type=int, help="default: as many as heads")
+    p.add_argument("--layers", type=int, default=4)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
+    fastrl.hf.register()
+    prompts, completions = tokens(options)
+    batch = pack_groups(prompts, completions).to(options.device)
+    advantages, old = (torch.randn(len(batch.target_ids), device=options.device) for _ in range(2))
+    old = 0.1 * old - 9.0  # log-probs as a fresh model gives them, so that some ratios are clipped
+    updates = {
+        "padded copies, log_softmax": padded(options, prompts, completions, advantages, old, False),
+        "padded copies, our head": padded(options, prompts, completions, advantages, old, True),
+        "fastrl, packed": packed(options, batch, advantages, old),
+    }
+    show(measure(updates, options), options)
+
+
+def tokens(options: argparse.Namespace) -> tuple[list[Tensor], list[list[Tensor]]]:
+    drawn, generator = random.Random(0), torch.Generator().manual_seed(0)
+
+    def some(most: int) -> Tensor:
+        length = drawn.randint(max(1, most // 2), most) if options.ragged else most
+        return torch.randint(options.vocab, (length,), generator=generator)
+
+    prompts = [some(options.prompt_tokens) for _ in range(options.prompts)]
+    return prompts, [[some(options.tokens) for _ in range(options.completions)] for _ in prompts]
+
+
+def language_model(options: argparse.Namespace, attention: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = max(1, options.hidden // options.head_size)
+    config = LlamaConfig(
+        vocab_size=options.vocab, hidden_size=options.hidden, num_attention_heads=heads,
+        num_key_value_heads=options.key_heads or heads, num_hidden_layers=options.layers,
+        intermediate_size=4 * options.hidden, attn_implementation=attention, pad_token_id=0,
+        max_position_embeddings=options.prompt_tokens + options.tokens, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(options.device, getattr(torch, options.dtype))
+    return model.train()
+
+
+def loss_of(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    return fastrl.ppo_loss(logprobs.float(), old, advantages, **CLIP)
+
+
+def packed(
+    options: argparse.Namespace, batch: PackedBatch, advantages: Tensor, old: Tensor
+) -> tuple[Any, Update]:
+    model = language_model(options, "fastrl")
+
+    def update() -> Tensor:
+        hidden = model.model(
+            batch.token_ids[None], position_ids=batch.layout.position_ids[None], layout=batch.layout
+        ).last_hidden_state[0]
+        logprobs = fastrl.linear_token_logprobs(
+            hidden[batch.predict_index], model.lm_head.weight, batch.target_ids
+        )
+        loss = loss_of(logprobs, old, advantages)
+        loss.backward()
+        return loss.detach()
+
+    return model, update
+
+
+def padded(
+    options: argparse.Namespace,
+    prompts: list[Tensor],
+    completions: list[list[Tensor]],
+    advantages: Tensor,
+    old: Tensor,
+    our_head: bool,
+) -> tuple[Any, Update]:
+    """Prompts padded on the left and completions on the right, as trainers do; where no row needs
+    padding there is no mask, and torch's attention may take its quickest way."""
+    model = language_model(options, "sdpa")
+    before, after = max(map(len, prompts)), max(len(c) for group in completions for c in group)
+    rows = [(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
+    ids = torch.zeros(len(rows), before + after, dtype=torch.int64)
+    exists = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(rows):
+        at = slice(before - len(prompt), before + len(completion))
+        ids[row, at], exists[row, at] = torch.cat([prompt, completion]), 1
+    ids, exists = ids.to(options.device), exists.to(options.device)
+    is_target = exists[:, before:].bool()
+    given: dict[str, Any] = {"attention_mask": exists} if not bool(exists.all()) else {}
+    if given:
+        given["position_ids"] = (exists.cumsum(1) - 1).clamp(min=0)
+
+    def update() -> Tensor:
+        hidden = model.model(ids, **given).last_hidden_state[:, before - 1 : -1]
+        targets = ids[:, before:]
+        if our_head:
+            logprobs = fastrl.linear_token_logprobs(
+                hidden[is_target], model.lm_head.weight, targets[is_target]
+            )
+        else:
+            every = model.lm_head(hidden).float().log_softmax(-1)
+            logprobs = every.gather(-1, targets[..., None])[..., 0][is_target]
+        loss = loss_of(logprobs, old, advantages)
+        loss.backward()
+        return loss.detach()
+
+    return model, update
+
+
+def measure(updates: dict[str, tuple[Any, Update]], options: argparse.Namespace) -> dict[str, Any]:
+    """Of each: seconds of its rounds, peak MiB, its loss and its gradients from the first call."""
+    device = torch.device(options.device)
+    found: dict[str, Any] = {}
+    for name, (model, update) in updates.items():
+        loss = float(update())
+        grads = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        peak = memory.peak_extra_mib(update, device) if memory.can_measure(device) else None
+        found[name] = {"seconds": [], "loss": loss, "grads": grads, "peak": peak}
+    for _ in range(options.rounds):
+        for name, (model, update) in updates.items():
+            model.zero_grad()
+            start = now(options.device)
+            update()
+            found[name]["seconds"].append(now(options.device) - start)
+    return found
+
+
+def now(device: str) -> float:
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def difference(grads: list[Tensor], others: list[Tensor]) -> float:
+    """The largest over the parameters of |a - b| over the largest |b|."""
+    pairs = zip(grads, others, strict=True)
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)
+
+
+def show(found: dict[str, Any], options: argparse.Namespace) -> None:
+    where = cpu_name() if options.device == "cpu" else torch.cuda.get_device_name()
+    lengths = "up to " if options.ragged else ""
+    print(
+        f"GRPO update of a Llama of {options.layers} layers, hidden {options.hidden}, "
+        f"V {options.vocab}, {options.dtype}: {options.prompts} prompts x {options.completions} "
+        f"completions, {lengths}{options.prompt_tokens} + {options.tokens} tokens\n"
+        f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"transformers {version_of('transformers')}; median of {options.rounds} rounds, in turns\n"
+    )
+    print(f"{'':28}{'s':>9}{'/ packed':>10}{'peak MiB':>10}{'/ packed':>10}{'loss':>12}{'grad':>9}")
+    ours = found["fastrl, packed"]
+    mine = statistics.median(ours["seconds"])
+    for name, run in found.items():
+        seconds, peak = statistics.median(run["seconds"]), run["peak"]
+        memories = f"{'?':>10}{'?':>10}"
+        if peak is not None:
+            memories = f"{peak:10.0f}{peak / max(ours['peak'], 1e-9):9.2f}x"
+        print(
+            f"{name:28}{seconds:9.3f}{seconds / mine:9.2f}x{memories}{run['loss']:12.7f}"
+            f"{difference(run['grads'], ours['grads']):9.1e}"
+        )
+    print("\ngrad: largest difference of a parameter's gradient from the packed one, relative")
+
+
+if __name__ == "__main__":
+    main()
