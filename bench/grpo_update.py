@@ -9,6 +9,7 @@ packed batch through `fastrl.hf`. All start from the same weights; their gradien
 """
 
 import argparse
+import math
 import random
 import statistics
 import time
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts, completions = tokens(options)
     batch = pack_groups(prompts, completions).to(options.device)
     advantages, old = (torch.randn(len(batch.target_ids), device=options.device) for _ in range(2))
-    old = 0.1 * old - 9.0  # log-probs as a fresh model gives them, so that some ratios are clipped
+    old = 0.1 * old - math.log(options.vocab)  # as of a fresh model: some ratios are clipped
     updates = {
         "padded copies, log_softmax": padded(options, prompts, completions, advantages, old, False),
         "padded copies, our head": padded(options, prompts, completions, advantages, old, True),
