@@ -127,6 +127,10 @@ def test_the_mask_is_none_or_two_dimensional(length, offset):
     sizes |= dict(kv_length=length + offset + 3, q_offset=torch.tensor(offset))
     mask = mask_function(**sizes, config=config, attention_mask=ones)
     assert mask.sum(1).tolist() == [length + offset - 1, length + offset]
+    # What it says of places that are not written is nothing.
+    ones = torch.ones(2, length + offset + 3, dtype=torch.bool)
+    mask = mask_function(**sizes, config=config, attention_mask=ones)
+    assert mask.sum(1).tolist() == [length + offset] * 2
 
 
 @pytest.mark.parametrize("autocast", [False, True])
