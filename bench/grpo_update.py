@@ -3,8 +3,9 @@
     python -m bench.grpo_update     # 4 layers, 4 prompts x 16 completions, 256 + 64 tokens, V 8192
     python -m bench.grpo_update --device cuda --dtype bfloat16 --layers 16 --hidden 2048
 
-Three do the same update, in turns: copies of every prompt, padded and through torch's attention,
-with log_softmax over their logits, as trainers do; the same with `linear_token_logprobs`; and the
+Four do the same update, in turns. Three have a copy of every prompt for each of its completions,
+padded, through torch's attention: with log_softmax over all logits that the model gives; over those
+of the completions alone, as the better trainers do; and with `linear_token_loss`. The fourth is the
 packed batch through `fastrl.hf`. All start from the same weights; their gradients are compared.
 """
 
@@ -26,7 +27,12 @@ from bench.peers import version_of
 from fastrl.layout import PackedBatch, pack_groups
 
 Update = Callable[[], Tensor]  # the loss, its gradients being in the model's parameters
-CLIP = {"clip_low": 0.2, "clip_high": 0.2}
+ALL_LOGITS, NEEDED_LOGITS, OUR_HEAD = PADDED = (
+    "padded copies, all logits",
+    "padded copies, no other logits",
+    "padded copies, our head",
+)
+PACKED = "fastrl, packed"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,10 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     advantages, old = (torch.randn(len(batch.target_ids), device=options.device) for _ in range(2))
     old = 0.1 * old - math.log(options.vocab)  # as of a fresh model: some ratios are clipped
     updates = {
-        "padded copies, log_softmax": padded(options, prompts, completions, advantages, old, False),
-        "padded copies, our head": padded(options, prompts, completions, advantages, old, True),
-        "fastrl, packed": packed(options, batch, advantages, old),
+        name: padded(name, options, prompts, completions, advantages, old) for name in PADDED
     }
+    updates[PACKED] = packed(options, batch, advantages, old)
     show(measure(updates, options), options)
 
 
@@ -88,8 +93,16 @@ def language_model(options: argparse.Namespace, attention: str) -> Any:
     return model.train()
 
 
-def loss_of(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    return fastrl.ppo_loss(logprobs.float(), old, advantages, **CLIP)
+def learn_by_our_head(
+    hidden: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: Tensor
+) -> Tensor:
+    def per_token(logprobs: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
+        losses = fastrl.ppo_loss(logprobs, old[rows], advantages[rows], reduction="none")
+        return losses / len(ids)
+
+    loss, _, _ = fastrl.linear_token_loss(hidden, weight, ids, per_token)
+    loss.backward()
+    return loss.detach()
 
 
 def packed(
@@ -101,23 +114,19 @@ def packed(
         hidden = model.model(
             batch.token_ids[None], position_ids=batch.layout.position_ids[None], layout=batch.layout
         ).last_hidden_state[0]
-        logprobs = fastrl.linear_token_logprobs(
-            hidden[batch.predict_index], model.lm_head.weight, batch.target_ids
-        )
-        loss = loss_of(logprobs, old, advantages)
-        loss.backward()
-        return loss.detach()
+        rows, weight = hidden[batch.predict_index], model.lm_head.weight
+        return learn_by_our_head(rows, weight, batch.target_ids, old, advantages)
 
     return model, update
 
 
 def padded(
+    name: str,
     options: argparse.Namespace,
     prompts: list[Tensor],
     completions: list[list[Tensor]],
     advantages: Tensor,
     old: Tensor,
-    our_head: bool,
 ) -> tuple[Any, Update]:
     """Prompts padded on the left and completions on the right, as trainers do; where no row needs
     padding there is no mask, and torch's attention may take its quickest way."""
@@ -136,16 +145,16 @@ def padded(
         given["position_ids"] = (exists.cumsum(1) - 1).clamp(min=0)
 
     def update() -> Tensor:
-        hidden = model.model(ids, **given).last_hidden_state[:, before - 1 : -1]
         targets = ids[:, before:]
-        if our_head:
-            logprobs = fastrl.linear_token_logprobs(
-                hidden[is_target], model.lm_head.weight, targets[is_target]
-            )
-        else:
-            every = model.lm_head(hidden).float().log_softmax(-1)
-            logprobs = every.gather(-1, targets[..., None])[..., 0][is_target]
-        loss = loss_of(logprobs, old, advantages)
+        if name == OUR_HEAD:
+            hidden = model.model(ids, **given).last_hidden_state[:, before - 1 : -1][is_target]
+            weight = model.lm_head.weight
+            return learn_by_our_head(hidden, weight, targets[is_target], old, advantages)
+        kept = after + 1 if name == NEEDED_LOGITS else 0  # 0: all
+        logits = model(ids, logits_to_keep=kept, **given).logits[:, -after - 1 : -1]
+        every = logits.float().log_softmax(-1)
+        logprobs = every.gather(-1, targets[..., None])[..., 0][is_target]
+        loss = fastrl.ppo_loss(logprobs, old, advantages)
         loss.backward()
         return loss.detach()
 
@@ -193,8 +202,8 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
         f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"transformers {version_of('transformers')}; median of {options.rounds} rounds, in turns\n"
     )
-    print(f"{'':28}{'s':>9}{'/ packed':>10}{'peak MiB':>10}{'/ packed':>10}{'loss':>12}{'grad':>9}")
-    ours = found["fastrl, packed"]
+    print(f"{'':32}{'s':>9}{'/ packed':>10}{'peak MiB':>10}{'/ packed':>10}{'loss':>12}{'grad':>9}")
+    ours = found[PACKED]
     mine = statistics.median(ours["seconds"])
     for name, run in found.items():
         seconds, peak = statistics.median(run["seconds"]), run["peak"]
@@ -202,7 +211,7 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
         if peak is not None:
             memories = f"{peak:10.0f}{peak / max(ours['peak'], 1e-9):9.2f}x"
         print(
-            f"{name:28}{seconds:9.3f}{seconds / mine:9.2f}x{memories}{run['loss']:12.7f}"
+            f"{name:32}{seconds:9.3f}{seconds / mine:9.2f}x{memories}{run['loss']:12.7f}"
             f"{difference(run['grads'], ours['grads']):9.1e}"
         )
     print("\ngrad: largest difference of a parameter's gradient from the packed one, relative")
