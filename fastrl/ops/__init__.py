@@ -7,6 +7,7 @@ silent fallback. `fastrl.reference` has the same names and signatures in plain P
 from fastrl import reference
 from fastrl.ops._unavailable import unavailable
 from fastrl.ops.actor_critic_loss import actor_critic_loss
+from fastrl.ops.decode_attention import decode_attention
 from fastrl.ops.discounted_returns import discounted_returns
 from fastrl.ops.gae import gae
 from fastrl.ops.group_advantages import group_advantages
@@ -30,6 +31,7 @@ attention = unavailable(reference.attention)
 __all__ = [
     "actor_critic_loss",
     "attention",
+    "decode_attention",
     "discounted_returns",
     "gae",
     "group_advantages",

@@ -27,6 +27,7 @@ if module is not None and module.build_facts()["cuda_architectures"]:
 # What runs an op with kernels of its own on which device. `_checks.implemented` refuses the others,
 # `fastrl info` prints it, and a test holds it against the dispatcher's own list.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "decode_attention": {"cpu": "C++", "cuda": "Triton"},
     "discounted_returns": _SCANS,
     "gae": _SCANS,
     "lambda_returns": _SCANS,
