@@ -46,6 +46,7 @@ FASTRL_GCC_TARGET(FASTRL_TARGET)
 #include "n_step_kernel.h"
 #include "token_logprobs_kernel.h"
 #include "sample_tokens_kernel.h"
+#include "decode_products.h"
 #include "decode_attention_kernel.h"
 // clang-format on
 

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl.kernels._decode_rows import bound, first_row, first_tile, own_keys, prefix_of, sees
 from fastrl.kernels._math import LOG2E, ordered_sums, tanh
 
 # Keys in a chunk, and queries of a prefix that a program takes. Not measured on a GPU yet: enough
@@ -29,15 +30,16 @@ from fastrl.kernels._math import LOG2E, ordered_sums, tanh
 OWN_CHUNK = 256
 PREFIX_CHUNK = 512
 NO_WINDOW = 2**30  # more positions than there are
+_SEARCH = 20  # steps: 2^20 prefixes
 
 _FLOOR = tl.constexpr(-3.0e38)  # finite: before a query's first key, floor - floor is 0
 _LOG2E = tl.constexpr(LOG2E)
 _RUNTIME = [
     "B", "Hkv", "T", "S", "own_size", "P", "num_tiles", "tiles_per_row", "num_chunks",
-    "first_chunk", "window", "search_steps", "stride_q_b", "stride_q_h", "stride_q_t", "stride_k_b",
+    "first_chunk", "window", "stride_q_b", "stride_q_h", "stride_q_t", "stride_k_b",
     "stride_k_h", "stride_k_s", "stride_v_b", "stride_v_h", "stride_v_s",
 ]  # fmt: skip
-_MERGE_RUNTIME = ["B", "Hq", "T", "S", "Sp", "P", "first_own_chunk", "window", "search_steps"]
+_MERGE_RUNTIME = ["B", "Hq", "T", "S", "Sp", "P", "first_own_chunk", "window"]
 # A number or two of each are read; where a slice of them begins does not matter.
 _BOUNDS = ["key_start_ptr", "key_end_ptr", "prefix_end_ptr", "prefix_cu_rows_ptr"]
 
@@ -45,80 +47,19 @@ _BOUNDS = ["key_start_ptr", "key_end_ptr", "prefix_end_ptr", "prefix_cu_rows_ptr
 def config_for(itemsize: int, num_queries: int, block_d: int) -> dict[str, int]:
     """Configuration of the kernel that reads keys. num_queries: that may share a program.
 
-    Not measured on a GPU yet. Compiled for sm_80, sm_90 and sm_100: no spills; two tiles of keys
-    and values at a time stay within the shared memory of each.
+    Not measured on a GPU yet. Compiled for sm_80, sm_90 and sm_100 without spills, and with its
+    stages in the shared memory of each.
     """
-    block_m = min(64, max(16, triton.next_power_of_2(num_queries)))
+    few = num_queries <= 16
     if itemsize == 4:  # products without the matrix unit: what a thread holds decides
-        block_m = min(block_m, 32)
-        return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    wide = block_d > 128
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": 32 if wide else 64,
-        "num_warps": 8 if wide and block_m > 16 else 4,
-        "num_stages": 2 if wide else 3,
-    }
-
-
-@triton.jit
-def _bound(ptr, i, mask, most):
-    """Entry i of key_start, key_end or prefix_end, moved into [0, most]."""
-    return tl.minimum(tl.maximum(tl.load(ptr + i, mask=mask, other=0), 0), most)
-
-
-@triton.jit
-def _own_keys(key_start_ptr, key_end_ptr, b, mask, S):
-    """A row's first key and the number of its keys."""
-    start, end = b * 0, b * 0 + S
-    if key_start_ptr is not None:
-        start = _bound(key_start_ptr, b, mask, S)
-    if key_end_ptr is not None:
-        end = _bound(key_end_ptr, b, mask, S)
-    return start, tl.maximum(end - start, 0)
-
-
-@triton.jit
-def _sees(shared, own, t, T, window, PREFIX: tl.constexpr):
-    """The first key that query t of a row sees, and the one behind the last, of its prefix or of
-    its own: `own` keys stand behind `shared` ones, the last of T queries at the last of them."""
-    behind = own - T + t + 1  # the query's position and one, from the first of the row's own keys
-    last = behind
-    if PREFIX:
-        behind += shared
-        last = tl.minimum(behind, shared)
-    return tl.maximum(behind - window, 0), last
-
-
-@triton.jit
-def _first_row(prefix_cu_rows_ptr, p, B, P):
-    """prefix_cu_rows[p]."""
-    if prefix_cu_rows_ptr is not None:
-        return tl.minimum(tl.maximum(tl.load(prefix_cu_rows_ptr + p), 0), B)
-    else:
-        return p * (B // P)
-
-
-@triton.jit
-def _first_tile(prefix_cu_rows_ptr, p, B, P, per_row, BLOCK_M: tl.constexpr):
-    """The tiles of BLOCK_M queries of prefix p: as many as it needs and at times one more, and the
-    number of all of them is known without the bounds."""
-    return _first_row(prefix_cu_rows_ptr, p, B, P) * per_row // BLOCK_M + p
-
-
-@triton.jit
-def _prefix_of(prefix_cu_rows_ptr, x, B, P, per_row, search_steps, BLOCK_M: tl.constexpr):
-    """The last prefix whose first tile is at most x; with per_row 0, whose first row is."""
-    low, high = 0, P - 1
-    for _ in range(0, search_steps):  # while low < high
-        middle = (low + high + 1) // 2
-        if per_row == 0:
-            first = _first_row(prefix_cu_rows_ptr, middle, B, P)
-        else:
-            first = _first_tile(prefix_cu_rows_ptr, middle, B, P, per_row, BLOCK_M)
-        low = tl.where(first <= x, middle, low)
-        high = tl.where(first <= x, high, middle - 1)
-    return low
+        keys = 32 if block_d <= 64 else 16
+        return {"BLOCK_M": 16, "BLOCK_N": keys, "num_warps": 8, "num_stages": 2}
+    if block_d > 128:
+        block_m = 16 if few else 32
+        return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    if few:
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
@@ -136,14 +77,14 @@ def _decode_attention_chunk_kernel(
     sums_ptr, states_ptr,  # -> [chunks, B Hq T, D], [chunks, B Hq T, 2]
     B: tl.int32, Hkv: tl.int32, T: tl.int32, S: tl.int32, own_size: tl.int32, P: tl.int32,
     num_tiles: tl.int32, tiles_per_row: tl.int32, num_chunks: tl.int32, first_chunk: tl.int32,
-    window: tl.int32, search_steps: tl.int32,
+    window: tl.int32,
     stride_q_b: tl.int64, stride_q_h: tl.int64, stride_q_t: tl.int64,
     stride_k_b: tl.int64, stride_k_h: tl.int64, stride_k_s: tl.int64,
     stride_v_b: tl.int64, stride_v_h: tl.int64, stride_v_s: tl.int64,
     scale, softcap,
     G: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PREFIX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of keys, head of keys and tile of queries; the tiles of a chunk side by
     side, so that they find its keys in the cache."""
@@ -152,25 +93,25 @@ def _decode_attention_chunk_kernel(
     head = pid // num_tiles // num_chunks
     per_row = G * T
     if PREFIX:
-        source = _prefix_of(prefix_cu_rows_ptr, tile, B, P, per_row, search_steps, BLOCK_M)
-        block = tile - _first_tile(prefix_cu_rows_ptr, source, B, P, per_row, BLOCK_M)
-        row = _first_row(prefix_cu_rows_ptr, source, B, P)
-        rows = _first_row(prefix_cu_rows_ptr, source + 1, B, P) - row
+        source = prefix_of(prefix_cu_rows_ptr, tile, B, P, per_row, BLOCK_M, False, SEARCH)
+        block = tile - first_tile(prefix_cu_rows_ptr, source, B, P, per_row, BLOCK_M)
+        row = first_row(prefix_cu_rows_ptr, source, B, P)
+        rows = first_row(prefix_cu_rows_ptr, source + 1, B, P) - row
     else:
         source, block = tile // tiles_per_row, tile % tiles_per_row
         row, rows = source, 1
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = m < rows * per_row
     b, g, t = row + m // per_row, m % per_row // T, m % T
-    start, own = _own_keys(key_start_ptr, key_end_ptr, b, mask_m, own_size)
+    start, own = own_keys(key_start_ptr, key_end_ptr, b, mask_m, own_size)
     shared = S
     first_key = tl.full([], 0, tl.int32)
     if PREFIX:
         if prefix_end_ptr is not None:
-            shared = _bound(prefix_end_ptr, source, source >= 0, S)
+            shared = bound(prefix_end_ptr, source, source >= 0, S)
     else:
         first_key = tl.max(start)  # of one row
-    low, high = _sees(shared, own, t, T, window, PREFIX)
+    low, high = sees(shared, own, t, T, window, PREFIX)
     high = tl.where(mask_m, high, 0)
     low = tl.where(low < high, low, 2147483647)
     begin, end = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tl.max(high))
@@ -246,24 +187,24 @@ def _decode_attention_merge_kernel(
     key_start_ptr, key_end_ptr, prefix_end_ptr, prefix_cu_rows_ptr,
     output_ptr, lse_ptr,  # -> [B, Hq, T, D], [B, Hq, T]
     B: tl.int32, Hq: tl.int32, T: tl.int32, S: tl.int32, Sp: tl.int32, P: tl.int32,
-    first_own_chunk: tl.int32, window: tl.int32, search_steps: tl.int32,
+    first_own_chunk: tl.int32, window: tl.int32,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PREFIX: tl.constexpr,
-    OWN_CHUNK: tl.constexpr, PREFIX_CHUNK: tl.constexpr,
+    OWN_CHUNK: tl.constexpr, PREFIX_CHUNK: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """One program per query: its chunks, those of the prefix first."""
     index = tl.program_id(0)
     b, t = index // (Hq * T), index % T
     count = (B * Hq * T).to(tl.int64)  # times the chunks it may exceed int32
-    _, own = _own_keys(key_start_ptr, key_end_ptr, b, b >= 0, S)
+    _, own = own_keys(key_start_ptr, key_end_ptr, b, b >= 0, S)
     offs_d = tl.arange(0, BLOCK_D)
     top, total = tl.full([], _FLOOR, tl.float32), tl.full([], 0.0, tl.float32)
     sums = tl.zeros([BLOCK_D], tl.float32)
     if PREFIX:
         shared = Sp
         if prefix_end_ptr is not None:
-            p = _prefix_of(prefix_cu_rows_ptr, b, B, P, 0, search_steps, 1)
-            shared = _bound(prefix_end_ptr, p, p >= 0, Sp)
-        low, high = _sees(shared, own, t, T, window, True)
+            p = prefix_of(prefix_cu_rows_ptr, b, B, P, 0, 1, True, SEARCH)
+            shared = bound(prefix_end_ptr, p, p >= 0, Sp)
+        low, high = sees(shared, own, t, T, window, True)
         top, total, sums = _add_chunks(
             sums_ptr, states_ptr, index, count, low, high, 0, top, total, sums, offs_d,
             D, PREFIX_CHUNK,
@@ -271,7 +212,7 @@ def _decode_attention_merge_kernel(
         seen = tl.maximum(high - low, 0)
     else:
         seen = tl.full([], 0, tl.int32)
-    low, high = _sees(0, own, t, T, window, False)
+    low, high = sees(0, own, t, T, window, False)
     top, total, sums = _add_chunks(
         sums_ptr, states_ptr, index, count, low, high, first_own_chunk, top, total, sums, offs_d,
         D, OWN_CHUNK,
@@ -309,11 +250,11 @@ def decode_attention(
     chunks = {True: triton.cdiv(num_shared, PREFIX_CHUNK), False: triton.cdiv(num_keys, OWN_CHUNK)}
     sums = query.new_empty((sum(chunks.values()), lse.numel(), width), dtype=torch.float32)
     states = sums.new_empty((*sums.shape[:2], 2))
-    block_d = max(16, triton.next_power_of_2(width))
+    block_d = max(32, triton.next_power_of_2(width))
     shared = dict(
         sums_ptr=sums, states_ptr=states, key_start_ptr=key_start, key_end_ptr=key_end,
         prefix_end_ptr=prefix_end, prefix_cu_rows_ptr=prefix_cu_rows, B=batch, T=queries,
-        P=prefixes, search_steps=max(prefixes - 1, 0).bit_length(),
+        P=prefixes, SEARCH=0 if prefixes <= 1 else _SEARCH,
         window=NO_WINDOW if window is None else min(window, NO_WINDOW), D=width,
         BLOCK_D=block_d,
     )  # fmt: skip

@@ -71,7 +71,11 @@ def _dense_along_width(x: Tensor | None) -> Any:
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
 ) -> None:
     dtypes = _checks.FLOATS if isinstance(query, Tensor) and query.is_cpu else _DTYPES
     _checks.tensor(_OP, "query", query, dtypes, f"Use fastrl.reference.{_OP}, or cast it.")
