@@ -89,7 +89,7 @@ struct Engine {
       DecodePartials<T> runs[2];
       for (const bool is_shared : {true, false}) {
         const Keys seen = call.seen(is_shared, row, i % call.queries);
-        const int64_t first = seen.from / kDecodeChunk;
+        const int64_t first = seen.from < seen.to ? seen.from / kDecodeChunk : 0;
         const int64_t chunks = seen.from < seen.to ? chunks_of(seen.to) - first : 0;
         const int64_t before = is_shared ? 0 : call.prefix_chunks(row);
         runs[is_shared ? 0 : 1] = {partial(row, before + first, i), partial_stride(), chunks};

@@ -48,7 +48,7 @@ struct Task {
 // The sizes of a call, and the keys of each of its rows.
 struct Call {
   int64_t batch, query_heads, key_heads, queries, width, num_keys, num_shared;
-  std::vector<int64_t> start, prefix;  // per row: its first key, and its prefix or -1
+  std::vector<int64_t> start;          // per row: its first key
   std::vector<Sight> sight;            // per row
   std::vector<int64_t> first_partial;  // per row, and of the next
   std::vector<Task> tasks;
@@ -136,20 +136,20 @@ inline Call plan(const Arguments& a) {
   bool rises = prefixes == 0 || (group[0] == 0 && (!rows || rows[prefixes] == batch));
   for (int64_t p = 0; p < prefixes; ++p) rises = rises && group[p] <= group[p + 1];
   STD_TORCH_CHECK(rises, "decode_attention: prefix_cu_rows must rise from 0 to the batch");
-  call.prefix.assign(batch, -1);
+  std::vector<int64_t> prefix(batch, -1);  // of each row
   for (int64_t p = 0; p < prefixes; ++p) {
-    for (int64_t b = group[p]; b < group[p + 1]; ++b) call.prefix[b] = p;
+    for (int64_t b = group[p]; b < group[p + 1]; ++b) prefix[b] = p;
   }
+  const int64_t window = std::min(a.window.value_or(kNever), kNever);
   call.first_partial.assign(1, 0);
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t p = call.prefix[b];
+    const int64_t p = prefix[b];
     const int64_t start = within(starts ? starts[b] : 0, call.num_keys);
     const int64_t end = within(ends ? ends[b] : call.num_keys, call.num_keys);
     const int64_t shared =
         p < 0 ? 0 : within(lengths ? lengths[p] : call.num_shared, call.num_shared);
     call.start.push_back(start);
-    call.sight.push_back(
-        {shared, std::max<int64_t>(end - start, 0), call.queries, a.window.value_or(kNever)});
+    call.sight.push_back({shared, std::max<int64_t>(end - start, 0), call.queries, window});
     const Sight& s = call.sight.back();
     call.first_partial.push_back(call.first_partial.back() + chunks_of(s.shared) +
                                  chunks_of(s.own));

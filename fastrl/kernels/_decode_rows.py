@@ -1,5 +1,6 @@
 """Which keys a row of a decoding batch has, which of them its queries see, and which prefix is its
-own: worked out by each program from bounds that only the GPU knows."""
+own: worked out by each program from bounds that only the GPU knows. And what addresses are made of
+them."""
 
 import triton
 import triton.language as tl
@@ -68,3 +69,11 @@ def prefix_of(
             first = first_tile(prefix_cu_rows_ptr, further, B, P, per_row, BLOCK_M)
         found = tl.where(first <= x, further, found)
     return found
+
+
+@triton.jit
+def aligned(x, ALIGNED: tl.constexpr):
+    """x, telling the compiler where it is a multiple of 16."""
+    if ALIGNED:
+        x = tl.multiple_of(x // 16 * 16, 16)
+    return x

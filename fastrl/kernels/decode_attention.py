@@ -17,12 +17,22 @@ Bytes: 2 Hkv D b for each key that exists, once a prefix and once a row, b a num
 are 8 (D + 2) bytes for each query and chunk.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._decode_rows import bound, first_row, first_tile, own_keys, prefix_of, sees
+from fastrl.kernels._decode_rows import (
+    aligned,
+    bound,
+    first_row,
+    first_tile,
+    own_keys,
+    prefix_of,
+    sees,
+)
 from fastrl.kernels._math import LOG2E, ordered_sums, tanh
 
 # Keys in a chunk, and queries of a prefix that a program takes. Not measured on a GPU yet: enough
@@ -55,19 +65,11 @@ def config_for(itemsize: int, num_queries: int, block_d: int) -> dict[str, int]:
         keys = 32 if block_d <= 64 else 16
         return {"BLOCK_M": 16, "BLOCK_N": keys, "num_warps": 8, "num_stages": 2}
     if block_d > 128:
-        block_m = 16 if few else 32
-        return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        tiles = {"BLOCK_M": 16, "num_stages": 3} if few else {"BLOCK_M": 32, "num_stages": 2}
+        return {"BLOCK_N": 32, "num_warps": 4, **tiles}
     if few:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-
-
-@triton.jit
-def _aligned(x, ALIGNED: tl.constexpr):
-    """x, telling the compiler where it is a multiple of 16."""
-    if ALIGNED:
-        x = tl.multiple_of(x // 16 * 16, 16)
-    return x
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_BOUNDS)
@@ -121,14 +123,14 @@ def _decode_attention_chunk_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     q_rows = b * stride_q_b + (head * G + g) * stride_q_h + t * stride_q_t
-    q_rows = _aligned(q_rows, ALIGNED)
+    q_rows = aligned(q_rows, ALIGNED)
     q = tl.load(
         query_ptr + q_rows[:, None] + offs_d[None, :],
         mask=mask_m[:, None] & mask_d[None, :], other=0.0,
     )  # fmt: skip
-    step_k, step_v = _aligned(stride_k_s, ALIGNED), _aligned(stride_v_s, ALIGNED)
-    key_ptr += _aligned(source * stride_k_b + head * stride_k_h + first_key * step_k, ALIGNED)
-    value_ptr += _aligned(source * stride_v_b + head * stride_v_h + first_key * step_v, ALIGNED)
+    step_k, step_v = aligned(stride_k_s, ALIGNED), aligned(stride_v_s, ALIGNED)
+    key_ptr += aligned(source * stride_k_b + head * stride_k_h + first_key * step_k, ALIGNED)
+    value_ptr += aligned(source * stride_v_b + head * stride_v_h + first_key * step_v, ALIGNED)
     top = tl.full([BLOCK_M], _FLOOR, tl.float32)
     weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed at the end, in a fixed order
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -225,6 +227,37 @@ def _decode_attention_merge_kernel(
     tl.store(lse_ptr + index, lse)
 
 
+def _launch_chunks(
+    query: Tensor, key: Tensor, value: Tensor, *, own_size: int, is_prefix: bool,
+    softcap: float | None, **shared: Any,
+) -> None:  # fmt: skip
+    batch, query_heads, queries, _ = query.shape
+    source_rows, key_heads, num_keys, _ = key.shape
+    if key.numel() == 0:
+        return
+    group, chunk = query_heads // key_heads, PREFIX_CHUNK if is_prefix else OWN_CHUNK
+    # Of a prefix always the largest block: how many rows share it must not change a bit.
+    few_or_many = 64 if is_prefix else group * queries
+    config = config_for(query.element_size(), few_or_many, shared["BLOCK_D"])
+    tiles_per_row = triton.cdiv(group * queries, config["BLOCK_M"])
+    tiles = batch * tiles_per_row
+    if is_prefix:
+        tiles = batch * group * queries // config["BLOCK_M"] + source_rows
+    num_chunks = triton.cdiv(num_keys, chunk)
+    strides = {
+        f"stride_{name}_{axis}": stride
+        for name, x, axes in (("q", query, "bht"), ("k", key, "bhs"), ("v", value, "bhs"))
+        for axis, stride in zip(axes, x.stride(), strict=False)
+    }
+    _decode_attention_chunk_kernel[(tiles * num_chunks * key_heads,)](
+        query_ptr=query, key_ptr=key, value_ptr=value, Hkv=key_heads, S=num_keys,
+        own_size=own_size, num_tiles=tiles, tiles_per_row=tiles_per_row, num_chunks=num_chunks,
+        softcap=1.0 if softcap is None else softcap, G=group, CHUNK=chunk, PREFIX=is_prefix,
+        SOFTCAP=softcap is not None, STAGES=config["num_stages"],
+        ALIGNED=all(stride % 16 == 0 for stride in strides.values()), **strides, **shared, **config,
+    )  # fmt: skip
+
+
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -245,47 +278,34 @@ def decode_attention(
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0:
         return output, lse
-    num_keys = key.shape[2]
-    prefixes, _, num_shared, _ = (0, 0, 0, 0) if prefix_key is None else prefix_key.shape
-    chunks = {True: triton.cdiv(num_shared, PREFIX_CHUNK), False: triton.cdiv(num_keys, OWN_CHUNK)}
-    sums = query.new_empty((sum(chunks.values()), lse.numel(), width), dtype=torch.float32)
-    states = sums.new_empty((*sums.shape[:2], 2))
-    block_d = max(32, triton.next_power_of_2(width))
-    shared = dict(
-        sums_ptr=sums, states_ptr=states, key_start_ptr=key_start, key_end_ptr=key_end,
-        prefix_end_ptr=prefix_end, prefix_cu_rows_ptr=prefix_cu_rows, B=batch, T=queries,
-        P=prefixes, SEARCH=0 if prefixes <= 1 else _SEARCH,
-        window=NO_WINDOW if window is None else min(window, NO_WINDOW), D=width,
-        BLOCK_D=block_d,
+    prefixes, num_shared = (
+        (0, 0) if prefix_key is None else (prefix_key.size(0), prefix_key.size(2))
+    )
+    shared_chunks = triton.cdiv(num_shared, PREFIX_CHUNK)
+    num_chunks = shared_chunks + triton.cdiv(key.shape[2], OWN_CHUNK)
+    sums = query.new_empty((num_chunks, lse.numel(), width), dtype=torch.float32)
+    states = sums.new_empty((num_chunks, lse.numel(), 2))
+    of_rows = dict(
+        sums_ptr=sums, states_ptr=states, key_start_ptr=key_start, key_end_ptr=key_end, B=batch,
+        T=queries, window=NO_WINDOW if window is None else min(window, NO_WINDOW), D=width,
+        BLOCK_D=max(32, triton.next_power_of_2(width)),
     )  # fmt: skip
-    per_row = query_heads // key.shape[1] * queries
-    for k, v, is_prefix in ((prefix_key, prefix_value, True), (key, value, False)):
-        if k is None or v is None or not chunks[is_prefix]:
-            continue
-        # Of a prefix always the largest block: how many rows share it must not change a bit.
-        config = config_for(query.element_size(), 64 if is_prefix else per_row, block_d)
-        tiles_per_row = triton.cdiv(per_row, config["BLOCK_M"])
-        tiles = batch * per_row // config["BLOCK_M"] + prefixes
-        if not is_prefix:
-            tiles = batch * tiles_per_row
-        strides = {
-            f"stride_{name}_{axis}": stride
-            for name, x, axes in (("q", query, "bht"), ("k", k, "bhs"), ("v", v, "bhs"))
-            for axis, stride in zip(axes, x.stride(), strict=False)
-        }
-        _decode_attention_chunk_kernel[(tiles * chunks[is_prefix] * key.shape[1],)](
-            query_ptr=query, key_ptr=k, value_ptr=v, Hkv=key.shape[1], S=k.shape[2],
-            own_size=num_keys, num_tiles=tiles, tiles_per_row=tiles_per_row,
-            num_chunks=chunks[is_prefix], first_chunk=0 if is_prefix else chunks[True],
-            scale=scale, softcap=1.0 if softcap is None else softcap,
-            G=query_heads // key.shape[1], CHUNK=PREFIX_CHUNK if is_prefix else OWN_CHUNK,
-            PREFIX=is_prefix, SOFTCAP=softcap is not None, STAGES=config["num_stages"],
-            ALIGNED=all(stride % 16 == 0 for stride in strides.values()),
-            **strides, **shared, **config,
+    of_prefixes = dict(
+        prefix_end_ptr=prefix_end, prefix_cu_rows_ptr=prefix_cu_rows, P=prefixes,
+        SEARCH=0 if prefixes <= 1 else _SEARCH,
+    )  # fmt: skip
+    of_no_prefix = dict(prefix_end_ptr=None, prefix_cu_rows_ptr=None, P=0, SEARCH=0)
+    caches = [(key, value, False, {"first_chunk": shared_chunks, **of_no_prefix})]
+    if prefix_key is not None and prefix_value is not None:
+        caches.insert(0, (prefix_key, prefix_value, True, {"first_chunk": 0, **of_prefixes}))
+    for k, v, is_prefix, further in caches:
+        _launch_chunks(
+            query, k, v, own_size=key.shape[2], is_prefix=is_prefix, softcap=softcap, scale=scale,
+            **further, **of_rows,
         )  # fmt: skip
     _decode_attention_merge_kernel[(lse.numel(),)](
-        output_ptr=output, lse_ptr=lse, Hq=query_heads, S=num_keys, Sp=num_shared,
-        first_own_chunk=chunks[True], PREFIX=chunks[True] > 0, OWN_CHUNK=OWN_CHUNK,
-        PREFIX_CHUNK=PREFIX_CHUNK, num_warps=1, **shared,
+        output_ptr=output, lse_ptr=lse, Hq=query_heads, S=key.shape[2], Sp=num_shared,
+        first_own_chunk=shared_chunks, PREFIX=shared_chunks > 0, OWN_CHUNK=OWN_CHUNK,
+        PREFIX_CHUNK=PREFIX_CHUNK, num_warps=1, **of_rows, **of_prefixes,
     )  # fmt: skip
     return output, lse

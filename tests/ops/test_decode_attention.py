@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from budget import assert_within_budget
 
 import fastrl
@@ -89,7 +90,7 @@ def test_lengths(any_kernel, keys):
         assert_budget(arguments, **options)
 
 
-# As many heads of keys as of queries; one for all; groups of 7; more queries than one program takes.
+# As many heads of keys as of queries; one for all; groups of 7; more queries than are taken at once.
 @pytest.mark.parametrize("heads, queries", [((3, 3), 1), ((4, 1), 1), ((7, 1), 3), ((8, 1), 16)])
 def test_heads_and_queries(any_kernel, heads, queries):
     arguments = inputs(any_kernel, 12, heads, queries, prefixes=2)
@@ -266,7 +267,8 @@ MESSAGES = [
     wrong("expected prefix_key and prefix_value together", prefix_value=None),
     wrong(r"expected prefix_key \[P, Hkv = 2, Sp, D = 16\]", prefix_key=lambda x: x[..., 1:]),
     wrong(r"expected prefix_value .* like prefix_key", prefix_value=lambda x: x[:, :, 1:]),
-    wrong("expected key_end of dtype int32, got torch.int64", TypeError, key_end=lambda x: x.long()),
+    wrong("expected key_end of dtype int32, got torch.int64", TypeError,
+          key_end=lambda x: x.long()),
     wrong(r"expected key_end \(4,\), got \(3,\)", key_end=lambda x: x[:3]),
     wrong(r"expected key_end in \[0, 40\], got 41", key_end=lambda x: x * 0 + 41),
     wrong(r"expected key_start in \[0, 40\], got -1", key_start=lambda x: x * 0 - 1),
@@ -313,7 +315,7 @@ def test_without_grad_mode_a_parameters_output_is_welcome():
 
 
 def test_the_compiled_module_reads_no_foreign_memory_whatever_it_is_given():
-    """What the checks above would refuse, from a compiled graph, where contents are not looked at."""
+    """What the checks above refuse, as a compiled graph passes it: there nobody looks inside."""
     arguments = inputs("cpu", prefixes=2)
     tensors = [arguments[n] for n in ("query", "key", "value")]
     prefix = [arguments[n] for n in ("prefix_key", "prefix_value")]
