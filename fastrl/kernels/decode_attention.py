@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._decode_rows import (
+from fastrl.kernels._caches import aligned, bound, first_row, first_tile, own_keys, prefix_of, sees
     aligned,
     bound,
     first_row,

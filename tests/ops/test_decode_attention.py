@@ -90,7 +90,7 @@ def test_lengths(any_kernel, keys):
         assert_budget(arguments, **options)
 
 
-# As many heads of keys as of queries; one for all; groups of 7; more queries than are taken at once.
+# As many heads of keys as of queries; one for all; groups of 7; more queries than go together.
 @pytest.mark.parametrize("heads, queries", [((3, 3), 1), ((4, 1), 1), ((7, 1), 3), ((8, 1), 16)])
 def test_heads_and_queries(any_kernel, heads, queries):
     arguments = inputs(any_kernel, 12, heads, queries, prefixes=2)
