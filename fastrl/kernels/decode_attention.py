@@ -25,14 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels._caches import aligned, bound, first_row, first_tile, own_keys, prefix_of, sees
-    aligned,
-    bound,
-    first_row,
-    first_tile,
-    own_keys,
-    prefix_of,
-    sees,
-)
 from fastrl.kernels._math import LOG2E, ordered_sums, tanh
 
 # Keys in a chunk, and queries of a prefix that a program takes. Not measured on a GPU yet: enough
