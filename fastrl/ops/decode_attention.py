@@ -40,16 +40,10 @@ def decode_attention(
         _checks.whole(_OP, "window", window, 1)
     if softcap is not None:
         _checks.positive(_OP, "softcap", softcap, "None leaves the scores alone.")
-    tensors = (query, key, value, prefix_key, prefix_value)
-    query, key, value, prefix_key, prefix_value = (_dense_along_width(x) for x in tensors)
-    bounds = (key_start, key_end, prefix_end, prefix_cu_rows)
-    key_start, key_end, prefix_end, prefix_cu_rows = (
-        None if x is None else x.contiguous() for x in bounds
-    )
-    output, lse = _decode(
-        query, key, value, key_start, key_end, prefix_key, prefix_value, prefix_end,
-        prefix_cu_rows, scale, window, softcap,
-    )  # fmt: skip
+    caches = [_dense_along_width(x) for x in (query, key, value, prefix_key, prefix_value)]
+    of_rows = [None if x is None else x.contiguous() for x in (key_start, key_end)]
+    of_prefixes = [None if x is None else x.contiguous() for x in (prefix_end, prefix_cu_rows)]
+    output, lse = _decode(*caches[:3], *of_rows, *caches[3:], *of_prefixes, scale, window, softcap)
     return (output, lse) if return_lse else output
 
 
@@ -77,6 +71,7 @@ def _check(
     prefix_key: Tensor | None,
     prefix_value: Tensor | None,
 ) -> None:
+    """A step of sampling with few rows is mostly this: what is usual is seen at a glance."""
     dtypes = _checks.FLOATS if isinstance(query, Tensor) and query.is_cpu else _DTYPES
     _checks.tensor(_OP, "query", query, dtypes, f"Use fastrl.reference.{_OP}, or cast it.")
     _checks.implemented(_OP, query)
@@ -85,25 +80,29 @@ def _check(
     if (prefix_key is None) != (prefix_value is None):
         got = "prefix_key alone" if prefix_value is None else "prefix_value alone"
         raise _checks.fail(_OP, "prefix_key and prefix_value together", got, "Pass both.")
-    given = {"key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
-    for name, x in given.items():
-        if x is not None:
-            _check_cache(name, x, query, key)
+    _check_cache("key", key, query, None)
+    _check_cache("value", value, query, key)
     if value.shape != key.shape:
         _checks.same_shape(_OP, "value", value, "key", key, "Pass one value per key.")
-    if query.shape[1] % max(key.shape[1], 1) or not key.shape[1]:
+    key_heads, heads = key.shape[1], query.shape[1]
+    if not key_heads or heads % key_heads:
         raise _checks.fail(
             _OP,
-            f"Hq = {query.shape[1]} heads of queries as a multiple of Hkv",
-            f"Hkv = {key.shape[1]}",
+            f"Hq = {heads} heads of queries as a multiple of Hkv",
+            f"Hkv = {key_heads}",
             "Each head of keys serves as many heads of queries.",
         )
+    given = {"query": query, "key": key, "value": value}
     if prefix_key is not None and prefix_value is not None:
-        remedy = "Pass one value per key."
-        _checks.same_shape(_OP, "prefix_value", prefix_value, "prefix_key", prefix_key, remedy)
+        _check_cache("prefix_key", prefix_key, query, key)
+        _check_cache("prefix_value", prefix_value, query, key)
+        if prefix_value.shape != prefix_key.shape:
+            remedy = "Pass one value per key."
+            _checks.same_shape(_OP, "prefix_value", prefix_value, "prefix_key", prefix_key, remedy)
+        given |= {"prefix_key": prefix_key, "prefix_value": prefix_value}
     if torch.is_grad_enabled():
-        for name, x in {"query": query, **given}.items():
-            if x is not None and x.requires_grad:
+        for name, x in given.items():
+            if x.requires_grad:
                 raise _checks.fail(
                     _OP,
                     f"{name} without gradient",
@@ -112,18 +111,21 @@ def _check(
                 )
 
 
-def _check_cache(name: str, x: Any, query: Tensor, key: Tensor) -> None:
+def _check_cache(name: str, x: Any, query: Tensor, key: Tensor | None) -> None:
+    """[B, Hkv, S, D], or [P, Hkv, Sp, D] of prefixes; Hkv is that of key, if given."""
+    own = not name.startswith("prefix")
+    batch, width = query.shape[0], query.shape[3]
+    if isinstance(x, Tensor) and x.dtype is query.dtype and x.device == query.device:
+        shape = x.shape
+        if len(shape) == 4 and shape[3] == width and (not own or shape[0] == batch):
+            if key is None or shape[1] == key.shape[1]:
+                return
     _checks.tensor(_OP, name, x, (query.dtype,), f"Use {name}.to(query.dtype).")
     _checks.same_device(_OP, name, x, "query", query)
-    own = not name.startswith("prefix")
-    rows, keys = ("B", "S") if own else ("P", "Sp")
-    heads = "Hkv" if x is key else f"Hkv = {key.shape[1]}"
-    wrong_rows = own and x.dim() == 4 and x.shape[0] != query.shape[0]
-    wrong_heads = x.dim() == 4 and x.shape[1] != key.shape[1]
-    if x.dim() != 4 or wrong_rows or wrong_heads or x.shape[3] != query.shape[3]:
-        rows = f"B = {query.shape[0]}" if own else rows
-        expected = f"{name} [{rows}, {heads}, {keys}, D = {query.shape[3]}]"
-        raise _checks.fail(_OP, expected, _checks.shape(x), f"Transpose or cut {name}.")
+    heads = "Hkv" if key is None else f"Hkv = {key.shape[1]}"
+    rows, keys = (f"B = {batch}", "S") if own else ("P", "Sp")
+    expected = f"{name} [{rows}, {heads}, {keys}, D = {width}]"
+    raise _checks.fail(_OP, expected, _checks.shape(x), f"Transpose or cut {name}.")
 
 
 def _check_bounds(
@@ -174,7 +176,9 @@ def _check_ends(name: str, x: Any, query: Tensor, count: int, most: int, per: st
     if x.shape != (count,):
         raise _checks.fail(_OP, f"{name} ({count},)", _checks.shape(x), f"Pass one per {per}.")
     if count and _checks.contents_are_known(x):
-        low, high = (int(bound) for bound in x.aminmax())
+        # A few numbers are looked at faster one by one, many by torch.
+        numbers = x.tolist() if count <= 64 else [int(bound) for bound in x.aminmax()]
+        low, high = min(numbers), max(numbers)
         if low < 0 or high > most:
             got = low if low < 0 else high
             remedy = f"{name} counts the keys of its {'cache' if per == 'row' else 'prefix'}."
