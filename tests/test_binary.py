@@ -141,6 +141,10 @@ def test_the_same_binary_loads_under_other_torch_versions(version, tmp_path):
         "torch.testing.assert_close(z, fastrl.reference.linear_token_logprobs(x, w, ids));"
         "t, p, _ = fastrl.sample_tokens(x.detach(), top_k=3, seeds=ids, return_kept=True);"
         "assert torch.equal(t, fastrl.reference.sample_tokens(x.detach(), top_k=3, seeds=ids)[0]);"
+        "q = torch.randn(4, 2, 1, 8); k = torch.randn(4, 1, 5, 8); e = ids.int().repeat(2);"
+        "o = dict(key_end=e, prefix_key=k[:2], prefix_value=k[2:]);"
+        "r = fastrl.reference.decode_attention(q, k, k, **o);"
+        "torch.testing.assert_close(fastrl.decode_attention(q, k, k, **o), r);"
         "print(torch.__version__, fastrl._C.__file__)"
     )
     out = subprocess.run(

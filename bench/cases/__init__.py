@@ -1,13 +1,14 @@
 """The cases of every op, each with the reason why it is here: the only place that lists them."""
 
 from bench.case import Case
-from bench.cases import attention, linear, returns, token_logprobs
+from bench.cases import attention, decode_attention, linear, returns, token_logprobs
 
 CASES: dict[str, list[Case]] = {
     **returns.CASES,
     **token_logprobs.CASES,
     **linear.CASES,
     **attention.CASES,
+    **decode_attention.CASES,
 }
 
 

@@ -163,6 +163,61 @@ struct SampleKernels {
                        int64_t* ids);
 };
 
+// What attention computes in: float, but double for double.
+template <class T>
+struct WideOf {
+  typedef float Type;
+};
+template <>
+struct WideOf<double> {
+  typedef double Type;
+};
+template <class T>
+using Wide = typename WideOf<T>::Type;
+
+constexpr int kDecodeChunk = 512;   // keys; a query's sums over each are merged in their order
+constexpr int kDecodeQueries = 64;  // that are taken through a chunk together
+constexpr int64_t kDecodeTile = 64;
+
+// A width rounded up to whole vectors of every instruction set.
+constexpr int64_t padded_width(int64_t width) { return (width + 15) / 16 * 16; }
+// sum exp(s_j - max) value_j [padded_width], and behind it max and sum exp(s_j - max).
+constexpr int64_t decode_partial_size(int64_t width) { return padded_width(width) + 16; }
+constexpr int64_t decode_scratch_size(int64_t width) {
+  return padded_width(width) * 2 * (kDecodeQueries + kDecodeTile) + 4 * kDecodeTile;
+}
+
+// Queries that see some of the keys of a chunk, and where their sums go. Keys count from the
+// chunk's first.
+template <class T>
+struct DecodeBlock {
+  const T *keys, *values;
+  int64_t key_stride, value_stride, width;
+  int count;  // of keys that exist
+  int num_queries;
+  const T* query[kDecodeQueries];
+  int from[kDecodeQueries], to[kDecodeQueries];  // the keys that each query sees
+  Wide<T>* partial[kDecodeQueries];
+  double scale, softcap;  // softcap 0: none
+};
+
+// Partial sums of one query, `stride` apart.
+template <class T>
+struct DecodePartials {
+  const Wide<T>* first;
+  int64_t stride, count;
+};
+
+template <class T>
+struct DecodeKernels {
+  // scratch: decode_scratch_size, and 64-byte aligned.
+  void (*attend)(const DecodeBlock<T>&, Wide<T>* scratch);
+  // A query's output and log-sum-exp from its two runs of partial sums, those of the prefix first;
+  // weights: room for a number for each of them.
+  void (*merge)(const DecodePartials<T> runs[2], int64_t width, Wide<T>* weights, T* output,
+                Wide<T>* lse);
+};
+
 struct KernelTable {
   const char* name;
   LogprobKernels<float> logprobs_f32;
@@ -171,6 +226,10 @@ struct KernelTable {
   SampleKernels<float> sample_f32;
   SampleKernels<BFloat16> sample_bf16;
   SampleKernels<Half> sample_f16;
+  DecodeKernels<float> decode_f32;
+  DecodeKernels<double> decode_f64;
+  DecodeKernels<BFloat16> decode_bf16;
+  DecodeKernels<Half> decode_f16;
   ReturnsKernels returns;
 };
 

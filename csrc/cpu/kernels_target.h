@@ -46,6 +46,8 @@ FASTRL_GCC_TARGET(FASTRL_TARGET)
 #include "n_step_kernel.h"
 #include "token_logprobs_kernel.h"
 #include "sample_tokens_kernel.h"
+#include "decode_products.h"
+#include "decode_attention_kernel.h"
 // clang-format on
 
 #ifdef FASTRL_TARGET
@@ -60,7 +62,8 @@ namespace fastrl::FASTRL_SIMD {
 
 const KernelTable kTable = {
     FASTRL_NAME(FASTRL_SIMD), kLogprobs<float>,  kLogprobs<BFloat16>, kLogprobs<Half>,
-    kSample<float>,           kSample<BFloat16>, kSample<Half>,       kReturns,
+    kSample<float>,           kSample<BFloat16>, kSample<Half>,       kDecode<float>,
+    kDecode<double>,          kDecode<BFloat16>, kDecode<Half>,       kReturns,
 };
 
 }  // namespace fastrl::FASTRL_SIMD

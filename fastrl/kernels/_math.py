@@ -44,3 +44,28 @@ def ordered_sum(x, SIZE: tl.constexpr):
         if SIZE >> i > 1:
             x = tl.sum(tl.reshape(x, [2, SIZE >> (i + 1)]), axis=0)
     return tl.sum(x, axis=0)
+
+
+@triton.jit
+def ordered_sums(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """The sum of each row of x [ROWS, SIZE], powers of two, in the order of ordered_sum."""
+    x = tl.reshape(tl.trans(x), [SIZE * ROWS])
+    for i in tl.static_range(31):
+        if SIZE >> i > 1:
+            x = tl.sum(tl.reshape(x, [2, (SIZE >> (i + 1)) * ROWS]), axis=0)
+    return x
+
+
+@triton.jit
+def tanh(x):
+    """By an odd polynomial near 0, where 1 - exp(-2 |x|) would cancel."""
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
+    far = (1.0 - e) / (1.0 + e)
+    z = x * x
+    p = z * (-5.70498872745e-3) + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    near = p * z * x + x
+    return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))

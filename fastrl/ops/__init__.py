@@ -6,6 +6,7 @@ silent fallback. `fastrl.reference` has the same names and signatures in plain P
 
 from fastrl.ops.actor_critic_loss import actor_critic_loss
 from fastrl.ops.attention import attention
+from fastrl.ops.decode_attention import decode_attention
 from fastrl.ops.discounted_returns import discounted_returns
 from fastrl.ops.gae import gae
 from fastrl.ops.group_advantages import group_advantages
@@ -27,6 +28,7 @@ from fastrl.ops.whiten import whiten
 __all__ = [
     "actor_critic_loss",
     "attention",
+    "decode_attention",
     "discounted_returns",
     "gae",
     "group_advantages",

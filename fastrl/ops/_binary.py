@@ -28,6 +28,7 @@ if module is not None and module.build_facts()["cuda_architectures"]:
 # `fastrl info` prints it, and a test holds it against the dispatcher's own list.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "attention": {"cpu": "torch's flash attention by parts", "cuda": "Triton"},
+    "decode_attention": {"cpu": "C++", "cuda": "Triton"},
     "discounted_returns": _SCANS,
     "gae": _SCANS,
     "lambda_returns": _SCANS,

@@ -8,6 +8,7 @@ measured against.
 
 from fastrl.reference.actor_critic_loss import actor_critic_loss
 from fastrl.reference.attention import attention
+from fastrl.reference.decode_attention import decode_attention
 from fastrl.reference.discounted_returns import discounted_returns
 from fastrl.reference.gae import gae
 from fastrl.reference.group_advantages import group_advantages
@@ -29,6 +30,7 @@ from fastrl.reference.whiten import whiten
 __all__ = [
     "actor_critic_loss",
     "attention",
+    "decode_attention",
     "discounted_returns",
     "gae",
     "group_advantages",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastrl.kernels import kept_logprobs, sample_tokens, token_logprobs
+from fastrl.kernels import decode_attention, kept_logprobs, sample_tokens, token_logprobs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,6 +30,7 @@ def launches() -> Iterator[Launch]:
     yield from _token_logprobs()
     yield from _sample_tokens()
     yield from _kept_logprobs()
+    yield from _decode_attention()
 
 
 def _token_logprobs() -> Iterator[Launch]:
@@ -81,3 +82,26 @@ def _kept_logprobs() -> Iterator[Launch]:
         for g, h in ((row, None), (None, row), (row, row)):
             saved = (row, row if h is not None else None, row, row)
             yield Launch(kept_logprobs.kept_logprobs_bwd, (g, h, *inputs, *saved, 1.0, -100))
+
+
+def _decode_attention() -> Iterator[Launch]:
+    def launch(dtype, width, queries=1, prefixes=3, bounds=True, softcap=None):
+        query = torch.empty(6, 8, queries, width, dtype=dtype)
+        cache = torch.empty(6, 2, 4096, width, dtype=dtype)
+        prefix = torch.empty(prefixes, 2, 4096, width, dtype=dtype) if prefixes else None
+        row, starts = torch.empty(6, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+        of_prefix = (row[:3], starts) if prefixes and bounds else (None, None)
+        of_row = (row, row) if bounds else (None, row)
+        arguments = (query, cache, cache, *of_row, prefix, prefix, *of_prefix, 1.0, None, softcap)
+        return Launch(decode_attention.decode_attention, arguments)
+
+    # Few queries a head of keys and many, of both kinds of arithmetic, for each block of widths;
+    # widths that fill theirs, and one that does not; rows off 16-byte bounds.
+    for dtype, widths in zip(FLOATS, ((64, 128, 256), (32, 64, 80, 128, 256), (128,)), strict=True):
+        for width in widths:
+            yield launch(dtype, width)
+            if dtype == torch.bfloat16:
+                yield launch(dtype, width, queries=8, prefixes=0)
+        if dtype != torch.float16:
+            yield launch(dtype, 128, softcap=50.0)
+    yield launch(torch.bfloat16, 33, prefixes=1, bounds=False)
