@@ -11,6 +11,10 @@ from fastrl.ops._attention_cpu import token_major
 
 _fwd = _binary.op("attention_fwd", differentiable=3)
 _bwd = _binary.op("attention_bwd")
+_decode = _binary.op("decode_attention")
+# Queries up to which a call without gradient against a longer cache is one of decoding: the kernel
+# that cuts the keys among the threads instead of the queries.
+_DECODING = 8
 
 
 def attention(
@@ -45,6 +49,8 @@ def attention(
     neither on the other rows of the batch nor on the other trees of a layout, and a completion's
     not on those beside it.
 
+    Without a gradient, up to eight queries against more keys go the way of `decode_attention`.
+
     On a GPU: Triton, tiles from the layout. On a CPU: torch's own flash attention on each part of
     what is visible, merged; windows and softcap in blocks. Autocast casts the inputs as it does
     for torch's attention.
@@ -78,6 +84,11 @@ def attention(
     _checks.implemented("attention", query)
     width = query.shape[-1]
     numbers = (width**-0.5 if scale is None else float(scale), window, softcap)
+    if layout is None and _is_decoding(query, key, value, causal):
+        keys = (key_start, key_end, None, None, None, None)
+        tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        output, lse = _decode(*tensors, *keys, *numbers)
+        return (output, lse) if return_lse else output
     if layout is None:
         visible: tuple[Any, ...] = (key_start, key_end, None, None, [], causal)
     else:
@@ -85,6 +96,15 @@ def attention(
         visible = (None, None, positions, layout.visible_until, layout.schedule, True)
     output, lse = _fwd(query, key, value, *visible, *numbers)
     return (output, lse) if return_lse else output
+
+
+def _is_decoding(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
+    """One query that stands at the last key sees all of them, causal or not."""
+    # Asked first: a comparison of sizes would make torch.compile's programs for these sizes alone.
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return False
+    num_queries = query.shape[2]
+    return num_queries <= min(_DECODING, key.shape[2] - 1) and (causal or num_queries == 1)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

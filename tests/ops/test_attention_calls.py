@@ -231,3 +231,22 @@ def test_bad_arguments(tensors, options, error, message):
     with pytest.raises(error, match=message) as caught:
         fastrl.attention(*tensors, **options)
     assert str(caught.value).startswith("attention: expected ")
+
+
+def test_a_few_queries_without_gradient_go_the_way_of_decoding(device):
+    """With the results of the usual way, which calls with a gradient take."""
+    end = torch.tensor([40, 33, 5], dtype=torch.int32, device=device)
+    for queries in (1, 3, 8):
+        tensors = leaves((3, 4, queries, 16), *[(3, 2, 40, 16)] * 2, device=device)
+        for options in ({}, {"key_end": end}, {"window": 7}, {"softcap": 2.0, "scale": -0.2}):
+            usual = fastrl.attention(*tensors, return_lse=True, **options)
+            with torch.no_grad():
+                decoded = fastrl.attention(*tensors, return_lse=True, **options)
+                if "scale" not in options:
+                    same = fastrl.decode_attention(*tensors, return_lse=True, **options)
+                    assert all(torch.equal(x, y) for x, y in zip(decoded, same, strict=True))
+            for x, y in zip(decoded, usual, strict=True):
+                torch.testing.assert_close(x, y.detach())
+    query, cache = torch.randn(3, 4, 1, 16, device=device), tensors[1].detach()
+    full = fastrl.attention(query, cache, cache, causal=False, key_end=end)
+    assert torch.equal(full, fastrl.decode_attention(query, cache, cache, key_end=end))
