@@ -62,12 +62,10 @@ def attention_fwd(
     """output [B, Hq, T, D] in memory order [B, T, Hq, D], and lse [B, Hq, T]."""
     q, k, v, rule = _prepared(query, key, value, position_ids, scale, window, softcap)
     parts = _parts(q, k, key_start, key_end, schedule, causal)
-    if len(parts) == 1 and parts[0].segments == 1 and parts[0].rows == slice(0, len(q)):
-        part = parts[0]
-        if part.queries == slice(0, q.shape[2]):
-            output, lse = _attend(*_cut_inputs(q, k, v, part), part, rule)
-            return token_major(output.to(query.dtype)), lse.contiguous()
-    output = token_major(torch.zeros_like(q))
+    if _is_one(parts, q, k):
+        output, lse = _attend(q, k, v, parts[0], rule)
+        return token_major(output.to(query.dtype)), lse.contiguous()
+    output = _to_fill(q, schedule)
     lse = q.new_full(q.shape[:3], -torch.inf)
     for part in parts:
         cut_q, cut_k, cut_v = _cut_inputs(q, k, v, part)
@@ -110,18 +108,45 @@ def attention_bwd(
     if grad_lse is not None:
         rule = rule._replace(in_blocks=True)
     saved = (g, output.to(q.dtype), lse, grad_lse)
-    needed = zip((q, k, v), (needs_query, needs_key, needs_value), strict=True)
-    grads = [token_major(torch.zeros_like(x)) if needs else None for x, needs in needed]
-    for part in _parts(q, k, key_start, key_end, schedule, causal):
-        new = _attend_backward(saved, _cut_inputs(q, k, v, part), part, rule)
-        for grad, x, tokens in zip(grads, new, (part.queries, part.keys, part.keys), strict=True):
-            if grad is not None:
-                cut(grad, part.rows, tokens, part.segments).add_(x)
-    given = (query, key, value)
+    needs, given = (needs_query, needs_key, needs_value), (query, key, value)
+    parts = _parts(q, k, key_start, key_end, schedule, causal)
+    if _is_one(parts, q, k):
+        grads = _attend_backward(saved, (q, k, v), parts[0], rule)
+    else:
+        grads = (_to_fill(q, schedule), _to_fill(k, schedule), _to_fill(v, schedule))
+        for part in parts:
+            new = _attend_backward(saved, _cut_inputs(q, k, v, part), part, rule)
+            _add_to(grads, new, part, needs)
     return tuple(  # type: ignore[return-value]
-        x.new_empty(0) if grad is None else grad.to(x.dtype)
-        for grad, x in zip(grads, given, strict=True)
+        token_major(grad.to(x.dtype)) if needed else x.new_empty(0)
+        for grad, x, needed in zip(grads, given, needs, strict=True)
     )
+
+
+def _is_one(parts: list[Part], q: Tensor, k: Tensor) -> bool:
+    """Whether torch's results are ours, as they are."""
+    whole = slice(0, len(q)), slice(0, q.shape[2]), slice(0, k.shape[2])
+    return len(parts) == 1 and parts[0][:3] == whole and parts[0].segments == 1
+
+
+def _to_fill(x: Tensor, schedule: list[Tensor]) -> Tensor:
+    """Like x, for the parts to write to. Those of a layout leave nothing out; other queries and
+    keys may be in none."""
+    batch, heads, tokens, width = x.shape
+    fresh = x.new_empty if schedule else x.new_zeros
+    return fresh((batch, tokens, heads, width)).transpose(1, 2)
+
+
+def _add_to(
+    grads: tuple[Tensor, ...], new: tuple[Tensor, ...], part: Part, needs: tuple[bool, ...]
+) -> None:
+    """A segment sees itself before others see it, and a dense row's parts share no keys: so but for
+    shared keys, a part's are the first."""
+    tokens, added = (part.queries, part.keys, part.keys), (part.merge, part.shared, part.shared)
+    for grad, x, at, is_sum, needed in zip(grads, new, tokens, added, needs, strict=True):
+        if needed:
+            held = cut(grad, part.rows, at, part.segments)
+            held.add_(x) if is_sum else held.copy_(x)
 
 
 def token_major(x: Tensor) -> Tensor:
