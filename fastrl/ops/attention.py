@@ -118,8 +118,10 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _check(query: Any, key: Any, value: Any) -> None:
     op = "attention"
+    on_gpu = isinstance(query, Tensor) and query.device.type == "cuda"
+    dtypes = [x for x in _checks.FLOATS if not (on_gpu and x == torch.float64)]
     for name, x in (("query", query), ("key", key), ("value", value)):
-        _checks.float_tensor(op, name, x)
+        _checks.tensor(op, name, x, dtypes, f"Cast {name}, or use fastrl.reference.attention.")
         if x.dim() != 4:
             raise _checks.fail(
                 op, f"{name} [B, H, T, D]", _checks.shape(x), "Put the heads before the tokens."
