@@ -86,7 +86,7 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
       "float? top_p) -> (Tensor token_ids, Tensor logprobs, Tensor lowest, Tensor last_id)");
   m.def(
       "kept_ids(Tensor logits, Tensor lowest, Tensor last_id) -> (Tensor ids, Tensor cu_seqlens)");
-  // Attention. schedule: PackedLayout.schedule, on a CPU [parts], on a GPU [query_tiles, runs,
+  // Attention. schedule: PackedLayout.schedule, on a CPU [parts], on a GPU [query_tiles, segments,
   // key_tiles, key_sums]; empty without a layout. An lse is [B, Hq, T], -inf for a query that sees
   // no key. A gradient that is not needed comes back empty.
   m.def("attention_fwd(Tensor query, Tensor key, Tensor value, " VISIBLE

@@ -10,6 +10,7 @@ from fastrl._paths import LeafPaths
 from fastrl._picture import draw_mask
 from fastrl._schedule import at_least_two, attention_parts, with_any_length
 from fastrl._segments import check_bounds, check_lists, last_tokens_before, subtree_ends, unpacked
+from fastrl._tiles import attention_tiles
 
 
 class PackedLayout:
@@ -33,7 +34,8 @@ class PackedLayout:
         visible_until: [N] int32, the end of the subtree below the token's segment.
         predecessor: [N] int64, the token that comes before, through the tree: the last token of
             the nearest segment above that is not empty; -1 at a root's first token.
-        schedule: what the attention of its device works through; see `fastrl._schedule`.
+        schedule: what the attention of its device works through; see `fastrl._schedule` for a
+            CPU, `fastrl._tiles` for others.
     Raises:
         ValueError: cu_seqlens does not rise from 0, or prefix is not in depth-first order
             (`PackedBatch.from_segments` sorts).  TypeError: not integers.
@@ -139,8 +141,10 @@ class PackedLayout:
         return moved
 
     def _schedule_for(self, device: torch.device) -> list[Tensor]:
-        starts, ends = self._host_bounds[:-1], self._host_bounds[1:]
-        return [at_least_two(attention_parts(starts, ends, self._host_until))]
+        segments = self._host_bounds[:-1], self._host_bounds[1:], self._host_until
+        if device.type == "cpu":
+            return [at_least_two(attention_parts(*segments))]
+        return [table.to(device) for table in attention_tiles(*segments)]
 
     def __repr__(self) -> str:
         """Sizes and trees: "3 + (2, 0, 1)" is a segment of 3 tokens and the three that continue it,

@@ -19,7 +19,7 @@ LAYERS = [
     {"ops"},
     {"kernels", "_C", "reference"},
     {"layout", "_batch", "_notation", "_paths", "_picture", "_schedule", "_segments", "_split"}
-    | {"_vocabulary"},
+    | {"_tiles", "_vocabulary"},
 ]
 ALONE = {
     "reference": {"torch", "fastrl"},
@@ -31,6 +31,7 @@ ALONE = {
     "_schedule": {"torch"},
     "_segments": {"torch"},
     "_split": {"torch"},
+    "_tiles": {"torch"},
     "_vocabulary": {"torch"},
 }
 # The core's own dependencies may be imported anywhere; those of the extras not at import time.

@@ -41,7 +41,8 @@ def recorded():
 
 @pytest.fixture(scope="session")
 def compiled(recorded, request):
-    """Every configuration for sm_90; for the others, of each kernel the one that takes most."""
+    """Every configuration for sm_90; for the others, of each kernel the one that takes most, and
+    those that are theirs alone."""
     import ahead_of_time
 
     found = ahead_of_time.compile_all(recorded[90])
@@ -51,6 +52,7 @@ def compiled(recorded, request):
         if held is None or kernel.takes > held.takes:
             largest[kernel.name] = kernel
     wanted = {kernel.request.key for kernel in largest.values()}
+    wanted |= {r.key for arch in (80, 100) for r in recorded[arch]} - {r.key for r in recorded[90]}
     others = [r for arch in (80, 100) for r in recorded[arch] if r.key in wanted]
     found += ahead_of_time.compile_all(others)
     request.config.stash[_COMPILED] = found

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from fastrl.kernels import decode_attention, kept_logprobs, sample_tokens, token_logprobs
+from fastrl.kernels import (
+    attention,
+    decode_attention,
+    kept_logprobs,
+    sample_tokens,
+    token_logprobs,
+)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,6 +36,7 @@ def launches() -> Iterator[Launch]:
     yield from _token_logprobs()
     yield from _sample_tokens()
     yield from _kept_logprobs()
+    yield from _attention()
     yield from _decode_attention()
 
 
@@ -105,3 +112,39 @@ def _decode_attention() -> Iterator[Launch]:
         if dtype != torch.float16:
             yield launch(dtype, 128, softcap=50.0)
     yield launch(torch.bfloat16, 33, prefixes=1, bounds=False)
+
+
+def _attention() -> Iterator[Launch]:
+    """Each configuration as it is met most, and at its heaviest; float16 is as bfloat16."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for head_size in (32, 64, 128, 256):
+            yield from attention_calls(dtype, head_size)
+            yield from attention_calls(dtype, head_size, packed=True, window=77, softcap=3.0)
+    yield from attention_calls(torch.float16, 80, packed=True)
+    yield from attention_calls(torch.bfloat16, 128, padded=True, causal=False)
+
+
+def attention_calls(
+    dtype: torch.dtype,
+    head_size: int,
+    *,
+    packed: bool = False,
+    padded: bool = False,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    shape: tuple[int, int, int, int, int] = (2, 4, 2, 256, 256),
+) -> Iterator[Launch]:
+    """Both launchers; shape is (B, Hq, Hkv, T, S), padded a batch whose rows end early."""
+    batch, heads, key_heads, T, S = (1, *shape[1:]) if packed else shape
+    query = torch.empty(batch, heads, T, head_size, dtype=dtype)
+    key = torch.empty(batch, key_heads, S, head_size, dtype=dtype)
+    lse = torch.empty(batch, heads, T)
+    i32, i64 = torch.empty(T, dtype=torch.int32), torch.empty(T, dtype=torch.int64)
+    tables = [torch.empty(3, n, dtype=torch.int32) for n in (2, 5, 7, 4)]
+    of_row = (i32, i32) if padded else (None, None)
+    of_layout = (i64, i32, tables) if packed else (None, None, [])
+    visible = (*of_row, *of_layout, causal, 0.1, window, softcap)
+    yield Launch(attention.attention_fwd, (query, key, key, *visible))
+    saved = (query, lse, query, key, key, query, lse)
+    yield Launch(attention.attention_bwd, (*saved, *visible, True, True, True))
