@@ -22,6 +22,10 @@ def attention_tiles(starts: Tensor, ends: Tensor, until: Tensor) -> list[Tensor]
         its sum; slot is -1 where there is nothing to add up. The segments are those of the queries.
     key_sums [slots, 4]: (first token, end, first slot, slots) of the tile that each slot is of.
 
+    Each table has two rows at least, since for torch.compile a size of 0 or 1 is another program:
+    what is added holds no token. So that key_sums of two rows are known to sum nothing, longer ones
+    have one such row as well.
+
     All of a tree's rows follow from the tree alone, but for query_tiles; there a token's own
     segments come in the same order in whichever tile it stands.
 
@@ -35,8 +39,21 @@ def attention_tiles(starts: Tensor, ends: Tensor, until: Tensor) -> list[Tensor]
     shift = _first_positions(parent, ends - starts) - starts
     segments = torch.stack([starts, ends, until, shift, parent], dim=1)
     keys, key_sums = _key_tiles(starts, until, parent)
-    tables = [_query_tiles(starts, ends, shift), segments, keys, key_sums]
+    queries = _query_tiles(starts, ends, shift)
+    num_tokens = int(ends[-1]) if len(ends) else 0
+    slot = torch.arange(len(key_sums), max(2, len(key_sums) + 1))
+    tables = [
+        _at_least_two(queries, [num_tokens, -1]),
+        _at_least_two(segments, [0] * 5),
+        _at_least_two(keys, [0] * 7),
+        torch.cat([key_sums, torch.stack([0 * slot, 0 * slot, slot, 0 * slot + 1], dim=1)]),
+    ]
     return [table.int().contiguous() for table in tables]
+
+
+def _at_least_two(rows: Tensor, nothing: list[int]) -> Tensor:
+    missing = [nothing] * (2 - len(rows))
+    return torch.cat([rows, torch.tensor(missing, dtype=rows.dtype).view(-1, rows.shape[1])])
 
 
 def _depths(starts: Tensor, until: Tensor) -> Tensor:

@@ -24,6 +24,21 @@ def tables_of(layout):
     return attention_tiles(bounds[:-1], bounds[1:], until)
 
 
+def rows_of(layout):
+    """The tables as lists, without the rows that hold no token."""
+    tables = tables_of(layout)
+    assert all(len(table) >= 2 and table.dtype == torch.int32 for table in tables)
+    query_tiles, segments, key_tiles, key_sums = (table.tolist() for table in tables)
+    N, nothing = layout.num_tokens, [0, 0, len(key_sums) - 1, 1]
+    assert key_sums[-1] == nothing and (len(key_sums) > 2 or key_sums[0] == [0, 0, 0, 1])
+    return (
+        [row for row in query_tiles if row != [N, -1]],
+        [row for row in segments if row[0] < row[1]],
+        [row for row in key_tiles if row[0] < row[1]],
+        [row for row in key_sums if row[0] < row[1]],
+    )
+
+
 def visible_in(layout):
     token = torch.arange(layout.num_tokens)
     return (token <= token[:, None]) & (token[:, None] < layout.visible_until)
@@ -46,7 +61,7 @@ def met_by_queries(segments, first, last_segment):
 @pytest.mark.parametrize("seed", range(40))
 def test_every_query_meets_its_keys_once_from_its_own_segment_to_the_root(seed):
     layout = layout_of(*forest_of(seed))
-    query_tiles, segments, *_ = (table.tolist() for table in tables_of(layout))
+    query_tiles, segments, *_ = rows_of(layout)
     N, met = layout.num_tokens, torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.int32)
     assert sorted(first for first, _ in query_tiles) == list(range(0, N, TILE))
     for first, last_segment in query_tiles:
@@ -67,7 +82,7 @@ def test_every_query_meets_its_keys_once_from_its_own_segment_to_the_root(seed):
 def test_every_key_meets_its_queries_once_in_order(monkeypatch, seed, split):
     monkeypatch.setattr(_tiles, "SPLIT", split)
     layout = layout_of(*forest_of(seed))
-    _, segments, key_tiles, key_sums = (table.tolist() for table in tables_of(layout))
+    _, segments, key_tiles, key_sums = rows_of(layout)
     visible, roots = visible_in(layout), [start for start, *_, parent in segments if parent < 0]
     met, parts = torch.zeros_like(visible, dtype=torch.int32), {}
     for first, end, begin, stop, slot, first_segment, end_segment in key_tiles:
@@ -103,8 +118,8 @@ def test_heavy_tiles_come_first():
 
 def test_by_hand():
     """A prompt of 150 with completions of 100, none and 30; then 10 tokens alone."""
-    tables = tables_of(layout_of([150, 100, 0, 30, 10], [-1, 0, 0, 0, -1]))
-    query_tiles, segments, key_tiles, key_sums = (table.tolist() for table in tables)
+    layout = layout_of([150, 100, 0, 30, 10], [-1, 0, 0, 0, -1])
+    query_tiles, segments, key_tiles, key_sums = rows_of(layout)
     assert segments == [
         [0, 150, 280, 0, -1],
         [150, 250, 250, 0, 0],
@@ -123,15 +138,15 @@ def test_by_hand():
 
 @pytest.mark.parametrize("lengths, prefix", [([], []), ([0], [-1]), ([0, 0], [-1, 0])])
 def test_without_tokens(lengths, prefix):
-    tables = tables_of(layout_of(lengths, prefix))
-    assert [table.shape for table in tables] == [(0, 2), (0, 5), (0, 7), (0, 4)]
-    assert all(table.dtype == torch.int32 for table in tables)
+    layout = layout_of(lengths, prefix)
+    assert [table.shape for table in tables_of(layout)] == [(2, 2), (2, 5), (2, 7), (2, 4)]
+    assert rows_of(layout) == ([], [], [], [])
 
 
 def test_a_tree_that_begins_with_nothing():
     """Below an empty root stand two trees, as far as attention goes."""
-    tables = tables_of(layout_of([0, 3, 0, 2, 4], [-1, 0, 1, 2, 0]))
-    assert tables[1].tolist() == [[0, 3, 5, 0, -1], [3, 5, 5, 0, 0], [5, 9, 9, -5, -1]]
+    segments = rows_of(layout_of([0, 3, 0, 2, 4], [-1, 0, 1, 2, 0]))[1]
+    assert segments == [[0, 3, 5, 0, -1], [3, 5, 5, 0, 0], [5, 9, 9, -5, -1]]
 
 
 def test_a_layout_has_them_wherever_it_is_moved():

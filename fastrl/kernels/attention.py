@@ -166,7 +166,7 @@ def _grad_keys(
     if schedule:
         _, segments, key_tiles, key_sums = schedule
         items = key_tiles.shape[0] * (TILE // config["BLOCK_N"])
-        slots = key_sums.shape[0]
+        slots = key_sums.shape[0] if key_sums.shape[0] > 2 else 0  # two rows: there are no sums
     lanes, queries_per_key = batch * heads, query.shape[1] // heads
     source_bytes = 2 * query[0, 0].numel() * query.element_size() * queries_per_key
     # What is not needed has no gradient to write, but a stride and a type.

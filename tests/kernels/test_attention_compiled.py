@@ -119,7 +119,7 @@ def calls(lying, batch, heads, key_heads, T, S, number):
     """A dense batch and a packed one, each forward and backward; `number` is in all that varies."""
     from fastrl.kernels import attention
 
-    tables = [torch.empty(number, n, dtype=torch.int32) for n in (2, 5, 7, 4)]
+    tables = [torch.empty(number + 2, n, dtype=torch.int32) for n in (2, 5, 7, 4)]
     # From the second on, as a slice of a longer tensor is: off 16-byte bounds.
     i32 = torch.empty(T + 1, dtype=torch.int32)[number % 2 :]
     i64 = torch.empty(T + 1, dtype=torch.int64)[number % 2 :]
