@@ -242,20 +242,18 @@ def _parts(
     causal: bool,
     rule: Rule,
 ) -> list[Part]:
-    """Blocks of our own find a triangle's visible half by themselves."""
     if q.numel() == 0 or k.numel() == 0:
         return []
-    halve = not rule.in_blocks
-    if schedule:
-        return list(parts_of_layout(schedule[0].tolist(), halve))
+    if schedule:  # blocks of our own find a triangle's visible half by themselves
+        return list(parts_of_layout(schedule[0].tolist(), not rule.in_blocks))
     num_keys, num_queries = k.shape[2], q.shape[2]
     starts = [0] if key_start is None else key_start.clamp(0, num_keys).tolist()
     ends = [num_keys] if key_end is None else key_end.clamp(0, num_keys).tolist()
     if len(starts) == len(ends) == 1:
         every = slice(0, len(q))
-        return list(parts_of_row(every, starts[0], ends[0], num_queries, causal, halve))
+        return list(parts_of_row(every, starts[0], ends[0], num_queries, causal))
     found: list[Part] = []
     for b in range(len(q)):
         start, end = starts[b % len(starts)], ends[b % len(ends)]
-        found += parts_of_row(slice(b, b + 1), start, end, num_queries, causal, halve)
+        found += parts_of_row(slice(b, b + 1), start, end, num_queries, causal)
     return found

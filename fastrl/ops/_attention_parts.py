@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# Longer triangles are cut into these and the squares between them: of a triangle torch's flash
-# attention computes all pairs with up to 512 keys. Dense rows of 1024 take 0.86 of its time so,
-# with 128 here 0.87 and with 256 0.91; a group of 16 x 128 tokens on 512 0.93, 0.94 and 0.95.
+# A layout's longer triangles are cut into these and the squares between them: of a triangle torch's
+# flash attention computes all pairs with up to 512 keys. A group of 16 x 128 tokens on 512 takes
+# 0.93 of its time so, with 128 here 0.94 and with 256 0.95. A dense batch is left to torch whole:
+# on two threads what is saved there goes for passes over the outputs.
 TRIANGLE = 64
 
 
@@ -73,9 +74,7 @@ def parts_of_layout(listed: list[list[int]], halve: bool) -> Iterator[Part]:
         yield from _triangle(row, start, start, length, segments, merge, halve)
 
 
-def parts_of_row(
-    rows: slice, start: int, end: int, queries: int, causal: bool, halve: bool
-) -> Iterator[Part]:
+def parts_of_row(rows: slice, start: int, end: int, queries: int, causal: bool) -> Iterator[Part]:
     """Of the keys [start, end) of a dense row. The last query stands at the last key, and those
     that would stand before the first see none; the keys before the first query are a rectangle,
     those at the queries a triangle."""
@@ -89,7 +88,7 @@ def parts_of_row(
         yield Part(rows, first, start, before, 1, *every, False, False)
     if causal and standing > 1:
         at = first, start + before, standing
-        yield from _triangle(rows, *at, 1, before > 0, halve)
+        yield from _triangle(rows, *at, 1, before > 0, False)
 
 
 def _triangle(
@@ -106,8 +105,7 @@ def _triangle(
 
     def pieces(size: int) -> Iterator[tuple[tuple[slice, int, int, int, int], int, int]]:
         """Where a Part of pieces of `size` tokens is; of each its first token and their number."""
-        one_row = rows.stop - rows.start == 1
-        if one_row and (segments == 1 or length % size == 0):
+        if segments == 1 or length % size == 0:
             count, rest = divmod(segments * length, size)
             if count:
                 yield (rows, query_start, key_start, size, count), 0, size
