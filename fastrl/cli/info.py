@@ -12,6 +12,7 @@ from fastrl.ops import _binary
 
 OPTIONAL = {
     "train": ("tokenizers", "safetensors", "rich", "matplotlib", "tyro"),
+    "hf": ("transformers",),
     "plot": ("matplotlib",),
     "peers": ("numba", "torchrl", "trl", "liger-kernel", "cut-cross-entropy"),
 }
