@@ -1,7 +1,7 @@
 """Sampling without a sort: one pass over the logits and a look at where u falls."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fastrl import reference
 from fastrl.ops import _binary, _checks
@@ -109,7 +109,7 @@ def _fake(logits: Tensor, seeds: Tensor, *_: object) -> tuple[Tensor, Tensor, Te
 
 def _kept_ids_fake(logits: Tensor, lowest: Tensor, last_id: Tensor) -> tuple[Tensor, Tensor]:
     """ids int64 [K], cu_seqlens int32 [rows + 1]; the values decide K."""
-    ids = last_id.new_empty(torch.library.get_ctx().new_dynamic_size())
+    ids = last_id.new_empty(library.get_ctx().new_dynamic_size())
     return ids, last_id.new_empty(last_id.numel() + 1, dtype=torch.int32)
 
 

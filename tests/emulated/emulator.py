@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 import fastrl
 
@@ -56,7 +57,7 @@ def build(compiler: str, folder: Path) -> Path:
 
 class Emulator:
     def __init__(self, library: Path) -> None:
-        self._schemas = torch.library.Library("fastrl_emulated", "DEF")
+        self._schemas = Library("fastrl_emulated", "DEF")
         for name in OPS:
             schema = str(getattr(torch.ops.fastrl, name).default._schema)
             self._schemas.define(schema.removeprefix("fastrl::"))

@@ -228,7 +228,7 @@ def test_a_tree_alone_is_bitwise_the_tree_in_a_batch(device, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 2.0}], ids=str)
-@pytest.mark.parametrize("length", [1, 6, 7, 20, 128])
+@pytest.mark.parametrize("length", [1, 6, 7, 20, 128, 200])
 def test_a_completion_does_not_depend_on_those_beside_it(device, options, length):
     """Its outputs and the gradient of its queries, bit for bit; alone with its prompt, too."""
     for others in ([], [3], [length] * 3, [5, 64], [200, 1, 1]):
