@@ -184,7 +184,42 @@ class PackedBatch:
         Raises:
             ValueError: a tree has more than max_tokens tokens.
         """
-        return _micro_batches(self, max_tokens)
+        is_root = self.layout._host_prefix < 0
+        of_tree = _on_host(bins_of_trees(self.layout._host_bounds, is_root, max_tokens))
+        count = int(of_tree.max()) + 1 if len(of_tree) else 0
+        return _micro_batches(self, of_tree[is_root.cumsum(0) - 1], count)
+
+    def take(self, completions: Tensor) -> "MicroBatch":
+        """The batch without some of its completions, and without the segments that then end
+        nowhere. What belongs to targets is cut by `source_targets`.
+
+        Args:
+            completions: [C] bool, True = stays. What a completion continues stays with it, and so
+                do the targets there.
+        Returns:
+            One micro-batch, on this batch's device.
+        Raises:
+            ValueError: another shape.  TypeError: not bool.
+        """
+        count = len(self._host_completion_segments)
+        if completions.dtype != torch.bool:
+            raise TypeError(
+                f"PackedBatch.take: expected completions bool, got {completions.dtype}. "
+                "Pass True for each one that stays."
+            )
+        if completions.shape != (count,):
+            raise ValueError(
+                f"PackedBatch.take: expected completions [C] = ({count},), got "
+                f"{tuple(completions.shape)}. Pass True or False for each of them."
+            )
+        parents = self.layout._host_prefix.tolist()
+        place = [-1] * len(parents)  # of each segment: micro-batch 0, or none
+        for segment in self._host_completion_segments[completions.cpu()].tolist():
+            place[segment] = 0
+        for segment in reversed(range(len(parents))):  # children stand behind their parents
+            if place[segment] == 0 and parents[segment] >= 0:
+                place[parents[segment]] = 0
+        return _micro_batches(self, _on_host(place), 1)[0]
 
     def __repr__(self) -> str:
         targets = counted(len(self.target_ids), "target")
@@ -193,9 +228,9 @@ class PackedBatch:
 
 
 class MicroBatch(PackedBatch):
-    """Some trees of a larger batch, and which of its tokens and targets they hold.
+    """A part of a larger batch, and which of its tokens and targets they hold.
 
-    Made by `PackedBatch.split_by_tokens`. logprobs[micro.source_targets] cuts what belongs to the
+    Made by `PackedBatch.split_by_tokens` and `take`. logprobs[micro.source_targets] cuts what belongs to the
     targets of the larger batch, and whole[micro.source_targets] = part puts it back. What is known
     of its leaves goes through its own sum_over_leaves first.
 
@@ -210,19 +245,18 @@ class MicroBatch(PackedBatch):
     source_completions: Tensor
 
 
-def _micro_batches(batch: PackedBatch, max_tokens: int) -> list[MicroBatch]:
+def _micro_batches(batch: PackedBatch, of_segment: Tensor, count: int) -> list[MicroBatch]:
+    """As many as count; of_segment [S] is the number of the one that holds a segment, or -1."""
     bounds, prefix = batch.layout._host_bounds, batch.layout._host_prefix
-    is_root, lengths = prefix < 0, bounds.diff()
-    micro_of_tree = _on_host(bins_of_trees(bounds, is_root, max_tokens))
-    count = int(micro_of_tree.max()) + 1 if len(micro_of_tree) else 0
+    lengths = bounds.diff()
 
     def members(micro: Tensor) -> tuple[Tensor, ...]:
         """Which items each micro-batch holds, from the micro-batch of each item."""
-        sizes = torch.bincount(micro, minlength=count).tolist()
-        return micro.argsort(stable=True).split(sizes) if count else ()
+        held = (micro >= 0).nonzero().squeeze(-1)
+        sizes = torch.bincount(micro[held], minlength=count).tolist()
+        return held[micro[held].argsort(stable=True)].split(sizes) if count else ()
 
     is_target, device = batch._host_is_target, batch.token_ids.device
-    of_segment = micro_of_tree[is_root.cumsum(0) - 1]
     of_token = of_segment.repeat_interleave(lengths)
     place = torch.empty_like(prefix)  # of each segment, within its micro-batch
     micro_batches = []

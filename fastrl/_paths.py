@@ -39,7 +39,7 @@ class LeafPaths:
         self._copies = leaves_before[subtree_end] - first_leaf  # [S], at least 1 each
         # A visit is a segment on the path to a leaf, [Q] of them; here by segment, then by leaf.
         segment = segment.repeat_interleave(self._copies)
-        leaf = _ranges(first_leaf, self._copies)
+        leaf = ranges(first_leaf, self._copies)
         by_leaf = leaf.argsort(stable=True)
 
         lengths_on_paths = lengths[segment[by_leaf]]
@@ -53,7 +53,7 @@ class LeafPaths:
         visits = torch.bincount(leaf, minlength=len(self.leaves))  # of each leaf's path
         self.cu_seqlens = starts[_offsets(visits)].int()
         self._lengths, self._first_item = lengths, _offsets(lengths)[:-1]
-        self.index = _ranges(self._first_item[segment[by_leaf]], lengths_on_paths)
+        self.index = ranges(self._first_item[segment[by_leaf]], lengths_on_paths)
         self._visit_start = torch.empty_like(by_leaf)  # by segment, then by leaf
         self._visit_start[by_leaf] = starts[:-1]
 
@@ -86,7 +86,7 @@ class LeafPaths:
         segment = segment.repeat_interleave(self._lengths)  # [N]
         offset = torch.arange(len(segment), device=self.index.device) - self._first_item[segment]
         copies = self._copies[segment]
-        visits = _ranges(_offsets(self._copies)[segment], copies)  # [P]
+        visits = ranges(_offsets(self._copies)[segment], copies)  # [P]
         return self._visit_start[visits] + offset.repeat_interleave(copies), copies
 
     def __repr__(self) -> str:
@@ -101,7 +101,7 @@ def _offsets(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
-def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     """The numbers of each range one after another: starts[i], starts[i] + 1, ..., lengths[i] of
     them."""
     shift = (starts - _offsets(lengths)[:-1]).repeat_interleave(lengths)

@@ -1,5 +1,6 @@
-"""Sampling: each prompt is read once, the state is carried, finished rows leave the batch."""
+"""Sampling: each prompt is read once, finished rows make room for the next, and the Rollout."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -7,50 +8,86 @@ import torch
 from torch import Tensor
 
 from fastrl import ops as fast_ops
+from fastrl._sampling import Completions, Environment, Stop, check_sampling
+from fastrl.layout import PackedBatch
 from fastrl.models.protocol import PolicyModel
+
+__all__ = ["Environment", "Rollout", "completion_seeds", "generate"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """Completions and what is known of them, packed: N tokens of C completions, no padding.
+    """Completions and what is known of them, packed: M tokens that the policy wrote.
+
+    A completion's tokens that it did not write (a tool's, a user's next turn) are in the batch but
+    are no targets. Conversations that branch come from `PackedBatch.from_segments`; each of their
+    segments with targets is a completion.
 
     Attributes:
-        prompts: P tensors [P_g] int64.
-        token_ids: [N] int64, the completions back to back, those of a prompt together; an EOS is
-            a completion's last token.
-        cu_seqlens: [C+1] int32, where each completion starts and ends.
+        batch: the prompts and their C completions, each token once; its targets are the M tokens.
         group_ids: [C] int64, the prompt of each completion.
-        ended: [C] bool, True where EOS came, False where the length ran out.
-        logprobs: [N] float32, of the tokens as they were sampled.
-        rewards: [N] float32, following each token; None until they are known.
+        ended: [C] bool, True where EOS or a stop string came, False where the length ran out.
+        logprobs: [M] float32, of the tokens as they were sampled, at the temperature of sampling.
+        values: [M] float32, V before each token, as the critic saw it while sampling; or None.
+        rewards: [M] float32, following each token; None until they are known.
         is_used: [C] bool, False where a completion's reward is unusable; None until it is known.
     """
 
-    prompts: list[Tensor]
-    token_ids: Tensor
-    cu_seqlens: Tensor
+    batch: PackedBatch
     group_ids: Tensor
     ended: Tensor
     logprobs: Tensor
+    values: Tensor | None = None
     rewards: Tensor | None = None
     is_used: Tensor | None = None
 
     @property
+    def token_ids(self) -> Tensor:
+        """[M] int64, the tokens that the policy wrote."""
+        return self.batch.target_ids
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """[C+1] int32, where each completion's targets start and end."""
+        return self.batch.completion_cu_seqlens
+
+    @property
     def lengths(self) -> Tensor:
-        """[C] int64, tokens of each completion, EOS included."""
+        """[C] int64, targets of each completion, EOS included."""
         return self.cu_seqlens.diff().long()
 
     @property
     def loss_mask(self) -> Tensor:
-        """[N] bool, the tokens of the completions that are used."""
+        """[M] bool, the targets of the completions that are used."""
         if self.is_used is None:
             return torch.ones_like(self.token_ids, dtype=torch.bool)
         return self.is_used.repeat_interleave(self.lengths)
 
     @property
     def completion_ids(self) -> list[Tensor]:
-        """Each completion's token ids."""
-        return list(self.token_ids.split(self.lengths.tolist()))
+        """Each completion's token ids, those included that the policy did not write."""
+        segments = self.batch.layout.unpack(self.batch.token_ids)
+        return [segments[s] for s in self.batch._host_completion_segments.tolist()]
+
+    @property
+    def is_target(self) -> list[Tensor]:
+        """For each completion's token ids, bool: True where the policy wrote them."""
+        is_target = torch.zeros_like(self.batch.token_ids, dtype=torch.bool)
+        is_target[self.batch.target_index] = True
+        segments = self.batch.layout.unpack(is_target)
+        return [segments[s] for s in self.batch._host_completion_segments.tolist()]
+
+    def take(self, completions: Tensor) -> "Rollout":
+        """Some of the completions, [C] bool; see `PackedBatch.take`."""
+        batch = self.batch.take(completions)
+        at, rows = batch.source_targets, batch.source_completions
+        of_targets = {name: getattr(self, name) for name in ("logprobs", "values", "rewards")}
+        of_rows = {name: getattr(self, name) for name in ("group_ids", "ended", "is_used")}
+        return Rollout(
+            batch=batch,
+            **{name: None if x is None else x[at] for name, x in of_targets.items()},
+            **{name: None if x is None else x[rows] for name, x in of_rows.items()},
+        )
 
 
 @torch.no_grad()
@@ -62,7 +99,14 @@ def generate(
     max_new_tokens: int,
     seeds: Tensor,
     temperature: float = 1.0,
-    eos_token_id: int | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
+    environment: Environment | None = None,
+    max_rows: int | None = None,
+    value_fn: Callable[[Tensor], Tensor] | None = None,
     ops: ModuleType = fast_ops,
 ) -> Rollout:
     """Sample completions of each prompt.
@@ -71,65 +115,82 @@ def generate(
         model: the policy.
         prompts: P tensors [P_g] int64, P_g >= 1, of any lengths, on the model's device.
         completions_per_prompt: G; there are C = P · G completions.
-        max_new_tokens: where a completion stops without EOS.
+        max_new_tokens: where a completion stops without EOS; the environment's tokens count.
         seeds: [C] int64, as `completion_seeds` gives them. A completion's draws depend on its
             seed alone: not on the other rows, nor on torch's generator.
         temperature: of the sampling; 0 takes the likeliest token.
-        eos_token_id: ends a completion and is its last token; None: all have max_new_tokens.
+        top_k, top_p: sample from the likeliest tokens alone (`fastrl.sample_tokens`). The
+            log-probabilities stay those of the whole distribution.
+        eos_token_id: one or several ids that end a completion and are its last token; None: none.
+        stop_strings: a completion ends with the token whose text completes one of these.
+        decode: ids to text, for stop_strings.
+        environment: called as environment(index, prompt_ids, completion_ids) when completion
+            `index` has ended; returns the ids of what it is answered, with which it goes on, or
+            None. What it answers is read but is no target.
+        max_rows: most completions that are sampled at a time; when some finish, the next take
+            their places. None: all at once.
+        value_fn: hidden [R, D] -> values [R], for `Rollout.values`.
         ops: `fastrl.ops` or `fastrl.reference`.
     Returns:
         A Rollout without rewards.
     Raises:
-        ValueError: no prompts, an empty prompt, or seeds of another shape.
+        ValueError: no prompts, an empty prompt, seeds of another shape, a number out of its range.
         TypeError: prompts that are not int64.
     """
     num_completions = len(prompts) * completions_per_prompt
-    _check(prompts, seeds, num_completions, max_new_tokens)
+    check_sampling(prompts, seeds, num_completions, max_new_tokens, max_rows, stop_strings, decode)
     device = prompts[0].device
     seeds = seeds.to(device)
-    hidden, state = model.prefill(prompts)
-    # The first token's logits are the prompt's: computed once, sampled from by each completion.
-    logits = model.lm_head(hidden).repeat_interleave(completions_per_prompt, dim=0)
-    state = model.repeat_state(state, completions_per_prompt)
-    rows = torch.arange(num_completions, device=device)
-    ended = torch.zeros(num_completions, dtype=torch.bool, device=device)
-    steps: list[tuple[Tensor, Tensor, Tensor]] = []  # of the rows still running
-    for step in range(max_new_tokens):
-        token_ids, logprobs = ops.sample_tokens(
-            logits, temperature=temperature, seeds=seeds, step=step
-        )
-        steps.append((rows, token_ids, logprobs))
-        if eos_token_id is not None:
-            is_eos = token_ids == eos_token_id
-            running = torch.nonzero(~is_eos).squeeze(1)
-            if running.numel() < rows.numel():
-                ended[rows[is_eos]] = True
-                rows, token_ids, seeds = rows[running], token_ids[running], seeds[running]
-                state = model.select_state(state, running)
-        if rows.numel() == 0 or step + 1 == max_new_tokens:
+    stop = Stop(eos_token_id, stop_strings, decode, device)
+    completions = Completions(prompts, completions_per_prompt, max_new_tokens, stop, environment)
+    limit = min(num_completions, max_rows or num_completions)
+    decoder = model.decoder(limit, max_new_tokens)
+    # The logits of a prompt's first token are computed once, and sampled from by each completion.
+    waiting: dict[int, Tensor] = {}  # last hidden states of prompts whose rows are not all open
+    rows = torch.empty(0, dtype=torch.int64, device=device)  # the completions that are running
+    hidden: Tensor | None = None
+    num_read = num_opened = 0
+    while True:
+        left = num_completions - num_opened
+        free = min(limit - rows.numel(), left)
+        # Some at a time: few long reads of prompts are faster than many short ones.
+        if left and (rows.numel() == 0 or free >= min(limit // 8 + 1, left)):
+            new = range(num_opened, num_opened + free)
+            owners = [completion // completions_per_prompt for completion in new]
+            if owners[-1] >= num_read:
+                read = decoder.read(prompts[num_read : owners[-1] + 1])
+                waiting.update(enumerate(read.unbind(), num_read))
+                num_read = owners[-1] + 1
+            decoder.open(owners)
+            first = torch.stack([waiting[owner] for owner in owners])
+            hidden = first if hidden is None else torch.cat([hidden, first])
+            rows = torch.cat([rows, torch.arange(new.start, new.stop, device=device)])
+            num_opened += free
+            waiting = {p: x for p, x in waiting.items() if p >= owners[-1]}
+        if rows.numel() == 0:
             break
-        hidden, state = model.decode(token_ids, state)
-        logits = model.lm_head(hidden)
-
-    return _packed(prompts, steps, ended)
-
-
-def _packed(
-    prompts: list[Tensor], steps: list[tuple[Tensor, Tensor, Tensor]], ended: Tensor
-) -> Rollout:
-    """The Rollout of what each step's running rows sampled: (rows, token_ids, logprobs)."""
-    num_completions = ended.numel()
-    rows, token_ids, logprobs = (torch.cat(column) for column in zip(*steps, strict=True))
-    order = torch.argsort(rows, stable=True)  # by completion; time order stays within each
-    lengths = torch.bincount(rows, minlength=num_completions)
-    group_ids = torch.arange(len(prompts), device=rows.device)
+        assert hidden is not None
+        token_ids, logprobs = ops.sample_tokens(
+            model.head.logits(hidden),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seeds=_step_seeds(seeds[rows], completions.lengths(rows)),
+        )
+        values = None if value_fn is None else value_fn(hidden)
+        token_ids, running = completions.add(rows, token_ids, logprobs, values)
+        if running is not None:
+            rows, token_ids = rows[running], token_ids[running]
+            decoder.keep(running)
+        hidden = decoder.step(token_ids) if rows.numel() else None
+    batch, logprobs, values = completions.packed()
+    groups = torch.arange(len(prompts), device=device)
     return Rollout(
-        prompts=prompts,
-        token_ids=token_ids[order],
-        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
-        group_ids=group_ids.repeat_interleave(num_completions // len(prompts)),
-        ended=ended,
-        logprobs=logprobs[order],
+        batch=batch,
+        group_ids=groups.repeat_interleave(completions_per_prompt),
+        ended=completions.ended,
+        logprobs=logprobs,
+        values=None if value_fn is None else values,
     )
 
 
@@ -149,34 +210,14 @@ def completion_seeds(seed: int, stream: int, keys: Tensor, completions_per_promp
     return (_mix(_mix(base + keys)[:, None] + sample) & 0x7FFFFFFFFFFFFFFF).flatten()
 
 
+def _step_seeds(seeds: Tensor, steps: Tensor) -> Tensor:
+    """[R] int64: a seed for each row's next draw, from its own and how far it has come."""
+    return _mix(seeds ^ _mix(steps))
+
+
 def _mix(x: Tensor) -> Tensor:
     """splitmix64's output function; int64 products wrap around, masks make the shifts logical."""
     x = x - 0x61C8864680B583EB
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def _check(prompts: list[Tensor], seeds: Tensor, num_completions: int, max_new_tokens: int) -> None:
-    if not prompts:
-        raise ValueError("generate: expected prompts, got none. Pass at least one.")
-    for index, prompt in enumerate(prompts):
-        if prompt.dtype != torch.int64:
-            raise TypeError(
-                f"generate: expected prompts int64, got {prompt.dtype} at {index}. "
-                "Convert them with .long()."
-            )
-        if prompt.dim() != 1 or prompt.numel() == 0:
-            raise ValueError(
-                "generate: expected prompts [P_g] with P_g >= 1, got "
-                f"{tuple(prompt.shape)} at {index}. Start an empty prompt with a BOS token."
-            )
-    if seeds.shape != (num_completions,):
-        raise ValueError(
-            f"generate: expected seeds [C] = ({num_completions},), one for each completion, got "
-            f"{tuple(seeds.shape)}. Make them with completion_seeds."
-        )
-    if max_new_tokens < 1:
-        raise ValueError(
-            f"generate: expected max_new_tokens >= 1, got {max_new_tokens}. Sample one at least."
-        )

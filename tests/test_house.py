@@ -15,7 +15,7 @@ PACKAGE = Path(fastrl.__file__).parent
 LAYERS = [
     {"cli"},
     {"trainers", "compat"},
-    {"rollout", "rewards", "models", "hf"},
+    {"rollout", "_sampling", "rewards", "models", "hf"},
     {"ops"},
     {"kernels", "_C", "reference"},
     {"layout", "_batch", "_notation", "_paths", "_picture", "_schedule", "_segments", "_split"}

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastrl.models.actor_critic import ActorCritic
 from fastrl.models.lstm import LSTMLanguageModel
-from fastrl.models.protocol import PolicyModel
+from fastrl.models.protocol import Decoder, Head, PolicyModel
 
 __all__ = ["ActorCritic", "LSTMLanguageModel", "PolicyModel", "model_from_config"]
 

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fastrl._paths import ranges
+from fastrl.layout import PackedBatch
+from fastrl.models.protocol import Head
+
 State = tuple[Tensor, Tensor]  # hidden and cell, [layers, B, D] each
 
 
@@ -54,6 +58,11 @@ class LSTMLanguageModel(nn.Module):
     def config(self) -> dict[str, Any]:
         """The arguments that build this model again, with its `model_type`."""
         return {"model_type": "lstm", **self._config}
+
+    @property
+    def head(self) -> Head:
+        """The last layer."""
+        return Head(self.lm_head.weight, self.lm_head.bias)
 
     def forward(self, token_ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Logits of the next token after each token.
@@ -112,69 +121,51 @@ class LSTMLanguageModel(nn.Module):
 
         device = token_ids.device
         time_major, by_length, rank = (x.to(device) for x in (time_major, by_length, rank))
-        state = self.select_state(state, by_length)
+        state = self._select(state, by_length)
         running = int(batch_sizes[0])  # empty sequences stand last and never run
         inputs = PackedSequence(self._embed(token_ids[time_major]), batch_sizes)
         output, final = self.lstm(inputs, tuple(x[:, :running].contiguous() for x in state))
         final = tuple(
             torch.cat([f, x[:, running:]], dim=1) for f, x in zip(final, state, strict=True)
         )
-        return output.data[torch.argsort(time_major)], self.select_state(final, rank)
+        return output.data[torch.argsort(time_major)], self._select(final, rank)
 
-    def prefill(self, prompts: list[Tensor]) -> tuple[Tensor, State]:
-        """Read prompts of any lengths, each once: last hidden state [P, D], state."""
-        lengths = torch.tensor([0] + [prompt.numel() for prompt in prompts])
-        _, state = self.packed_hidden_states(torch.cat(prompts), lengths.cumsum(0))
-        return state[0][-1], state
-
-    def decode(self, token_ids: Tensor, state: State) -> tuple[Tensor, State]:
-        """Read one more token a row: token_ids [C] -> hidden [C, D], state."""
-        hidden, state = self.lstm(self._embed(token_ids.unsqueeze(1)), state)
-        return hidden.squeeze(1), state
-
-    def repeat_state(self, state: State, count: int) -> State:
-        """Each row `count` times in a row."""
-        # expand, not repeat_interleave by index: its backward is a sum in a fixed order.
-        hidden, cell = (
-            x.unsqueeze(2).expand(-1, -1, count, -1).flatten(1, 2).contiguous() for x in state
-        )
-        return hidden, cell
-
-    def select_state(self, state: State, rows: Tensor) -> State:
-        """The given rows of the state."""
-        return state[0].index_select(1, rows), state[1].index_select(1, rows)
-
-    def completion_hidden_states(
-        self, prompts: list[Tensor], token_ids: Tensor, cu_seqlens: Tensor
-    ) -> Tensor:
-        """The hidden states that predict packed completions; each prompt is read once.
+    def packed_hidden(self, batch: PackedBatch) -> Tensor:
+        """The hidden states that predict a packed batch's targets; each token is read once.
 
         Args:
-            prompts: P tensors [P_g] int64, P_g >= 1.
-            token_ids: [N] int64, the completions back to back, C = P · G of them: G for the
-                first prompt, G for the second, and so on; none is empty.
-            cu_seqlens: [C+1] integer.
+            batch: trees of any depth.
         Returns:
-            hidden: [N, D]; row n has seen the prompt and the completion up to before token n.
+            hidden: [M, D]; row m has seen all that comes before target m.
         """
-        num_completions, num_tokens = cu_seqlens.numel() - 1, token_ids.numel()
-        after_prompt, state = self.prefill(prompts)
-        count = num_completions // len(prompts)
-        state = self.repeat_state(state, count)
-        after_prompt = after_prompt.unsqueeze(1).expand(-1, count, -1).flatten(0, 1)
+        layout, device = batch.layout, batch.token_ids.device
+        starts, parents, lengths = layout._host_bounds[:-1], layout._host_prefix, _lengths_read(batch)
+        depth = _depths(parents)
+        place = torch.empty_like(starts)  # of each segment's state among those of its depth
+        row = torch.empty(layout.num_tokens, dtype=torch.int64)  # of each token that is read
+        hidden, num_read, state = [self.lm_head.weight.new_zeros(0, self.hidden_dim)], 0, None
+        for level in range(int(depth.max()) + 1 if len(depth) else 0):
+            segments = (depth == level).nonzero().squeeze(1)
+            place[segments] = torch.arange(len(segments))
+            if state is not None:
+                # Indexing, not index_select: its backward is a sum in a fixed order everywhere.
+                above = place[parents[segments]].to(device)
+                state = state[0][:, above], state[1][:, above]
+            tokens = ranges(starts[segments], lengths[segments])
+            ends = torch.nn.functional.pad(lengths[segments].cumsum(0), (1, 0))
+            token_ids = batch.token_ids[tokens.to(device)]
+            here, state = self.packed_hidden_states(token_ids, ends, state)
+            row[tokens] = torch.arange(num_read, num_read + len(tokens))
+            hidden.append(here)
+            num_read += len(tokens)
+        return torch.cat(hidden)[row[batch.predict_index.cpu()].to(device)]
 
-        # A completion's last token predicts nothing: it is not read.
-        completion = torch.arange(num_completions + 1, device=token_ids.device)
-        is_read = torch.ones_like(token_ids, dtype=torch.bool)
-        is_read[cu_seqlens[1:].long() - 1] = False
-        after_token, _ = self.packed_hidden_states(
-            token_ids[is_read], cu_seqlens - completion, state
-        )
-        owner = torch.repeat_interleave(completion[:-1], cu_seqlens.diff(), output_size=num_tokens)
-        token = torch.arange(num_tokens, device=token_ids.device)
-        is_first = token == cu_seqlens[owner]
-        source = torch.where(is_first, owner, num_completions + token - 1 - owner)
-        return torch.cat([after_prompt, after_token]).index_select(0, source)
+    def decoder(self, max_rows: int, max_new_tokens: int) -> "LSTMDecoder":
+        """See `fastrl.models.PolicyModel`; nothing here is as large as the limits allow."""
+        return LSTMDecoder(self)
+
+    def _select(self, state: State, rows: Tensor) -> State:
+        return state[0].index_select(1, rows), state[1].index_select(1, rows)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if token_ids.dtype != torch.int64:
@@ -199,3 +190,63 @@ class LSTMLanguageModel(nn.Module):
                 f"LSTMLanguageModel: expected state [layers, B, D] = {expected} twice, got {got}. "
                 "Pass the state that the last call returned, for the same rows."
             )
+
+
+class LSTMDecoder:
+    """`fastrl.models.Decoder` of an LSTM: a row's past is a state of fixed size."""
+
+    def __init__(self, model: LSTMLanguageModel) -> None:
+        self.model = model
+        zeros = model.lm_head.weight.new_zeros(model.num_layers, 0, model.hidden_dim)
+        self._prompts: State = (zeros, zeros)
+        self._num_forgotten = 0  # prompts before these, whose rows are all open
+        self._rows: State = (zeros, zeros)
+
+    def read(self, prompts: list[Tensor]) -> Tensor:
+        lengths = torch.tensor([0] + [prompt.numel() for prompt in prompts])
+        _, state = self.model.packed_hidden_states(torch.cat(prompts), lengths.cumsum(0))
+        self._prompts = _joined(self._prompts, state)
+        return state[0][-1]
+
+    def open(self, prompts: list[int]) -> None:
+        if not prompts:
+            return
+        passed = prompts[0] - self._num_forgotten
+        self._prompts = self._prompts[0][:, passed:], self._prompts[1][:, passed:]
+        self._num_forgotten = prompts[0]
+        numbers = torch.tensor(prompts, device=self._rows[0].device) - self._num_forgotten
+        self._rows = _joined(self._rows, self.model._select(self._prompts, numbers))
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        embedded = self.model._embed(token_ids.unsqueeze(1))
+        hidden, self._rows = self.model.lstm(embedded, self._rows)
+        return hidden.squeeze(1)
+
+    def keep(self, rows: Tensor) -> None:
+        self._rows = self.model._select(self._rows, rows)
+
+
+def _joined(one: State, other: State) -> State:
+    return torch.cat([one[0], other[0]], 1), torch.cat([one[1], other[1]], 1)
+
+
+def _depths(parents: Tensor) -> Tensor:
+    """[S]: how many segments each one continues."""
+    depths: list[int] = []
+    for parent in parents.tolist():  # which stand before their children
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return torch.tensor(depths, dtype=torch.int64)
+
+
+def _lengths_read(batch: PackedBatch) -> Tensor:
+    """[S]: tokens of each segment without those at its end that predict nothing."""
+    bounds, parents = batch.layout._host_bounds, batch.layout._host_prefix
+    lengths = bounds.diff()
+    predict_index = batch.predict_index.cpu()
+    segment = torch.bucketize(predict_index, bounds[1:], right=True)
+    needed = torch.zeros_like(lengths)
+    needed.scatter_reduce_(0, segment, predict_index - bounds[segment] + 1, "amax")
+    is_continued = torch.zeros_like(lengths, dtype=torch.bool)
+    is_continued[parents[parents >= 0]] = True
+    return torch.where(is_continued, lengths, needed)
+

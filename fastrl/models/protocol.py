@@ -1,13 +1,75 @@
 """What the rollout and the trainers ask of a language model."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastrl.layout import PackedBatch
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last layer: logits = scale (hidden weight^T + bias), or softcap tanh of it / softcap.
+
+    Attributes:
+        weight: [V, D].
+        bias: [V], or None.
+        softcap: bound of the logits; not beside a scale.
+        scale: factor of the logits.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> logits [..., V], in the dtype of the weight under autocast too."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        if self.softcap is not None:
+            return torch.tanh(logits / self.softcap) * self.softcap
+        return logits if self.scale == 1.0 else logits * self.scale
+
+    def arguments(self, temperature: float) -> dict[str, Any]:
+        """What `linear_token_logprobs` and `linear_token_loss` take beside hidden and weight."""
+        return {
+            "bias": self.bias,
+            "softcap": self.softcap,
+            "temperature": temperature / self.scale,
+        }
+
+
+class Decoder(Protocol):
+    """Rows that are sampled together, each with what it has read so far.
+
+    Prompts are numbered in the order of reading, rows in that of opening. Prompts are opened in
+    rising order, and one below the last that was opened is never opened again.
+    """
+
+    def read(self, prompts: list[Tensor]) -> Tensor:
+        """Read prompts, int64 [P_g] each, once: their last hidden states [P, D]."""
+        ...
+
+    def open(self, prompts: list[int]) -> None:
+        """One more row behind each of these prompts, after the rows that are there."""
+        ...
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Read one more token a row: token_ids [R] -> hidden [R, D]."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """These of the R rows go on, int64 and rising; the others are finished."""
+        ...
 
 
 @runtime_checkable
 class PolicyModel(Protocol):
-    """A language model that samples with a state and scores packed completions.
+    """A language model that samples with a decoder and scores packed batches.
 
     `state` is the model's own affair (an LSTM's cell, a cache of keys); others pass it on.
     """
@@ -20,35 +82,20 @@ class PolicyModel(Protocol):
         """What `model_from_config` builds the same model from; JSON types only."""
         ...
 
-    def lm_head(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> logits [..., V]."""
+    @property
+    def head(self) -> Head:
+        """The last layer, for ops that make its logits by slices."""
         ...
 
     def hidden_states(self, token_ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """token_ids [B, T] -> hidden [B, T, D], and the state after the last token."""
         ...
 
-    def prefill(self, prompts: list[Tensor]) -> tuple[Tensor, Any]:
-        """Read each prompt once: its last hidden state [P, D], and the state after it."""
+    def packed_hidden(self, batch: PackedBatch) -> Tensor:
+        """hidden [M, D], row m of which predicts batch.target_ids[m]; each token is read once."""
         ...
 
-    def decode(self, token_ids: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Read one more token a row: token_ids [C] -> hidden [C, D], and the state after it."""
-        ...
-
-    def repeat_state(self, state: Any, count: int) -> Any:
-        """Each row of the state `count` times in a row, for the completions of one prompt."""
-        ...
-
-    def select_state(self, state: Any, rows: Tensor) -> Any:
-        """The given rows of the state; the others are finished."""
-        ...
-
-    def completion_hidden_states(
-        self, prompts: list[Tensor], token_ids: Tensor, cu_seqlens: Tensor
-    ) -> Tensor:
-        """The hidden states [N, D] that predict the packed completions' token_ids [N].
-
-        Every prompt has the same number of completions, which stand together and in order.
-        """
+    def decoder(self, max_rows: int, max_new_tokens: int) -> Decoder:
+        """An empty decoder for up to max_rows rows at a time, each of which reads fewer than
+        max_new_tokens tokens behind its prompt."""
         ...

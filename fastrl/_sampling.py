@@ -1,0 +1,200 @@
+"""What rollout.py keeps of the completions that it samples, and when one of them ends."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastrl.layout import PackedBatch, pack_groups
+
+Environment = Callable[[int, list[int], list[int]], "list[int] | None"]
+
+_SPARE_TOKENS = 8  # more than a stop string's length to decode: tokens may have no text
+
+
+class Stop:
+    """Where the policy's turn ends: at an EOS id or a stop string.
+
+    Args: as those of `fastrl.rollout.generate`.
+    """
+
+    def __init__(
+        self,
+        eos_token_id: int | Sequence[int] | None,
+        strings: Sequence[str],
+        decode: Callable[[list[int]], str] | None,
+        device: torch.device,
+    ) -> None:
+        ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        self._eos = torch.tensor(ids, dtype=torch.int64, device=device)
+        self.strings, self._decode = list(strings), decode
+        self._window = max(map(len, self.strings), default=0) + _SPARE_TOKENS
+
+    def at_eos(self, token_ids: Tensor) -> Tensor:
+        """[R] bool."""
+        if len(self._eos) == 1:
+            return token_ids == self._eos
+        return torch.isin(token_ids, self._eos)
+
+    def at_string(self, turn: list[int]) -> bool:
+        """Whether the turn's last token completes a stop string."""
+        assert self._decode is not None
+        text = self._decode(turn[-self._window :])
+        return any(string in text for string in self.strings)
+
+
+class Completions:
+    """The completions of one call of generate, as they grow."""
+
+    def __init__(
+        self,
+        prompts: list[Tensor],
+        completions_per_prompt: int,
+        max_new_tokens: int,
+        stop: Stop,
+        environment: Environment | None,
+    ) -> None:
+        device, count = prompts[0].device, len(prompts) * completions_per_prompt
+        self.ended = torch.zeros(count, dtype=torch.bool, device=device)
+        self._prompts, self._per_prompt = prompts, completions_per_prompt
+        self._limit, self._stop, self._environment = max_new_tokens, stop, environment
+        self._lengths = torch.zeros(count, dtype=torch.int64, device=device)
+        self._steps: list[tuple[Tensor, ...]] = []  # rows, token ids, logprobs, values, written
+        # On the host, for those who look at tokens one by one.
+        self._on_host = bool(stop.strings) or environment is not None
+        self._ids: list[list[int]] = [[] for _ in range(count if self._on_host else 0)]
+        self._turns: list[list[int]] = [[] for _ in self._ids]
+        self._answers: dict[int, deque[int]] = {}  # what is still to be read, by completion
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """[R] int64, tokens of the given completions so far."""
+        return self._lengths[rows]
+
+    def add(
+        self, rows: Tensor, token_ids: Tensor, logprobs: Tensor, values: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add a token to each of the completions `rows` [R].
+
+        Returns:
+            token_ids: [R], those sampled, or what a completion is answered.
+            running: [n] int64, which of the R rows go on; None where all do.
+        """
+        ends, written = self._stop.at_eos(token_ids), None
+        lengths = self._lengths[rows] + 1
+        self._lengths[rows] = lengths
+        full = lengths >= self._limit
+        if self._on_host:
+            token_ids, ends, written = self._on_the_host(rows, token_ids, ends, full)
+        step = rows, token_ids, logprobs
+        step += (logprobs if values is None else values.float(),)
+        self._steps.append((*step, torch.ones_like(ends) if written is None else written))
+        running = (~(ends | full)).nonzero().squeeze(1)
+        if len(running) == len(rows):
+            return token_ids, None
+        self.ended[rows[ends]] = True
+        return token_ids, running
+
+    def _on_the_host(
+        self, rows: Tensor, token_ids: Tensor, ends: Tensor, full: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Answers, stop strings: the tokens, which completions end, which tokens were written."""
+        ids, ended, written = token_ids.tolist(), ends.tolist(), [True] * len(rows)
+        for i, (row, is_full) in enumerate(zip(rows.tolist(), full.tolist(), strict=True)):
+            answer = self._answers.get(row)
+            if answer:
+                ids[i], ended[i], written[i] = answer.popleft(), False, False
+                self._ids[row].append(ids[i])
+                continue
+            self._ids[row].append(ids[i])
+            self._turns[row].append(ids[i])
+            if self._stop.strings and not ended[i]:
+                ended[i] = self._stop.at_string(self._turns[row])
+            if ended[i] and not is_full and self._environment is not None:
+                prompt = self._prompts[row // self._per_prompt].tolist()
+                answered = self._environment(row, prompt, list(self._ids[row]))
+                if answered is not None:
+                    self._answers[row], self._turns[row] = deque(answered), []
+                    ended[i] = False
+        device = token_ids.device
+        return (
+            torch.tensor(ids, device=device),
+            torch.tensor(ended, device=device),
+            torch.tensor(written, device=device),
+        )
+
+    def packed(self) -> tuple[PackedBatch, Tensor, Tensor]:
+        """The batch, and the log-probabilities and values of its targets."""
+        columns = zip(*self._steps, strict=True)
+        rows, token_ids, logprobs, values, written = (torch.cat(column) for column in columns)
+        order = torch.argsort(rows, stable=True)  # by completion; time order stays within each
+        token_ids, written = token_ids[order], written[order]
+        lengths = self._lengths.tolist()
+        segments, count = list(token_ids.split(lengths)), self._per_prompt
+        if not self._answers:
+            groups = [segments[i : i + count] for i in range(0, len(segments), count)]
+            batch = pack_groups(self._prompts, groups)
+        else:
+            batch = self._with_answers(segments, list(written.split(lengths)))
+        own = order[written]
+        return batch, logprobs[own], values[own]
+
+    def _with_answers(self, segments: list[Tensor], written: list[Tensor]) -> PackedBatch:
+        every: list[Tensor] = []
+        masks: list[Tensor] = []
+        parents: list[int] = []
+        for p, prompt in enumerate(self._prompts):
+            group = slice(p * self._per_prompt, (p + 1) * self._per_prompt)
+            parents += [-1] + [len(every)] * self._per_prompt
+            every += [prompt, *segments[group]]
+            masks += [torch.zeros_like(prompt, dtype=torch.bool), *written[group]]
+        return PackedBatch.from_segments(every, parents, masks)
+
+
+def check_sampling(
+    prompts: list[Tensor],
+    seeds: Tensor,
+    num_completions: int,
+    max_new_tokens: int,
+    max_rows: int | None,
+    stop_strings: Sequence[str],
+    decode: Callable[[list[int]], str] | None,
+) -> None:
+    """The checks of `fastrl.rollout.generate`."""
+    if not prompts:
+        raise ValueError("generate: expected prompts, got none. Pass at least one.")
+    for index, prompt in enumerate(prompts):
+        if prompt.dtype != torch.int64:
+            raise TypeError(
+                f"generate: expected prompts int64, got {prompt.dtype} at {index}. "
+                "Convert them with .long()."
+            )
+        if prompt.dim() != 1 or prompt.numel() == 0:
+            raise ValueError(
+                "generate: expected prompts [P_g] with P_g >= 1, got "
+                f"{tuple(prompt.shape)} at {index}. Start an empty prompt with a BOS token."
+            )
+    if num_completions < 1:
+        raise ValueError(
+            "generate: expected completions_per_prompt >= 1, got "
+            f"{num_completions // len(prompts)}. Sample one at least."
+        )
+    if seeds.shape != (num_completions,):
+        raise ValueError(
+            f"generate: expected seeds [C] = ({num_completions},), one for each completion, got "
+            f"{tuple(seeds.shape)}. Make them with completion_seeds."
+        )
+    for name, number in (("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
+        if number is not None and number < 1:
+            raise ValueError(
+                f"generate: expected {name} >= 1, got {number}. Sample one at least."
+            )
+    if isinstance(stop_strings, str) or not all(stop_strings):
+        raise ValueError(
+            f"generate: expected stop_strings a list of texts that are not empty, got "
+            f"{stop_strings!r}. Put a single one into a list."
+        )
+    if stop_strings and decode is None:
+        raise ValueError(
+            "generate: expected decode with stop_strings, got None. Pass the tokenizer's decode."
+        )
