@@ -81,20 +81,23 @@ class Caller:
 
     def __call__(self, arguments: Sequence[dict[str, Any]]) -> list[Call]:
         """Call each function with its arguments; one Call for each, in their order."""
-        calls = [self._call(i, arguments[i]) for i in range(len(self.functions))]
+        calls: dict[int, Call] = {}
+        # Async ones last: where another is interrupted, no coroutine is left that nobody awaits.
+        for i in sorted(range(len(self.functions)), key=lambda i: is_async(self.functions[i])):
+            calls[i] = self._call(i, arguments[i])
+            _raise_interrupt(calls[i])
         awaitables = {
             i: call.result
-            for i, call in enumerate(calls)
+            for i, call in calls.items()
             if not call.is_late and inspect.isawaitable(call.result)
         }
         if awaitables:
             for i in awaitables:
                 calls[i] = self._latest[i] = Call()
             self._await([(calls[i], awaitable) for i, awaitable in awaitables.items()])
-        for call in calls:
-            if not call.is_late and call.error is not None and not _is_failure(call.error):
-                raise call.error
-        return calls
+            for i in awaitables:
+                _raise_interrupt(calls[i])
+        return [calls[i] for i in range(len(self.functions))]
 
     def _call(self, index: int, arguments: dict[str, Any]) -> Call:
         call, latest = Call(), self._latest.get(index)
@@ -149,9 +152,11 @@ def is_async(function: Callable[..., Any]) -> bool:
     return declared or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _is_failure(error: BaseException) -> bool:
-    """Whether the function is to blame: not for KeyboardInterrupt and SystemExit."""
-    return isinstance(error, Exception | asyncio.CancelledError)
+def _raise_interrupt(call: Call) -> None:
+    """Raise what the function is not to blame for: KeyboardInterrupt, SystemExit."""
+    is_failure = isinstance(call.error, Exception | asyncio.CancelledError)
+    if not call.is_late and call.error is not None and not is_failure:
+        raise call.error
 
 
 def _seconds_until(end: float | None) -> float | None:

@@ -126,7 +126,36 @@ class RewardScorer:
         if trainer_state is not None:
             arguments["trainer_state"] = trainer_state
         calls = self._caller([accepted(arguments, names) for names in self._parameters])
+        return self._scores(calls, tokens, log)
 
+    def state_dict(self) -> dict[str, Any]:
+        """By name, the states of the functions that have state_dict and load_state_dict."""
+        return {name: function.state_dict() for name, function in self._stateful().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give the functions the states that `state_dict` had.
+
+        Raises:
+            ValueError: the functions with a state are others.
+        """
+        functions = self._stateful()
+        if state.keys() != functions.keys():
+            raise ValueError(
+                f"Trainer: expected states of the reward functions {sorted(functions)}, got "
+                f"{sorted(state)}. Pass the reward functions that the checkpoint was made with."
+            )
+        for name, function in functions.items():
+            function.load_state_dict(state[name])
+
+    def _stateful(self) -> dict[str, Any]:
+        named = zip(self.names, map(unwrapped, self.functions), strict=True)
+        return {
+            name: function
+            for name, function in named
+            if hasattr(function, "state_dict") and hasattr(function, "load_state_dict")
+        }
+
+    def _scores(self, calls: list[Call], tokens: CompletionTokens, log: RewardLog) -> Scores:
         rewards = torch.zeros(int(tokens.lengths.sum()), dtype=torch.float64)
         totals = torch.zeros(len(tokens), dtype=torch.float64)
         has_opinion = torch.zeros(len(tokens), dtype=torch.bool)
@@ -159,33 +188,6 @@ class RewardScorer:
         rewards = rewards.masked_fill(~is_used[owner], 0.0)
         return Scores(rewards, totals, is_used, metrics, columns)
 
-    def state_dict(self) -> dict[str, Any]:
-        """By name, the states of the functions that have state_dict and load_state_dict."""
-        return {name: function.state_dict() for name, function in self._stateful().items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Give the functions the states that `state_dict` had.
-
-        Raises:
-            ValueError: the functions with a state are others.
-        """
-        functions = self._stateful()
-        if state.keys() != functions.keys():
-            raise ValueError(
-                f"Trainer: expected states of the reward functions {sorted(functions)}, got "
-                f"{sorted(state)}. Pass the reward functions that the checkpoint was made with."
-            )
-        for name, function in functions.items():
-            function.load_state_dict(state[name])
-
-    def _stateful(self) -> dict[str, Any]:
-        named = zip(self.names, map(unwrapped, self.functions), strict=True)
-        return {
-            name: function
-            for name, function in named
-            if hasattr(function, "state_dict") and hasattr(function, "load_state_dict")
-        }
-
     def _failure(self, call: Call, name: str, count: int) -> str | None:
         """Why there is no result, with a warning: "timeout", "error"; None if there is one."""
         masked = f"{count} completions are not learned from in this step."
@@ -207,7 +209,7 @@ class RewardScorer:
 
     @staticmethod
     def _warn(message: str) -> None:
-        warnings.warn(message, RuntimeWarning, stacklevel=4)  # where the scorer was called
+        warnings.warn(message, RuntimeWarning, stacklevel=5)  # where the scorer was called
 
 
 def _check(
