@@ -76,6 +76,69 @@ def test_records(make_trainer, kind):
     assert len(trainer.train(max_steps=5)) == 2
 
 
+def test_metrics_by_trls_names_by_hand(make_trainer):
+    """Of one step, from what the reward function saw."""
+    seen = {}
+
+    def first_token(prompts, completion_ids, **_):
+        seen.update(ids=completion_ids, prompts=prompts)
+        return [None if i == 2 else float(ids[0]) for i, ids in enumerate(completion_ids)]
+
+    trainer = make_trainer(reward_functions=first_token, eos_token_id=6)
+    record = trainer.train(max_steps=1)[0]
+    ids, lengths = seen["ids"], torch.tensor([len(c) for c in seen["ids"]]).double()
+    ended = torch.tensor([c[-1] == 6 for c in ids])
+    rewards = torch.tensor([float(c[0]) for i, c in enumerate(ids) if i != 2])
+    expected = {
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1 - ended.double().mean(),
+        "completions/mean_terminated_length": lengths[ended].mean(),
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(),
+        "rewards/first_token/mean": rewards.mean(),
+        "rewards/first_token/std": rewards.std(),
+        "rewards/none": 1,
+        "num_tokens": 6 + lengths.sum(),  # the prompts' own once each
+        "frac_reward_zero_std": 0,
+        "learning_rate": 3e-4,
+        "epoch": 1,
+    }
+    assert 0 < ended.sum() < 12
+    for name, value in expected.items():
+        assert record[name] == pytest.approx(float(value)), name
+
+
+def test_samples_are_the_last_steps(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    assert trainer.samples() == []
+    trainer.train()
+    samples = trainer.samples()
+    assert len(samples) == 12
+    for sample in samples:
+        position = enumerate(sample["completion"])
+        wanted = [(sample["prompt"][-1] + i) % 5 == token for i, token in position]
+        assert sample["reward"] == sample["rewards/hits"] == sum(wanted)
+
+
+def test_several_callbacks_see_each_record_and_one_may_stop_the_run(make_trainer):
+    class Enough(Exception):
+        pass
+
+    def stop(record):
+        if record["step"] == 2:
+            raise Enough
+
+    one, other = [], []
+    trainer = make_trainer(max_steps=4)
+    with pytest.raises(Enough):
+        trainer.train(on_step=[one.append, other.append, stop])
+    assert one == other and [r["step"] for r in one] == [1, 2]
+    assert [r["step"] for r in trainer.train()] == [3, 4]
+    assert len(one) == 2
+
+
 def test_each_prompt_comes_once_an_epoch(make_trainer):
     seen = []
 
