@@ -8,12 +8,13 @@ learning_curve.png
 
 import fcntl
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from fastrl.trainers.loggers import finite, json_line
 
 
 class RunFolderError(ValueError):
@@ -42,9 +43,11 @@ class RunFolder:
         path: the folder; `create` or `open` gives one that is ready.
     """
 
+    FIRST: ClassVar[str] = "config.json"  # the document that makes a folder that of a run
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.json"
+        self.config = path / self.FIRST
         self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
         self.results = path / "results.json"
@@ -88,7 +91,7 @@ class RunFolder:
         folder = cls(path)
         if not folder.config.is_file():
             raise RunFolderError(
-                f"train: expected --resume the folder of a run, got {path} without a config.json. "
+                f"train: expected --resume the folder of a run, got {path} without a {cls.FIRST}. "
                 "Pass the folder that `fastrl train` named when it started."
             )
         return folder
@@ -107,7 +110,7 @@ class RunFolder:
             yield
 
     def write_json(self, path: Path, document: dict[str, Any]) -> None:
-        text = json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(path, (text + "\n").encode())
 
     def read_json(self, path: Path) -> dict[str, Any]:
@@ -155,16 +158,16 @@ class MetricsLog:
 
     def add(self, stage: str, record: dict[str, Any]) -> None:
         """Append a record; it is in the file when this returns."""
-        record = _finite({"stage": stage, **record})
+        record = finite({"stage": stage, **record})
         self.records.append(record)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_line(record))
+            file.write(json_line(record))
 
     def of_stage(self, stage: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record["stage"] == stage]
 
     def _rewrite(self) -> None:
-        write_atomically(self.path, "".join(map(_line, self.records)).encode())
+        write_atomically(self.path, "".join(map(json_line, self.records)).encode())
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -177,18 +180,3 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue  # cut short by an interruption
         if isinstance(record, dict) and isinstance(record.get("step"), int) and "stage" in record:
             yield record
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return value
