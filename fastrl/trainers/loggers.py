@@ -101,7 +101,9 @@ class TensorBoard(_Closing):
             raise ImportError(
                 'TensorBoard needs tensorboard. Install it with: pip install "fastrl[train]"'
             ) from error
-        self._writer: Any = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
+        self._writer: Any = SummaryWriter(
+            str(folder), purge_step=None if step is None else step + 1
+        )
 
     def __call__(self, record: Record) -> None:
         for name, value in record.items():

@@ -111,7 +111,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages.MetricsLog, "add", interrupting_add)
-        assert train.main([*TINY, "--output", str(folder)]) == 128 + signal.SIGTERM
+        assert train.main([*TINY, "--output", str(folder)]) == 0  # as a scheduler expects
     assert f"fastrl train --resume {folder}" in capsys.readouterr().err
     assert records(folder)[-1]["step"] == step
     assert train.main(["--resume", str(folder), "--threads", "1"]) == 0

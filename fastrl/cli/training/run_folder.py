@@ -12,9 +12,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from fastrl.trainers.loggers import finite, json_line
+
+
+Folder = TypeVar("Folder", bound="RunFolder")
 
 
 class RunFolderError(ValueError):
@@ -54,35 +57,39 @@ class RunFolder:
         self.curve = path / "learning_curve.png"
 
     @classmethod
-    def create(cls, path: Path) -> "RunFolder":
+    def create(cls: type[Folder], path: Path) -> Folder:
         """Make a new folder, or take an empty one.
 
         Raises:
             RunFolderError: it holds a run or anything else, or cannot be made.
         """
-        folder = cls(path)
-        if folder.config.exists():
+        cls.check_new(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_be_made(path, error) from error
+        return cls(path)
+
+    @classmethod
+    def check_new(cls, path: Path) -> None:
+        """Raise a RunFolderError where `create` would for what stands there; writes nothing."""
+        if cls(path).config.exists():
             raise RunFolderError(
                 f"train: expected --output a new folder, got {path}, which already holds a run. "
                 f"Go on with it: fastrl train --resume {path}, or choose another folder."
             )
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            holds_files = any(path.iterdir())
+            holds_files = path.exists() and any(path.iterdir())
         except OSError as error:
-            raise RunFolderError(
-                f"train: expected --output a folder that can be made, got {path}: "
-                f"{error.strerror}. Choose another folder."
-            ) from error
+            raise _cannot_be_made(path, error) from error
         if holds_files:
             raise RunFolderError(
                 f"train: expected --output a new or empty folder, got {path} with files in it. "
                 "Choose another folder."
             )
-        return folder
 
     @classmethod
-    def open(cls, path: Path) -> "RunFolder":
+    def open(cls: type[Folder], path: Path) -> Folder:
         """The folder of a run that was begun.
 
         Raises:
@@ -132,6 +139,13 @@ class RunFolder:
                 "Restore the file, or start a new run with another --output."
             )
         return document
+
+
+def _cannot_be_made(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"train: expected --output a folder that can be made, got {path}: "
+        f"{error.strerror}. Choose another folder."
+    )
 
 
 class MetricsLog:
