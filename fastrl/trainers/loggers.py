@@ -13,6 +13,7 @@ is dropped, since they are computed and logged again.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,9 +72,9 @@ class JsonLines(_Closing):
     def __init__(self, path: PathLike, *, step: int | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab+", buffering=0)
-        self._file.seek(0)
-        self._file.truncate(_length_to_keep(self._file.read(), step))
+        if self.path.is_file():  # not /dev/stdout
+            os.truncate(self.path, _length_to_keep(self.path.read_bytes(), step))
+        self._file = open(self.path, "ab", buffering=0)
 
     def __call__(self, record: Record) -> None:
         line = memoryview(json_line(record).encode(errors="backslashreplace"))

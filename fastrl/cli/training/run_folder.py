@@ -16,7 +16,6 @@ from typing import Any, ClassVar, TypeVar
 
 from fastrl.trainers.loggers import finite, json_line
 
-
 Folder = TypeVar("Folder", bound="RunFolder")
 
 
