@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 The run's folder gets recipe.toml as it was resolved, metrics.jsonl, samples.jsonl, tensorboard/,
-results.json, tokenizer/ and checkpoint/, which loads in AutoModelForCausalLM where the model is
-one of transformers. SIGTERM and Ctrl-C let the step end and save; a second Ctrl-C stops at once.
+results.json and checkpoint/, which loads in AutoModelForCausalLM where the model is one of
+transformers. SIGTERM and Ctrl-C let the step end and save; a second Ctrl-C stops at once.
 
 Exit status: 0 finished, or stopped by SIGTERM with everything saved; 130 the same by Ctrl-C;
 1 training broke down; 2 bad input.

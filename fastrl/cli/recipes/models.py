@@ -51,24 +51,39 @@ def _language_model(model: Model, tokenizer: Any, *, lora: bool) -> nn.Module:
         except (TypeError, ValueError) as error:
             raise RecipeError(f"train: in model.lstm: {error}") from error
     need("transformers", "hf")
-    base = _random(model, tokenizer) if model.random is not None else _pretrained(model)
-    if lora and model.lora is not None:
-        base = _with_lora(base, model.lora)
+    if model.random is not None:
+        base = _random(model, tokenizer)
+    else:
+        assert model.path is not None, "the parser has looked"
+        base = _pretrained(model.path, model.dtype)
+    return _policy_of(_with_lora(base, model.lora) if lora and model.lora is not None else base)
+
+
+def load_policy(name: str, dtype: str) -> nn.Module:
+    """A causal language model of transformers, by name or from a folder, as a policy.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
+    need("transformers", "hf")
+    return _policy_of(_pretrained(name, dtype))
+
+
+def _policy_of(base: Any) -> nn.Module:
     try:
         return as_policy(base)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise RecipeError(f"train: in [model]: {error}") from error
+        raise RecipeError(f"train: expected a model that can be trained, got {error}") from error
 
 
-def _pretrained(model: Model) -> Any:
+def _pretrained(name: str, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    assert model.path is not None
     try:
-        return AutoModelForCausalLM.from_pretrained(model.path, dtype=getattr(torch, model.dtype))
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
     except Exception as error:  # of the hub, of the files, of a config that transformers lacks
         raise RecipeError(
-            f"train: expected a model that AutoModelForCausalLM loads, got {model.path}: {error}"
+            f"train: expected a model that AutoModelForCausalLM loads, got {name}: {error}"
         ) from error
 
 

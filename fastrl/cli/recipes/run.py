@@ -17,7 +17,7 @@ from fastrl.cli.recipes.result import show_result
 from fastrl.cli.recipes.schema import Recipe, find_recipe
 from fastrl.cli.recipes.toml import RecipeError, write_toml
 from fastrl.cli.training.interruption import Interrupted, StopRequest
-from fastrl.cli.training.run_folder import RunFolder, write_atomically
+from fastrl.cli.training.run_folder import RunFolder, RunFolderError, write_atomically
 from fastrl.trainers import checkpoint
 from fastrl.trainers.loggers import JsonLines, ProgressBar, SampleTable, TensorBoard
 
@@ -28,7 +28,7 @@ EVALUATION_SEED = 12345  # the same at every step, so that differences are paire
 class RecipeFolder(RunFolder):
     """The folder of a run that a recipe describes.
 
-    recipe.toml  metrics.jsonl  samples.jsonl  tensorboard/  results.json  tokenizer/  checkpoint/
+    recipe.toml  metrics.jsonl  samples.jsonl  tensorboard/  results.json  checkpoint/
     """
 
     FIRST: ClassVar[str] = "recipe.toml"
@@ -37,7 +37,6 @@ class RecipeFolder(RunFolder):
         super().__init__(path)
         self.samples = path / "samples.jsonl"
         self.tensorboard = path / "tensorboard"
-        self.tokenizer = path / "tokenizer"
         self.checkpoint = path / "checkpoint"
 
     def write_recipe(self, recipe: Recipe) -> None:
@@ -53,7 +52,6 @@ def start(name: str, sets: Sequence[str], output: Path | None, stop: StopRequest
     held_out = held_out_prompts(recipe, trainer)
     folder = RecipeFolder.create(path)
     with folder.lock():
-        trainer.tokenizer.save_pretrained(folder.tokenizer)
         folder.write_recipe(recipe)
         return Run(recipe, folder, trainer, held_out, stop).go_on()
 
@@ -79,7 +77,12 @@ def go_on(path: Path, name: str | None, sets: Sequence[str], stop: StopRequest) 
         trainer = build_trainer(recipe, path)
         held_out = held_out_prompts(recipe, trainer)
         if checkpoint.exists(folder.checkpoint):
-            trainer.resume(folder.checkpoint)
+            try:
+                trainer.resume(folder.checkpoint)
+            except ValueError as error:
+                raise RunFolderError(
+                    f"{error} Or delete {folder.checkpoint} to begin again, and resume."
+                ) from error
         if recipe.to_dict() != saved.to_dict():
             folder.write_recipe(recipe)
         return Run(recipe, folder, trainer, held_out, stop).go_on()
