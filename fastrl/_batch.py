@@ -230,9 +230,9 @@ class PackedBatch:
 class MicroBatch(PackedBatch):
     """A part of a larger batch, and which of its tokens and targets they hold.
 
-    Made by `PackedBatch.split_by_tokens` and `take`. logprobs[micro.source_targets] cuts what belongs to the
-    targets of the larger batch, and whole[micro.source_targets] = part puts it back. What is known
-    of its leaves goes through its own sum_over_leaves first.
+    Made by `PackedBatch.split_by_tokens` and `take`. logprobs[micro.source_targets] cuts
+    what belongs to the targets of the larger batch, and whole[micro.source_targets] = part puts it
+    back. What is known of its leaves goes through its own sum_over_leaves first.
 
     Attributes, beside those of PackedBatch, all rising:
         source_tokens: [N] int64, which token of the larger batch each token is.

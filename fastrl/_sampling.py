@@ -86,9 +86,9 @@ class Completions:
         full = lengths >= self._limit
         if self._on_host:
             token_ids, ends, written = self._on_the_host(rows, token_ids, ends, full)
-        step = rows, token_ids, logprobs
-        step += (logprobs if values is None else values.float(),)
-        self._steps.append((*step, torch.ones_like(ends) if written is None else written))
+        seen = logprobs if values is None else values.float()
+        own = torch.ones_like(ends) if written is None else written
+        self._steps.append((rows, token_ids, logprobs, seen, own))
         running = (~(ends | full)).nonzero().squeeze(1)
         if len(running) == len(rows):
             return token_ids, None
@@ -186,9 +186,7 @@ def check_sampling(
         )
     for name, number in (("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
         if number is not None and number < 1:
-            raise ValueError(
-                f"generate: expected {name} >= 1, got {number}. Sample one at least."
-            )
+            raise ValueError(f"generate: expected {name} >= 1, got {number}. Sample one at least.")
     if isinstance(stop_strings, str) or not all(stop_strings):
         raise ValueError(
             f"generate: expected stop_strings a list of texts that are not empty, got "

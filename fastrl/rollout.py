@@ -81,12 +81,14 @@ class Rollout:
         """Some of the completions, [C] bool; see `PackedBatch.take`."""
         batch = self.batch.take(completions)
         at, rows = batch.source_targets, batch.source_completions
-        of_targets = {name: getattr(self, name) for name in ("logprobs", "values", "rewards")}
-        of_rows = {name: getattr(self, name) for name in ("group_ids", "ended", "is_used")}
         return Rollout(
             batch=batch,
-            **{name: None if x is None else x[at] for name, x in of_targets.items()},
-            **{name: None if x is None else x[rows] for name, x in of_rows.items()},
+            group_ids=self.group_ids[rows],
+            ended=self.ended[rows],
+            logprobs=self.logprobs[at],
+            values=None if self.values is None else self.values[at],
+            rewards=None if self.rewards is None else self.rewards[at],
+            is_used=None if self.is_used is None else self.is_used[rows],
         )
 
 

@@ -7,8 +7,18 @@ from torch import nn
 from fastrl.models.actor_critic import ActorCritic
 from fastrl.models.lstm import LSTMLanguageModel
 from fastrl.models.protocol import Decoder, Head, PolicyModel
+from fastrl.models.storage import as_policy, reference_policy
 
-__all__ = ["ActorCritic", "LSTMLanguageModel", "PolicyModel", "model_from_config"]
+__all__ = [
+    "ActorCritic",
+    "Decoder",
+    "Head",
+    "LSTMLanguageModel",
+    "PolicyModel",
+    "as_policy",
+    "model_from_config",
+    "reference_policy",
+]
 
 
 def model_from_config(config: dict[str, Any]) -> nn.Module:

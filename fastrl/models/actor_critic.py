@@ -19,6 +19,8 @@ class ActorCritic(nn.Module):
         TypeError: language_model lacks what a policy needs (`fastrl.models.PolicyModel`).
     """
 
+    critic = None
+
     def __init__(self, language_model: nn.Module) -> None:
         super().__init__()
         if not isinstance(language_model, PolicyModel) or isinstance(language_model, ActorCritic):

@@ -5,13 +5,17 @@ taken from: then the gradient stays unbiased. Each function gives the baseline [
 is nothing to compare with, False in `is_known` [N].
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastrl.rollout import Rollout
+from fastrl.trainers.trajectories import Trajectories
 
 
-def leave_one_out(returns: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
+def leave_one_out(
+    returns: Tensor, trajectories: Trajectories, counts: Tensor
+) -> tuple[Tensor, Tensor]:
     """The mean reward-to-go, at the same position, of the prompt's other used completions.
 
         b_i(t) = mean over j != i of G_j(min(t, T_j - 1))
@@ -20,24 +24,31 @@ def leave_one_out(returns: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
     gamma = 1 this is RLOO's baseline, the mean of the other completions' rewards, at every token.
 
     Args:
-        returns: [N] float32, G.
-        rollout: groups, lengths, and which completions are used: the others are left out.
+        returns: [P] float32, G, along the trajectories.
+        trajectories: their bounds and prompts.
+        counts: [P] bool, False at the tokens of completions that are not used.
     Returns:
-        baseline: [N].
-        is_known: [N] bool, False where no other used completion exists.
+        baseline: [P].
+        is_known: [P] bool, False where no other used completion exists.
     """
-    starts, lengths = rollout.cu_seqlens[:-1].long(), rollout.lengths
-    is_used = torch.ones_like(rollout.ended) if rollout.is_used is None else rollout.is_used
+    bounds, group_ids = trajectories.cu_seqlens.long(), trajectories.group_ids
+    starts, lengths = bounds[:-1], bounds.diff()
+    if not len(returns):
+        return returns, counts
+    is_used = torch.segment_reduce(counts.double(), "min", lengths=lengths, initial=1) > 0
+    is_used = is_used & (lengths > 0)
     steps = torch.arange(int(lengths.max()), device=returns.device)
-    at_step = starts[:, None] + torch.minimum(steps, lengths[:, None] - 1)  # [C, T]
-    table = returns[at_step].masked_fill(~is_used[:, None], 0)
-    # Groups have equal sizes and stand together: a view, and a sum in a fixed order.
-    groups = table.view(len(rollout.prompts), -1, steps.numel())  # [P, G, T]
-    others = (groups.sum(1, keepdim=True) - groups).view_as(table)
-    used = is_used.view(len(rollout.prompts), -1).long()
-    num_others = (used.sum(1, keepdim=True) - used).flatten()  # [C]
+    at_step = starts[:, None] + torch.minimum(steps, (lengths[:, None] - 1).clamp(min=0))  # [L, T]
+    table = returns[at_step.clamp(max=len(returns) - 1)].masked_fill(~is_used[:, None], 0)
+    _, group = group_ids.unique(return_inverse=True)
+    size = int(group.max()) + 1
+    # index_put_ and not index_add_: on a GPU too it adds in a fixed order.
+    sums = table.new_zeros(size, steps.numel()).index_put_((group,), table, accumulate=True)
+    used = torch.zeros_like(lengths[:1]).repeat(size)
+    used.index_put_((group,), is_used.long(), accumulate=True)
+    num_others = used[group] - is_used.long()
     exists = steps < lengths[:, None]
-    baseline = (others / num_others.clamp(min=1)[:, None])[exists]
+    baseline = ((sums[group] - table) / num_others.clamp(min=1)[:, None])[exists]
     is_known = (is_used & (num_others > 0)).repeat_interleave(lengths)
     return baseline, is_known
 
@@ -57,20 +68,24 @@ class RunningMean:
         self.total = torch.zeros(max_new_tokens, dtype=torch.float64, device=device)
         self.count = torch.zeros_like(self.total)
 
-    def __call__(self, returns: Tensor, rollout: Rollout) -> Tensor:
-        """The baseline [N], and then learn from the used completions' returns [N]."""
-        lengths = rollout.lengths
+    def __call__(self, returns: Tensor, cu_seqlens: Tensor, counts: Tensor) -> Tensor:
+        """The baseline [P], and then learn from the returns [P] that count, [P] bool."""
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
         position = torch.arange(returns.numel(), device=returns.device)
-        position -= rollout.cu_seqlens[:-1].long().repeat_interleave(lengths)
-        mean = self.total / self.count.clamp(min=torch.finfo(torch.float64).tiny)
-        weight = rollout.loss_mask.double()
+        position -= starts.repeat_interleave(lengths)
         size = self.total.numel()
+        position = position.clamp(max=size - 1)  # a path through several turns may be longer
+        mean = self.total / self.count.clamp(min=torch.finfo(torch.float64).tiny)
+        weight = counts.double()
         # bincount adds in float64; its order on a GPU can move the last bit.
         total = torch.bincount(position, weight * returns, minlength=size)
         self.total.mul_(self.decay).add_(total)
         self.count.mul_(self.decay).add_(torch.bincount(position, weight, minlength=size))
         return mean[position].to(returns.dtype)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        return {"baseline.total": self.total, "baseline.count": self.count}
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total.copy_(state["total"])
+        self.count.copy_(state["count"])

@@ -26,15 +26,43 @@ def check_finite(trainer: "Trainer") -> None:
         )
 
 
-def without_dropout(model: nn.Module) -> None:
-    """Make every pass compute the same: the policy that samples is the one that learns."""
+def without_dropout(model: nn.Module, *, will_learn_with_it: bool = False) -> None:
+    """Make every pass compute the same: the policy that samples is the one that learns.
+
+    Args:
+        will_learn_with_it: `set_learning` will switch dropout on.
+    Raises:
+        ValueError: an LSTM's dropout, which cannot be off while it learns.
+    """
     model.eval()
     for name, module in model.named_modules():
-        if not isinstance(module, nn.RNNBase):
+        if not isinstance(module, nn.RNNBase) or will_learn_with_it:
             continue
         if module.dropout > 0:
             raise ValueError(
                 f"Trainer: expected model without dropout in {name}, got {module.dropout}. "
-                "Set it to 0: sampling and learning have to see the same policy."
+                "Set it to 0: sampling and learning have to see the same policy. "
+                "Or set dropout=True."
             )
         module.train()  # cuDNN has a backward pass in training mode only
+
+
+def set_learning(trainer: "Trainer", learning: bool) -> None:
+    """Dropout and gradient checkpointing, where the config has them, are on while learning."""
+    if trainer.config.dropout:
+        trainer.model.train(learning)
+    if trainer.config.gradient_checkpointing:
+        for policy in (trainer.policy, getattr(trainer.model, "critic", None)):
+            if policy is not None:
+                policy.gradient_checkpointing(learning)
+
+
+def check_checkpointing(trainer: "Trainer") -> None:
+    """Raise a ValueError where gradient checkpointing is asked of a model without it."""
+    if trainer.config.gradient_checkpointing and not hasattr(
+        trainer.policy, "gradient_checkpointing"
+    ):
+        raise ValueError(
+            f"{type(trainer).__name__}: expected a model with gradient checkpointing, got "
+            f"{type(trainer.policy).__name__}. Set gradient_checkpointing=False."
+        )

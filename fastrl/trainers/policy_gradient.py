@@ -1,27 +1,34 @@
-"""REINFORCE with immediate rewards."""
+"""Policy gradient: REINFORCE, RLOO, GRPO, Dr. GRPO, DAPO, GSPO and CISPO."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastrl.models import ActorCritic, PolicyModel
+from fastrl.models import ActorCritic
 from fastrl.rollout import Rollout
 from fastrl.trainers.baselines import RunningMean, leave_one_out
 from fastrl.trainers.config import PolicyGradientConfig, TrainerConfig
-from fastrl.trainers.tokens import ScoredTokens, kl_loss, token_mean
+from fastrl.trainers.experience import Experience
 from fastrl.trainers.trainer import Trainer
+from fastrl.trainers.trajectories import Trajectories
 
 
 class PolicyGradientTrainer(Trainer):
-    """REINFORCE with discounted reward-to-go: per step, one gradient step on the loss
+    """Policy gradient without a critic; per step the loss
 
-        mean over tokens of  -log pi(w_t) (G_t - b_t) + kl_coef KL_t - entropy_coef H_t
-        G_t = r_t + gamma G_{t+1},  0 after the last token
+        sum over tokens of  w_t (l_t + kl_coef KL_t - entropy_coef H_t)
 
-    gamma = 0 without a baseline is the purely immediate -mean(log pi · r). See `Trainer` for what
-    a step is, and for the arguments; the model is a language model.
-    Reference: Williams 1992, Machine Learning 8; Kool et al. 2019 (baseline "rloo").
+    whose parts `fastrl.trainers.algorithms` lists. "reinforce" takes the discounted reward-to-go,
+
+        l_t = -log pi(w_t) (G_t - b_t),    G_t = r_t + gamma G_{t+1},  0 after the last token,
+
+    and gamma = 0 without a baseline is the purely immediate -mean(log pi · r). The others compare
+    the completions of a prompt by the sums of their rewards. See `Trainer` for what a step is, and
+    for the arguments; the model is a language model.
+    Reference: Williams 1992, Machine Learning 8; Kool et al. 2019 (baseline "rloo"); those of the
+    other algorithms stand beside them.
     """
 
     config_class: ClassVar[type[TrainerConfig]] = PolicyGradientConfig
@@ -32,8 +39,8 @@ class PolicyGradientTrainer(Trainer):
             self.config.max_new_tokens, self.config.baseline_decay, self.device
         )
 
-    def _policy_of(self, model: nn.Module) -> PolicyModel:
-        if isinstance(model, ActorCritic) or not isinstance(model, PolicyModel):
+    def _checked_model(self, model: nn.Module) -> nn.Module:
+        if isinstance(model, ActorCritic):
             raise TypeError(
                 "PolicyGradientTrainer: expected model a language model such as "
                 f"LSTMLanguageModel, got {type(model).__name__}. Pass an ActorCritic's "
@@ -41,30 +48,78 @@ class PolicyGradientTrainer(Trainer):
             )
         return model
 
-    def _loss(
-        self, rollout: Rollout, tokens: ScoredTokens
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        config, ops = self.config, self.ops
-        returns = ops.discounted_returns(
-            rollout.rewards, gamma=config.gamma, cu_seqlens=rollout.cu_seqlens
-        )
-        baseline, is_known = self._baseline(returns, rollout)
-        is_learned = rollout.loss_mask & is_known
-        advantages = returns - baseline
-        loss = ops.policy_gradient_loss(tokens.logprobs, advantages, loss_mask=is_learned)
-        loss = loss + kl_loss(
-            tokens, is_learned, coef=config.kl_coef, estimator=config.kl_estimator, ops=ops
-        )
-        if config.entropy_coef > 0:
-            loss = loss - config.entropy_coef * token_mean(tokens.entropy, is_learned)
-        return loss, is_learned, {"advantage": token_mean(advantages, is_learned)}
+    @property
+    def reduction(self) -> str:
+        return self.config.reduction
 
-    def _baseline(self, returns: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    @property
+    def is_per_token(self) -> bool:
+        return self.config.loss != "ppo_sequence"
+
+    @property
+    def has_bounds(self) -> bool:
+        return self.config.loss != "policy_gradient"
+
+    def advantages(self, rollout: Rollout, known: Experience) -> Experience:
+        assert rollout.rewards is not None
+        paths = Trajectories(rollout)
+        if self.config.advantage == "returns":
+            return self._less_baseline(rollout, known, paths)
+        totals, is_used = paths.totals(rollout.rewards), paths.totals(rollout.loss_mask) > 0
+        compared, _ = self.ops.group_advantages(
+            totals.masked_fill(~is_used, torch.nan),  # left out of its group
+            paths.group_ids,
+            estimator=self.config.advantage,
+            k=self.config.advantage_k,
+        )
+        return replace(known, advantages=paths.spread(compared))
+
+    def _less_baseline(
+        self, rollout: Rollout, known: Experience, paths: Trajectories
+    ) -> Experience:
+        assert rollout.rewards is not None
+        returns = self.ops.discounted_returns(
+            paths.along(rollout.rewards), gamma=self.config.gamma, cu_seqlens=paths.cu_seqlens
+        )
         if self.config.baseline == "rloo":
-            return leave_one_out(returns, rollout)
+            baseline, is_known = leave_one_out(returns, paths, paths.along(rollout.loss_mask))
+            # A path on which there is nothing to compare with teaches nothing.
+            advantages = (returns - baseline).masked_fill(~is_known, 0)
+            is_learned = known.is_learned & (paths.sum(is_known.float()) > 0)
+            return replace(known, advantages=paths.sum(advantages), is_learned=is_learned)
         if self.config.baseline == "running_mean":
-            return self._running_mean(returns, rollout), rollout.loss_mask
-        return torch.zeros_like(returns), rollout.loss_mask
+            used = paths.along(rollout.loss_mask)
+            returns = returns - self._running_mean(returns, paths.cu_seqlens, used)
+        return replace(known, advantages=paths.sum(returns))
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        return self._running_mean.tensors()
+    def policy_losses(
+        self, logprobs: Tensor, known: Experience, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        config, ops, weights = self.config, self.ops, known.weights
+        rest: dict[str, Any] = {"loss_mask": known.is_learned, "reduction": "none"}
+        if config.loss == "policy_gradient":
+            return ops.policy_gradient_loss(logprobs, known.advantages, weights=weights, **rest)
+        if config.loss == "cispo":
+            ratio = (logprobs.detach() - known.old_logprobs).exp()
+            ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+            weights = ratio if weights is None else ratio * weights
+            return ops.policy_gradient_loss(logprobs, known.advantages, weights=weights, **rest)
+        return ops.ppo_loss(
+            logprobs,
+            known.old_logprobs,
+            known.advantages,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+            level="token" if self.is_per_token else "sequence",
+            weights=weights,
+            cu_seqlens=cu_seqlens,
+            **rest,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"baseline": self._running_mean.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._running_mean.load_state_dict(state["baseline"])

@@ -1,17 +1,27 @@
 """Reward functions: called in TRL's way, checked, and summed into one reward per token."""
 
-from collections.abc import Callable, Sequence
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrl.rollout import Rollout
+from fastrl.trainers._calling import Call, Caller, unwrapped
+from fastrl.trainers._given_rewards import CompletionTokens
+from fastrl.trainers._reward_arguments import (
+    RewardLog,
+    accepted,
+    parameters_of,
+    reward_arguments,
+)
 from fastrl.trainers.prompts import Example, PromptDataset
 
-RewardFunction = Callable[..., Sequence[Any]]
+RewardFunction = Callable[..., Any]
 
 
 class RewardFunctionError(RuntimeError):
@@ -23,181 +33,236 @@ class Scores:
     """Rewards of one rollout, on the CPU.
 
     Attributes:
-        rewards: [N] float32, following each token; 0 where a completion is not used.
-        totals: [C] float32, each completion's sum over its tokens.
+        rewards: [M] float32, following each target; 0 where a completion is not used.
+        totals: [C] float32, each completion's sum over its targets.
         is_used: [C] bool, False where a completion is not learned from.
-        metrics: means over the completions, and counts, by name.
+        metrics: means and standard deviations over the completions, and counts, by name.
+        columns: for tables of samples, C entries each: by a function's name what it gave each
+            completion in all, None where it had no opinion; and what functions sent to log_extra.
     """
 
     rewards: Tensor
     totals: Tensor
     is_used: Tensor
     metrics: dict[str, float]
+    columns: dict[str, list[Any]]
 
 
 class RewardScorer:
     """The weighted sum of reward functions.
 
-    A function is called as `f(prompts=..., completions=..., completion_ids=..., **columns)`, each
-    a list with one entry per completion, and gives a list with one entry per completion:
+    A function is called as TRL calls it, f(prompts=..., completions=..., completion_ids=...,
+    **columns), each a list with one entry per completion. Prompts are as they stand in the
+    dataset; completions are texts, or [{"role": "assistant", "content": text}] where the prompt
+    is chat messages, or ids where there is no tokenizer. Further arguments: log_metric(name,
+    number), log_extra(column, list), and trainer_state if the caller has one. A function without
+    **kwargs gets those arguments that it names. It gives a list with one entry per completion:
 
-    - a float: the reward of the whole completion, which stands at its last token;
-    - a list of floats, one per completion id, EOS included: an immediate reward for each token;
+    - a float: the reward of the whole completion, which stands at its last target;
+    - a list of floats, one per completion id, EOS and tokens that the policy did not write
+      included: an immediate reward for each token. Those of tokens that are no targets are
+      dropped, whatever they are: put a tool's reward where the policy called it;
     - None: this function has no opinion on the completion, and adds nothing.
 
     A completion on which no function has an opinion, or whose reward is NaN or infinite, is not
-    learned from; each kind is counted.
+    learned from; nor is one for which a function took too long or, with errors="mask", raised.
+    Each kind is counted: "rewards/none", "rewards/bad", "rewards/timeouts", "rewards/errors".
+
+    Async functions run beside each other in one event loop in a thread of its own. With a
+    timeout, the others run in a thread too, one after the other; without one, in the caller's.
 
     Args:
         reward_functions: one function or a list of them.
         weights: a factor for each; None: 1 each.
+        timeout: seconds that a function may take; None: any time. One that takes longer goes on
+            in its thread, and is not called again before it is done.
+        errors: what a function's exception does: "raise" it, or "mask" the completions.
     Raises:
-        ValueError: no functions, or as many weights as functions are not given.
-        TypeError: a function cannot be called.
+        ValueError: no functions; as many weights as functions are not given; a timeout that is
+            not above 0.
+        TypeError: a function cannot be called, or is a model.
     """
 
     def __init__(
         self,
         reward_functions: RewardFunction | Sequence[RewardFunction],
         weights: Sequence[float] | None = None,
+        *,
+        timeout: float | None = None,
+        errors: str = "raise",
     ) -> None:
-        if callable(reward_functions):
-            reward_functions = [reward_functions]
+        if callable(reward_functions) or isinstance(reward_functions, str):
+            reward_functions = [reward_functions]  # type: ignore[list-item]
         self.functions = list(reward_functions)
-        if not self.functions:
-            raise ValueError(
-                "Trainer: expected reward_functions with at least one function, got none. "
-                "Pass a function f(prompts, completions, completion_ids, **columns) -> list."
-            )
-        for function in self.functions:
-            if not callable(function):
-                raise TypeError(
-                    f"Trainer: expected reward_functions to be callable, got {function!r}. "
-                    "Pass a function f(prompts, completions, completion_ids, **columns) -> list."
-                )
+        _check(self.functions, weights, timeout, errors)
         self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
-        if len(self.weights) != len(self.functions):
-            raise ValueError(
-                f"Trainer: expected reward_weights for {len(self.functions)} reward functions, "
-                f"got {len(self.weights)}. Give one weight for each."
-            )
+        self.timeout, self.errors = timeout, errors
         self.names = _distinct_names(self.functions)
+        self._parameters = [parameters_of(function) for function in self.functions]
+        self._caller = Caller(self.functions, timeout)
 
     def __call__(
         self,
         examples: list[Example],
         rollout: Rollout,
         dataset: PromptDataset,
-        eos_token_id: int | None,
+        eos_token_id: int | Sequence[int] | None,
+        *,
+        trainer_state: Any = None,
     ) -> Scores:
-        """Score a rollout whose prompts are those of `examples`.
+        """Score a rollout whose prompts are those of `examples`, as its group_ids count them.
 
+        Args:
+            trainer_state: handed to the functions, in TRL an object with global_step, max_steps
+                and more; None: it is not passed.
         Raises:
             ValueError: a function's list, or an entry of it, is of the wrong length.
             TypeError: an entry is neither a number, nor a list of numbers, nor None.
-            RewardFunctionError: a function raised.
+            RewardFunctionError: a function raised, with errors="raise".
         """
-        lengths = rollout.lengths.cpu()
-        completion_ids = [ids.tolist() for ids in rollout.token_ids.cpu().split(lengths.tolist())]
-        arguments = _repeated(examples, len(completion_ids) // len(examples))
-        arguments["completion_ids"] = completion_ids
-        arguments["completions"] = [dataset.decode(ids, eos_token_id) for ids in completion_ids]
+        tokens, log = CompletionTokens(rollout), RewardLog()
+        arguments = reward_arguments(examples, rollout, tokens.ids, dataset, eos_token_id)
+        arguments |= {"log_metric": log.metric, "log_extra": log.extra}
+        if trainer_state is not None:
+            arguments["trainer_state"] = trainer_state
+        calls = self._caller([accepted(arguments, names) for names in self._parameters])
+        return self._scores(calls, tokens, log)
 
-        owner = torch.repeat_interleave(torch.arange(len(completion_ids)), lengths)
-        rewards = torch.zeros(owner.numel(), dtype=torch.float64)
-        has_opinion = torch.zeros(len(completion_ids), dtype=torch.bool)
-        metrics = {}
-        for function, name, weight in zip(self.functions, self.names, self.weights, strict=True):
-            result = _call(function, name, arguments)
-            given, opinion = _per_token(result, name, completion_ids)
-            rewards += weight * given
-            has_opinion |= opinion
-            metrics[f"rewards/{name}"] = _mean(_totals(given, owner, lengths)[opinion])
+    def state_dict(self) -> dict[str, Any]:
+        """By name, the states of the functions that have state_dict and load_state_dict."""
+        return {name: function.state_dict() for name, function in self._stateful().items()}
 
-        rewards = rewards.float()
-        totals = _totals(rewards, owner, lengths)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give the functions the states that `state_dict` had.
+
+        Raises:
+            ValueError: the functions with a state are others.
+        """
+        functions = self._stateful()
+        if state.keys() != functions.keys():
+            raise ValueError(
+                f"Trainer: expected states of the reward functions {sorted(functions)}, got "
+                f"{sorted(state)}. Pass the reward functions that the checkpoint was made with."
+            )
+        for name, function in functions.items():
+            function.load_state_dict(state[name])
+
+    def _stateful(self) -> dict[str, Any]:
+        named = zip(self.names, map(unwrapped, self.functions), strict=True)
+        return {
+            name: function
+            for name, function in named
+            if hasattr(function, "state_dict") and hasattr(function, "load_state_dict")
+        }
+
+    def _scores(self, calls: list[Call], tokens: CompletionTokens, log: RewardLog) -> Scores:
+        rewards = torch.zeros(int(tokens.lengths.sum()), dtype=torch.float64)
+        totals = torch.zeros(len(tokens), dtype=torch.float64)
+        has_opinion = torch.zeros(len(tokens), dtype=torch.bool)
+        metrics, columns, num_failed = log.metrics(), log.columns(len(tokens)), Counter[str]()
+        for call, name, weight in zip(calls, self.names, self.weights, strict=True):
+            failure = self._failure(call, name, len(tokens))
+            if failure is not None:
+                num_failed[failure] = len(tokens)
+            result = call.result if failure is None else [math.nan] * len(tokens)
+            given = tokens.given(result, name)
+            rewards += weight * given.rewards
+            totals += weight * given.sums
+            has_opinion |= given.has_opinion
+            mean, std = _mean_and_std(given.sums[given.has_opinion])
+            metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
+            opinions = zip(given.sums.tolist(), given.has_opinion.tolist(), strict=True)
+            columns[name] = [total if is_one else None for total, is_one in opinions]
+
+        rewards, totals = rewards.float(), totals.float()
+        owner = torch.arange(len(tokens)).repeat_interleave(tokens.lengths)
         # Of magnitudes: then every discounted partial sum is finite as well.
-        is_finite = _totals(rewards.abs(), owner, lengths).isfinite()
+        magnitudes = torch.zeros(len(tokens)).index_add_(0, owner, rewards.abs())
+        is_finite = magnitudes.isfinite() & totals.isfinite()
         is_used = has_opinion & is_finite
-        metrics["reward"] = _mean(totals[is_used])
-        metrics["rewards/bad"] = int((~is_finite).sum())
+        metrics["reward"], metrics["reward_std"] = _mean_and_std(totals[is_used])
+        metrics["rewards/bad"] = 0 if num_failed else int((~is_finite).sum())
         metrics["rewards/none"] = int((~has_opinion).sum())
-        return Scores(rewards.masked_fill(~is_used[owner], 0.0), totals, is_used, metrics)
+        metrics["rewards/timeouts"] = num_failed["timeout"]
+        metrics["rewards/errors"] = num_failed["error"]
+        rewards = rewards.masked_fill(~is_used[owner], 0.0)
+        return Scores(rewards, totals, is_used, metrics, columns)
+
+    def _failure(self, call: Call, name: str, count: int) -> str | None:
+        """Why there is no result, with a warning: "timeout", "error"; None if there is one."""
+        masked = f"{count} completions are not learned from in this step."
+        if call.is_late:
+            done = "were not asked for, as its call of an earlier step still runs"
+            late = f"did not come within timeout = {self.timeout} s"
+            self._warn(
+                f"Trainer: the rewards of function {name} {done if call.was_busy else late}; "
+                f"{masked} Make it faster, let it give up by itself, or allow it more time."
+            )
+            return "timeout"
+        if call.error is None:
+            return None
+        raised = f"Trainer: reward function {name} raised {type(call.error).__name__}: {call.error}"
+        if self.errors == "raise":
+            raise RewardFunctionError(raised) from call.error
+        self._warn(f'{raised}; {masked} Repair it, or set errors="raise" to see where.')
+        return "error"
+
+    @staticmethod
+    def _warn(message: str) -> None:
+        warnings.warn(message, RuntimeWarning, stacklevel=5)  # where the scorer was called
 
 
-def _call(function: RewardFunction, name: str, arguments: dict[str, list[Any]]) -> Any:
-    try:
-        return function(**arguments)
-    except Exception as error:
-        raise RewardFunctionError(
-            f"Trainer: reward function {name} raised {type(error).__name__}: {error}"
-        ) from error
-
-
-def _per_token(result: Any, name: str, completion_ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """What a function returned, as rewards [N] and where it had an opinion [C]."""
-    result = result.tolist() if hasattr(result, "tolist") else result
-    if not isinstance(result, Sequence) or len(result) != len(completion_ids):
-        got = len(result) if isinstance(result, Sequence) else type(result).__name__
+def _check(
+    functions: list[Any], weights: Sequence[float] | None, timeout: float | None, errors: str
+) -> None:
+    wanted = "Pass a function f(prompts, completions, completion_ids, **columns) -> list."
+    if not functions:
         raise ValueError(
-            f"Trainer: expected reward function {name} to give a list of {len(completion_ids)} "
-            f"rewards, one for each completion, got {got}. Return one entry for each completion."
+            "Trainer: expected reward_functions with at least one function, got none. " + wanted
         )
-    rows = [
-        _row(entry, name, index, len(ids))
-        for index, (entry, ids) in enumerate(zip(result, completion_ids, strict=True))
-    ]
-    try:
-        rewards = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"Trainer: expected reward function {name} to give numbers for the tokens, got "
-            f"{error}. Return floats; None stands only for a whole completion."
-        ) from error
-    return rewards, torch.tensor([entry is not None for entry in result])
-
-
-def _row(entry: Any, name: str, index: int, length: int) -> Sequence[float]:
-    """One completion's rewards, by token."""
-    entry = entry.tolist() if hasattr(entry, "tolist") else entry
-    if entry is None:
-        return [0.0] * length
-    if isinstance(entry, int | float):
-        return [0.0] * (length - 1) + [entry]
-    if not isinstance(entry, Sequence) or isinstance(entry, str):
-        raise TypeError(
-            f"Trainer: expected reward function {name} to give floats, lists of floats or None, "
-            f"got {type(entry).__name__} for completion {index}. Return a number."
-        )
-    if len(entry) != length:
+    for function in functions:
+        if isinstance(function, str | nn.Module):
+            got = repr(function) if isinstance(function, str) else type(function).__name__
+            raise TypeError(
+                f"Trainer: expected reward_functions to be functions, got {got}. Reward models "
+                "are not loaded or called yet: wrap the model in a function that calls it."
+            )
+        if not callable(function):
+            raise TypeError(
+                f"Trainer: expected reward_functions to be callable, got {function!r}. {wanted}"
+            )
+    if weights is not None and len(weights) != len(functions):
         raise ValueError(
-            f"Trainer: expected reward function {name} to give {length} rewards for completion "
-            f"{index}, one for each of its completion_ids, got {len(entry)}. "
-            "Count the EOS too, or return one float."
+            f"Trainer: expected reward_weights for {len(functions)} reward functions, "
+            f"got {len(weights)}. Give one weight for each."
         )
-    return entry
+    if timeout is not None and not timeout > 0:
+        raise ValueError(
+            f"Trainer: expected timeout of reward functions above 0 seconds, got {timeout}. "
+            "Pass None to wait for any time."
+        )
+    if errors not in ("raise", "mask"):
+        raise ValueError(
+            f'Trainer: expected errors of reward functions "raise" or "mask", got {errors!r}. '
+            'Pass "mask" to go on without the completions.'
+        )
 
 
-def _repeated(examples: list[Example], count: int) -> dict[str, list[Any]]:
-    """Prompts and columns, each entry once for each of its prompt's completions."""
-    names = dict.fromkeys(name for example in examples for name in example.columns)
-    repeated = [example for example in examples for _ in range(count)]
-    columns = {name: [example.columns.get(name) for example in repeated] for name in names}
-    return {**columns, "prompts": [example.prompt for example in repeated]}
-
-
-def _totals(rewards: Tensor, owner: Tensor, lengths: Tensor) -> Tensor:
-    return rewards.new_zeros(lengths.numel()).index_add_(0, owner, rewards)
-
-
-def _mean(values: Tensor) -> float:
-    """The mean of the finite values; NaN where there are none."""
-    return float(values[values.isfinite()].double().mean())
+def _mean_and_std(values: Tensor) -> tuple[float, float]:
+    """Of the finite values; NaN for the mean of none, and the deviation of fewer than two."""
+    values = values[values.isfinite()].double()
+    return float(values.mean()), float(values.std()) if len(values) > 1 else math.nan
 
 
 def _distinct_names(functions: Sequence[RewardFunction]) -> list[str]:
-    names = [getattr(f, "__name__", type(f).__name__) for f in functions]
-    return [
-        name if names.count(name) == 1 else f"{name}_{names[: index + 1].count(name)}"
-        for index, name in enumerate(names)
-    ]
+    """What a function is called, or its class; numbered where several are called the same."""
+    plain = [unwrapped(function) for function in functions]
+    names = [getattr(f, "__name__", type(f).__name__).strip("<>") for f in plain]
+    distinct: list[str] = []
+    for name in names:
+        number = 1
+        new = name
+        while new in distinct or (names.count(name) > 1 and new in names):
+            new, number = f"{name}_{number}", number + 1
+        distinct.append(new)
+    return distinct

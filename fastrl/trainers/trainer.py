@@ -1,7 +1,5 @@
 """What both trainers share: sample, score, update, and what happens when numbers go bad."""
 
-import copy
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,23 +12,33 @@ import torch
 from torch import Tensor, nn
 
 from fastrl import ops as fast_ops
-from fastrl.models.protocol import PolicyModel
-from fastrl.rollout import Rollout, completion_seeds, generate
-from fastrl.trainers import checkpoint
+from fastrl.layout import PackedBatch
+from fastrl.models import as_policy, reference_policy
+from fastrl.rollout import Environment, Rollout
+from fastrl.trainers import checkpoint, sampling
 from fastrl.trainers.config import TrainerConfig
+from fastrl.trainers.engines import RolloutFunction
 from fastrl.trainers.evaluation import evaluate
-from fastrl.trainers.health import TrainingDivergedError, check_finite, without_dropout
-from fastrl.trainers.prompts import PromptDataset, PromptOrder, Tokenizer
-from fastrl.trainers.scoring import RewardFunction, RewardScorer
-from fastrl.trainers.tokens import ScoredTokens, rollout_metrics, score_tokens, to_numbers
+from fastrl.trainers.experience import Experience, gather
+from fastrl.trainers.health import (
+    TrainingDivergedError,
+    check_checkpointing,
+    check_finite,
+    set_learning,
+    without_dropout,
+)
+from fastrl.trainers.metrics import Samples, rollout_metrics
+from fastrl.trainers.prompts import Example, PromptDataset, PromptOrder, Tokenizer
+from fastrl.trainers.schedules import EntropyController, KLController, learning_rate, temperature
+from fastrl.trainers.scoring import RewardFunction, RewardScorer, Scores
+from fastrl.trainers.tokens import to_numbers
+from fastrl.trainers.update import learn
 
 Record = dict[str, float]
 
-_TRAINING = 0  # a stream of random numbers apart from the others
-
 
 class Trainer(ABC):
-    """One step: sample completions, reward them, take one gradient step on exactly these.
+    """One step: sample completions, reward them, and learn from exactly these.
 
     A completion that reaches max_new_tokens has ended there like one that said EOS: the task has a
     finite horizon, and nothing is bootstrapped.
@@ -44,13 +52,19 @@ class Trainer(ABC):
     an evaluation nor a resume changes those to come.
 
     Args:
-        model: what is trained, in place, on its own device.
+        model: what is trained, in place, on its own device: an `LSTMLanguageModel`, a causal
+            language model of transformers, bare or with a PEFT adapter, or its name or path (an
+            `ActorCritic` around one of these for actor-critic).
         reward_functions: one function, or a list; `fastrl.trainers.scoring.RewardScorer` says what
             they are given and may return.
         dataset: prompts; `fastrl.trainers.prompts.PromptDataset` says in which forms.
         config: of the trainer's own kind; None: the defaults.
         tokenizer: for prompts that are text; reward functions then get text. Without it they get
             lists of ids.
+        rollout_function: samples in the policy's place; see `fastrl.trainers.engines`. Its tokens
+            are weighed with their importance, at most config.importance_cap.
+        environment: answers completions that have ended, so that they go on; see
+            `fastrl.rollout.generate`.
         ops: `fastrl.ops` or `fastrl.reference`.
     Raises:
         ValueError, TypeError: an argument does not fit.
@@ -60,48 +74,116 @@ class Trainer(ABC):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str,
         reward_functions: RewardFunction | Sequence[RewardFunction],
         dataset: Any,
         config: TrainerConfig | None = None,
         *,
         tokenizer: Tokenizer | None = None,
+        rollout_function: RolloutFunction | None = None,
+        environment: Environment | None = None,
         ops: ModuleType = fast_ops,
     ) -> None:
-        self.model: Any = model
-        self.policy = self._policy_of(model)
-        self.config: Any = self._checked(self.config_class() if config is None else config)
+        self.config: Any = self._checked_config(self.config_class() if config is None else config)
+        self.model: Any = self._checked_model(as_policy(model))
+        self.policy: Any = getattr(self.model, "language_model", self.model)
         self.ops = ops
-        self.device = next(model.parameters()).device
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.device = self.policy.head.weight.device
         self.tokenizer = tokenizer
+        self.rollout_function, self.environment = rollout_function, environment
+        self.eos_token_ids = sampling.eos_token_ids(self)
         self.dataset = PromptDataset(dataset, self.policy.vocab_size, tokenizer)
-        self.scorer = RewardScorer(reward_functions, self.config.reward_weights)
-        without_dropout(model)
-        self.reference: Any = copy.deepcopy(self.policy).requires_grad_(False)  # type: ignore
+        self.scorer = RewardScorer(
+            reward_functions,
+            self.config.reward_weights,
+            timeout=self.config.reward_timeout,
+            errors=self.config.reward_errors,
+        )
+        check_checkpointing(self)
+        without_dropout(self.model, will_learn_with_it=self.config.dropout)
+        needs_reference = self.config.kl_coef > 0 or self.config.kl_every > 0
+        self.reference: Any = reference_policy(self.policy) if needs_reference else None
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
+            self.parameters,
             lr=self.config.learning_rate,
             weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+        self.kl = KLController(self.config.kl_coef, self.config.kl_target, self.config.kl_horizon)
+        self.entropy = EntropyController(
+            self.config.entropy_coef, self.config.entropy_target, self.config.entropy_rate
         )
         self.step = 0
         self.bad_steps = 0  # in a row
         self.skipped_updates = 0
+        self.num_tokens = 0  # read and written by the policy so far
         self.own_checkpoint: Path | None = None  # this run's, so free to be replaced
+        self.last_samples: Samples | None = None
         self._order = PromptOrder(len(self.dataset), self.config.seed)
 
+    # What an algorithm is made of.
+
+    @property
     @abstractmethod
-    def _policy_of(self, model: nn.Module) -> PolicyModel:
-        """The part of the model that samples; TypeError for a model of another kind."""
+    def reduction(self) -> str:
+        """How the losses of tokens add up; see `fastrl.trainers.algorithms.Algorithm`."""
+
+    @property
+    @abstractmethod
+    def has_bounds(self) -> bool:
+        """Whether the loss bounds the ratio to the policy that sampled."""
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether a token's loss depends on that token alone."""
+        return True
 
     @abstractmethod
-    def _loss(
-        self, rollout: Rollout, tokens: ScoredTokens
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The loss, which tokens entered it ([N] bool), and metrics (0-d tensors)."""
+    def _checked_model(self, model: nn.Module) -> nn.Module:
+        """The model; TypeError for one of another kind."""
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """What the algorithm remembers from step to step; a resume writes into these."""
-        return {}
+    @abstractmethod
+    def advantages(self, rollout: Rollout, known: Experience) -> Experience:
+        """What is known, with advantages (and for a critic returns and old_values)."""
+
+    @abstractmethod
+    def policy_losses(
+        self, logprobs: Tensor, known: Experience, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """[n]: the policy's loss at each token."""
+
+    def values(self, micro: PackedBatch, hidden: Tensor) -> Tensor | None:
+        """[n] of a micro-batch's targets, from the policy's hidden states; None: no critic."""
+        return None
+
+    def values_while_sampling(self) -> Callable[[Tensor], Tensor] | None:
+        """What `fastrl.rollout.generate` takes as value_fn."""
+        return None
+
+    def critic_losses(self, values: Tensor, known: Experience) -> Tensor:
+        """[n]: the critic's loss at each token."""
+        raise NotImplementedError(f"{type(self).__name__} has no critic.")
+
+    def with_replayed(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
+        """The rollout with earlier ones, and which tokens are its own, [M] bool."""
+        return rollout, None
+
+    def teaches(self, known: Experience) -> Tensor:
+        """[M] bool: the tokens whose loss has a gradient."""
+        kl_loss = self.kl.coef > 0 and self.config.kl_in == "loss"
+        if kl_loss or self.entropy.coef > 0:
+            return torch.ones_like(known.is_learned)
+        return known.advantages != 0
+
+    def set_learning(self, learning: bool) -> None:
+        """The model's mode while gradients are computed, or while it samples."""
+        set_learning(self, learning)
+
+    @property
+    def temperature(self) -> float:
+        """Of the step that is next, or under way."""
+        return temperature(self.config, self.step)
 
     @property
     def checkpoint_folder(self) -> Path | None:
@@ -113,27 +195,22 @@ class Trainer(ABC):
         self,
         *,
         max_steps: int | None = None,
-        on_step: Callable[[Record], None] | None = None,
+        on_step: Callable[[Record], None] | Sequence[Callable[[Record], None]] | None = None,
     ) -> list[Record]:
         """Train until the run has `max_steps` steps, those before a resume included.
 
         Args:
             max_steps: instead of the config's.
-            on_step: called with each record as soon as it is there.
+            on_step: called with each record as soon as it is there; one function or several.
         Returns:
-            One record for each step of this call: "step" (from 1), "reward" (mean over used
-            completions of the sum over their tokens), "rewards/<function>", "rewards/bad" and
-            "rewards/none" (counts of completions), "loss", "grad_norm" (before clipping),
-            "entropy" (nats), "kl" (from the starting model, nats per token), "completion_length",
-            "ended" (share that said EOS), "logprob_gap" (largest difference between sampling and
-            update), "bad_steps" (in a row), "skipped_updates" (of the run), "tokens_per_second"
-            (of completions), and "time/rollout", "time/reward", "time/update", "time/step" (s).
+            One record for each step of this call; `fastrl.trainers.metrics` lists what is in it.
         Raises:
             TrainingDivergedError: max_bad_steps in a row without an update, or weights that are
                 not finite when a checkpoint was due.
             ValueError: output_dir already holds the checkpoint of another run.
         """
         max_steps = self.config.max_steps if max_steps is None else max_steps
+        callbacks = [on_step] if callable(on_step) else list(on_step or ())
         folder, every = self.checkpoint_folder, self.config.save_every
         if folder is not None and folder.resolve() != self.own_checkpoint:
             checkpoint.check_unused(folder)
@@ -141,8 +218,8 @@ class Trainer(ABC):
         while self.step < max_steps:
             record, problem = self._train_step()
             records.append(record)
-            if on_step is not None:
-                on_step(record)
+            for callback in callbacks:
+                callback(record)
             if self.bad_steps >= self.config.max_bad_steps:
                 raise TrainingDivergedError(
                     f"{type(self).__name__}: no update in {self.bad_steps} steps in a row, the "
@@ -170,25 +247,32 @@ class Trainer(ABC):
             temperature: of the sampling; None: the run's; 0: the likeliest tokens.
             seed: the same model and seed give the same result.
         Returns:
-            "reward", "rewards/<function>", "rewards/bad", "rewards/none", "entropy", "kl",
-            "completion_length" and "ended" as in `train`, over all completions;
-            "prompt_rewards": each prompt's mean, NaN without a usable completion; "completions"
-            and "completion_ids": for each prompt a list, as reward functions saw them.
+            "reward", "rewards/...", "entropy", "kl" (NaN without a reference) and "completions/..."
+            as in `train`, over all completions; "prompt_rewards": each prompt's mean, NaN without
+            a usable completion; "completions" and "completion_ids": for each prompt a list, as
+            reward functions saw them.
         """
         return evaluate(
             self,
             dataset,
             completions_per_prompt=completions_per_prompt,
-            temperature=self.config.temperature if temperature is None else temperature,
+            temperature=self.temperature if temperature is None else temperature,
             seed=seed,
         )
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Of the last step's completions: prompt, completion, reward, and by function."""
+        return [] if self.last_samples is None else self.last_samples.rows()
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint that `resume` goes on from; see `fastrl.trainers.checkpoint`.
 
+        A Hugging Face policy's loads in `AutoModelForCausalLM.from_pretrained`.
+
         Raises:
             TrainingDivergedError: a weight or an optimizer moment is not finite.
             ValueError: the folder holds something other than a checkpoint.
+            OSError: it cannot be written; the one that was there stands.
         """
         check_finite(self)
         checkpoint.save(self, Path(folder))
@@ -207,31 +291,33 @@ class Trainer(ABC):
         self.own_checkpoint = Path(folder).resolve()
         return self
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a run remembers beside weights, optimizer and random state."""
+        return {
+            "step": self.step,
+            "bad_steps": self.bad_steps,
+            "skipped_updates": self.skipped_updates,
+            "num_tokens": self.num_tokens,
+            "kl": self.kl.state_dict(),
+            "entropy": self.entropy.state_dict(),
+            "scorer": self.scorer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("step", "bad_steps", "skipped_updates", "num_tokens"):
+            setattr(self, name, state[name])
+        for name in ("kl", "entropy", "scorer"):
+            getattr(self, name).load_state_dict(state[name])
+
     def _train_step(self) -> tuple[Record, str | None]:
-        """One step; returns its record, and why the update was skipped if it was."""
-        config, started = self.config, time.perf_counter()
-        first = self.step * config.prompts_per_step
-        positions = range(first, first + config.prompts_per_step)
+        """One step; returns its record, and why an update was skipped if one was."""
+        started = time.perf_counter()
+        first = self.step * self.config.prompts_per_step
+        positions = range(first, first + self.config.prompts_per_step)
         examples = [self.dataset[self._order(position)] for position in positions]
-        rollout = generate(
-            self.policy,
-            [example.token_ids.to(self.device) for example in examples],
-            completions_per_prompt=config.completions_per_prompt,
-            max_new_tokens=config.max_new_tokens,
-            seeds=completion_seeds(
-                config.seed, _TRAINING, torch.tensor(positions), config.completions_per_prompt
-            ),
-            temperature=config.temperature,
-            eos_token_id=config.eos_token_id,
-            ops=self.ops,
-        )
+        rollout = sampling.collect(self, examples, torch.tensor(positions))
         sampled = time.perf_counter()
-        scores = self.scorer(examples, rollout, self.dataset, config.eos_token_id)
-        rollout = replace(
-            rollout,
-            rewards=scores.rewards.to(self.device),
-            is_used=scores.is_used.to(self.device),
-        )
+        scores, rollout = self._score(examples, rollout)
         scored = time.perf_counter()
         metrics, problem = self._update(rollout)
         ended = time.perf_counter()
@@ -239,10 +325,15 @@ class Trainer(ABC):
         self.step += 1
         self.bad_steps = self.bad_steps + 1 if problem else 0
         self.skipped_updates += bool(problem)
+        self.num_tokens += rollout.batch.layout.num_tokens
+        self.last_samples = Samples(self, examples, rollout, scores)
         return {
             "step": self.step,
-            **scores.metrics,
+            **({} if scores is None else scores.metrics),
             **metrics,
+            **rollout_metrics(rollout),
+            "epoch": self.step * self.config.prompts_per_step / len(self.dataset),
+            "num_tokens": self.num_tokens,
             "bad_steps": self.bad_steps,
             "skipped_updates": self.skipped_updates,
             "tokens_per_second": rollout.token_ids.numel() / (ended - started),
@@ -252,46 +343,37 @@ class Trainer(ABC):
             "time/step": ended - started,
         }, problem
 
+    def _score(self, examples: list[Example], rollout: Rollout) -> tuple[Scores | None, Rollout]:
+        if rollout.rewards is not None:  # who made the rollout has rewarded it
+            return None, sampling.with_usable_rewards(rollout)
+        scores = self.scorer(examples, rollout, self.dataset, self.eos_token_ids)
+        return scores, replace(
+            rollout,
+            rewards=scores.rewards.to(self.device),
+            is_used=scores.is_used.to(self.device),
+        )
+
     def _update(self, rollout: Rollout) -> tuple[Record, str | None]:
-        """One gradient step; returns its metrics, and why it was skipped if it was."""
-        tokens = score_tokens(
-            self.policy, self.reference, rollout, temperature=self.config.temperature, ops=self.ops
-        )
-        loss, is_learned, metrics = self._loss(rollout, tokens)
-        self.optimizer.zero_grad()
-        loss.backward()
-        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        numbers = to_numbers(
-            {
-                "num_learned": is_learned.sum(),
-                "loss": loss,
-                "grad_norm": grad_norm,
-                **metrics,
-                **rollout_metrics(rollout, tokens, self.ops),
-                "logprob_gap": (tokens.logprobs - rollout.logprobs).abs().max(),
-            }
-        )
-        problem = None
-        if numbers.pop("num_learned") == 0:
-            problem = "no completion with a usable reward"
-        elif not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
-            problem = f"loss {numbers['loss']:g} with gradient norm {numbers['grad_norm']:g}"
-        else:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        """Learn from a rollout; returns metrics, and why an update was skipped if one was."""
+        rate = learning_rate(self.config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        numbers: Record = {
+            "learning_rate": rate, "temperature": self.temperature, "kl_coef": self.kl.coef,
+            "entropy_coef": self.entropy.coef,
+        }  # fmt: skip
+        known, metrics = gather(self, rollout)
+        learned, problem = learn(self, known)
+        numbers |= to_numbers(metrics) | learned
+        if "kl" in numbers:
+            self.kl.update(numbers["kl"], len(rollout.ended))
+        self.entropy.update(numbers["entropy"])
         return numbers, problem
 
-    def _checked(self, config: TrainerConfig) -> TrainerConfig:
-        name, vocab_size = type(self).__name__, self.policy.vocab_size
+    def _checked_config(self, config: TrainerConfig) -> TrainerConfig:
         if not isinstance(config, self.config_class):
             raise TypeError(
-                f"{name}: expected config {self.config_class.__name__}, got "
+                f"{type(self).__name__}: expected config {self.config_class.__name__}, got "
                 f"{type(config).__name__}. Each trainer has its own."
-            )
-        if config.eos_token_id is not None and config.eos_token_id >= vocab_size:
-            raise ValueError(
-                f"{name}: expected eos_token_id in [0, {vocab_size}), got {config.eos_token_id}. "
-                "Use the tokenizer that the model was built for."
             )
         return config

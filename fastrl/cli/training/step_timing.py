@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,8 @@ import fastrl.reference
 from fastrl.models import LSTMLanguageModel
 from fastrl.rollout import Rollout, completion_seeds, generate
 from fastrl.trainers import PolicyGradientTrainer
-from fastrl.trainers.baselines import leave_one_out
-from fastrl.trainers.tokens import score_tokens
+from fastrl.trainers.experience import gather
+from fastrl.trainers.losses import micro_loss, token_weights
 
 ROUNDS = 5
 IMPLEMENTATIONS: dict[str, ModuleType] = {"ops": fastrl.ops, "reference": fastrl.reference}
@@ -57,19 +56,11 @@ def compare_steps(
 
 def _gradient(trainer: PolicyGradientTrainer) -> Tensor:
     """The gradient of the policy-gradient loss on a batch that is the same for every trainer."""
-    rollout = _rewarded_rollout(trainer)
-    ops, config = trainer.ops, trainer.config
-    tokens = score_tokens(
-        trainer.policy, trainer.reference, rollout, temperature=config.temperature, ops=ops
-    )
-    returns = ops.discounted_returns(
-        rollout.rewards, gamma=config.gamma, cu_seqlens=rollout.cu_seqlens
-    )
-    baseline, is_known = leave_one_out(returns, rollout)
-    loss = ops.policy_gradient_loss(tokens.logprobs, returns - baseline, loss_mask=is_known)
-    loss.backward()
-    weights: list[Any] = list(trainer.policy.parameters())  # type: ignore[attr-defined]
-    gradient = torch.cat([weight.grad.flatten() for weight in weights])
+    known, _ = gather(trainer, _rewarded_rollout(trainer))
+    weights = token_weights(trainer, known, known.is_learned)
+    known = replace(known, token_weights=weights)
+    micro_loss(trainer, known.rollout.batch, known).loss.backward()
+    gradient = torch.cat([weight.grad.flatten() for weight in trainer.parameters])
     trainer.optimizer.zero_grad()
     return gradient
 
@@ -87,10 +78,10 @@ def _rewarded_rollout(trainer: PolicyGradientTrainer) -> Rollout:
             config.seed, 0, torch.arange(len(examples)), config.completions_per_prompt
         ),
         temperature=config.temperature,
-        eos_token_id=config.eos_token_id,
+        eos_token_id=trainer.eos_token_ids,
         ops=fastrl.reference,
     )
-    scores = trainer.scorer(examples, rollout, dataset, config.eos_token_id)
+    scores = trainer.scorer(examples, rollout, dataset, trainer.eos_token_ids)
     return replace(
         rollout,
         rewards=scores.rewards.to(trainer.device),

@@ -1,0 +1,96 @@
+"""What reward functions are called with, as TRL calls them, and what they log on the way."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastrl.rollout import Rollout
+from fastrl.trainers.prompts import Example, PromptDataset
+
+_OURS = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
+
+
+class RewardLog:
+    """What the functions of one step log; a function that is late logs into its old step's."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, list[float]] = {}
+        self._values: dict[str, list[Any]] = {}
+
+    def metric(self, name: str, value: float) -> None:
+        """TRL's log_metric: a number under a name; the mean of those of one step is reported."""
+        self._numbers.setdefault(name, []).append(float(value))
+
+    def extra(self, column: str, values: Sequence[Any]) -> None:
+        """TRL's log_extra: a further column of the table of samples."""
+        self._values.setdefault(column, []).extend(values)
+
+    def metrics(self) -> dict[str, float]:
+        """The means, by name."""
+        return {name: sum(values) / len(values) for name, values in list(self._numbers.items())}
+
+    def columns(self, count: int) -> dict[str, list[Any]]:
+        """The columns, each of `count` entries.
+
+        Raises:
+            ValueError: a column of another length.
+        """
+        for column, values in list(self._values.items()):
+            if len(values) != count:
+                raise ValueError(
+                    f"Trainer: expected log_extra({column!r}, ...) with {count} values, one for "
+                    f"each completion, got {len(values)}. Pass None where there is nothing."
+                )
+        return {column: list(values) for column, values in list(self._values.items())}
+
+
+def reward_arguments(
+    examples: list[Example],
+    rollout: Rollout,
+    completion_ids: list[list[int]],
+    dataset: PromptDataset,
+    eos_token_id: int | Sequence[int] | None,
+) -> dict[str, Any]:
+    """Prompts, completions and columns, one entry for each completion.
+
+    Raises:
+        ValueError: a column has the name of another argument.
+    """
+    names = dict.fromkeys(name for example in examples for name in example.columns)
+    taken = sorted(_OURS & names.keys())
+    if taken:
+        raise ValueError(
+            f"Trainer: expected dataset with columns of names other than {sorted(_OURS)}, got "
+            f"{taken}. Reward functions get something else under them: rename the columns."
+        )
+    of_completions = [examples[group] for group in rollout.group_ids.tolist()]
+    arguments: dict[str, Any] = {
+        name: [example.columns.get(name) for example in of_completions] for name in names
+    }
+    contents = [dataset.decode(ids, eos_token_id) for ids in completion_ids]
+    arguments["prompts"] = [example.prompt for example in of_completions]
+    arguments["completions"] = [
+        [{"role": "assistant", "content": content}] if example.is_chat else content
+        for example, content in zip(of_completions, contents, strict=True)
+    ]
+    arguments["completion_ids"] = completion_ids
+    return arguments
+
+
+def parameters_of(function: Callable[..., Any]) -> set[str] | None:
+    """The names that it may be called with; None: any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some that are written in C do not say
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {parameter.name for parameter in parameters if parameter.kind in kinds}
+
+
+def accepted(arguments: dict[str, Any], names: set[str] | None) -> dict[str, Any]:
+    """Those of the arguments that have one of the names."""
+    if names is None:
+        return dict(arguments)
+    return {name: value for name, value in arguments.items() if name in names}

@@ -1,0 +1,140 @@
+"""Rollouts from elsewhere: an inference engine, an agent's own loop, or recorded conversations."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.layout import PackedBatch, pack_groups
+from fastrl.rollout import Rollout
+
+RolloutFunction = Callable[..., "Mapping[str, Any] | Rollout"]
+"""Called once a step as
+
+    rollout_function(prompts=, completions_per_prompt=, max_new_tokens=, temperature=,
+                     eos_token_ids=, seeds=, policy=)
+
+prompts: P lists of ids; seeds: [P * completions_per_prompt], one for each completion; policy:
+what is trained, for whoever has to hand its weights on. It returns a dict of lists with one entry
+for each prompt, each a list with one entry for each completion (any number of them):
+
+    "completion_ids": lists of ids, EOS included
+    "logprobs": lists of floats, nats, of each id at the temperature of sampling, as vLLM gives them
+    "loss_mask": optional, lists of bools: False where the policy did not write the token
+    "ended": optional, bools; without it a completion has ended if its last id is an EOS
+
+or a whole Rollout, for trees of conversations; its rewards, if it has some, are taken as they are.
+"""
+
+
+def rollout_of(
+    result: Any, prompts: list[Tensor], eos_token_ids: Sequence[int], device: torch.device
+) -> Rollout:
+    """What a rollout function returned, checked, as a Rollout.
+
+    Raises:
+        ValueError, TypeError: lists of the wrong lengths or types, ids without a log-probability.
+    """
+    if isinstance(result, Rollout):
+        return result
+    if not isinstance(result, Mapping) or not {"completion_ids", "logprobs"} <= result.keys():
+        got = sorted(result) if isinstance(result, Mapping) else type(result).__name__
+        raise _wrong('a dict with "completion_ids" and "logprobs", or a Rollout', got)
+    ids = _groups(result, "completion_ids", len(prompts))
+    counts = [len(group) for group in ids]
+    logprobs = _like(result, "logprobs", ids)
+    masks = _like(result, "loss_mask", ids) if result.get("loss_mask") is not None else None
+    ended = result.get("ended")
+    flat = [completion for group in ids for completion in group]
+    if ended is None:
+        stops = set(eos_token_ids)
+        ended = [bool(len(c)) and int(c[-1]) in stops for c in flat]
+    else:
+        ended = [bool(x) for group in _groups(result, "ended", len(prompts), counts) for x in group]
+    tensors = [[torch.as_tensor(c, dtype=torch.int64).to(device) for c in group] for group in ids]
+    batch = _batch(prompts, tensors, masks)
+    given = torch.tensor([x for row in logprobs for x in row], dtype=torch.float32)
+    if masks is not None:
+        given = given[torch.tensor([bool(x) for row in masks for x in row], dtype=torch.bool)]
+    if not bool((given <= 0).all()):  # NaN too
+        bad = float(given[~(given <= 0)][0])
+        raise _wrong("logprobs <= 0 of the ids that the policy wrote", bad)
+    groups = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))
+    return Rollout(
+        batch=batch,
+        group_ids=groups.to(device),
+        ended=torch.tensor(ended, dtype=torch.bool, device=device),
+        logprobs=given.clamp(min=-1e30).to(device),
+    )
+
+
+def _batch(
+    prompts: list[Tensor], completions: list[list[Tensor]], masks: list[list[bool]] | None
+) -> PackedBatch:
+    if masks is None:
+        return pack_groups(prompts, completions)
+    rest = iter(masks)
+    segments: list[Tensor] = []
+    loss_mask: list[Tensor] = []
+    parents: list[int] = []
+    for prompt, group in zip(prompts, completions, strict=True):
+        parents += [-1] + [len(segments)] * len(group)
+        segments += [prompt, *group]
+        loss_mask.append(torch.zeros_like(prompt, dtype=torch.bool))
+        for completion in group:
+            mask = torch.tensor([bool(x) for x in next(rest)], dtype=torch.bool)
+            loss_mask.append(mask.to(completion.device))
+    return PackedBatch.from_segments(segments, parents, loss_mask)
+
+
+def _groups(
+    result: Mapping[str, Any], name: str, count: int, counts: list[int] | None = None
+) -> list[Any]:
+    groups = result[name]
+    if not isinstance(groups, Sequence) or len(groups) != count:
+        got = len(groups) if isinstance(groups, Sequence) else type(groups).__name__
+        raise _wrong(f"{name} a list with one entry for each of the {count} prompts", got)
+    found = [len(group) for group in groups]
+    if counts is not None and found != counts:
+        raise _wrong(f"{name} of {counts} completions, like completion_ids", found)
+    return list(groups)
+
+
+def _like(result: Mapping[str, Any], name: str, ids: list[Any]) -> list[Any]:
+    """One list per completion, as long as its ids."""
+    groups = _groups(result, name, len(ids), [len(group) for group in ids])
+    rows = [row for group in groups for row in group]
+    lengths = [len(completion) for group in ids for completion in group]
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        if len(row) != length:
+            raise _wrong(f"{length} {name} for completion {index}, one for each id", len(row))
+    return rows
+
+
+def _wrong(expected: str, got: Any) -> ValueError:
+    return ValueError(
+        f"rollout_function: expected {expected}, got {got}. "
+        "See fastrl.trainers.engines.RolloutFunction."
+    )
+
+
+def importance(
+    old_logprobs: Tensor, engine_logprobs: Tensor, cap: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Truncated importance weights of tokens that an engine sampled, and what to log of them.
+
+        w_t = min(cap, exp(old_logprobs_t - engine_logprobs_t))
+
+    Reference: Ionides 2008, J. Comput. Graph. Stat. 17; Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training".
+    """
+    difference = old_logprobs - engine_logprobs
+    weights = difference.clamp(max=math.log(cap)).exp()
+    name = "sampling/importance_sampling_ratio"
+    return weights, {
+        f"{name}/min": weights.min(),
+        f"{name}/mean": weights.mean(),
+        f"{name}/max": weights.max(),
+    }

@@ -1,0 +1,122 @@
+"""One micro-batch's loss: an algorithm's own, with what all of them share around it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastrl.layout import PackedBatch
+from fastrl.trainers.experience import Experience, completions_with
+from fastrl.trainers.tokens import autocast
+
+if TYPE_CHECKING:
+    from fastrl.trainers.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Passed:
+    """One pass over a micro-batch of n targets.
+
+    Attributes:
+        loss: 0-d, the micro-batch's part of the loss, with a graph.
+        logprobs, entropy: [n], detached, nats.
+        values: [n], detached; None without a critic.
+    """
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor | None = None
+
+
+def micro_loss(trainer: "Trainer", micro: PackedBatch, known: Experience) -> Passed:
+    """The loss over a micro-batch's n targets, with a graph.
+
+    Args:
+        known: of these targets alone, token_weights included.
+    """
+    policy, ops = trainer.policy, trainer.ops
+    with autocast(trainer.device, trainer.config.precision):
+        hidden = policy.packed_hidden(micro)
+    head = policy.head
+    hidden = hidden.to(head.weight.dtype)
+    arguments = head.arguments(trainer.temperature)
+    if trainer.is_per_token:
+
+        def loss_fn(logprobs: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
+            return token_losses(trainer, logprobs, entropy, known.at(rows))
+
+        # The gradients form in the forward pass: three products, no logits kept.
+        loss, logprobs, entropy = ops.linear_token_loss(
+            hidden, head.weight, micro.target_ids, loss_fn, **arguments
+        )
+    else:
+        logprobs, entropy = ops.linear_token_logprobs(
+            hidden, head.weight, micro.target_ids, return_entropy=True, **arguments
+        )
+        loss = token_losses(
+            trainer, logprobs, entropy, known, cu_seqlens=micro.completion_cu_seqlens
+        ).sum()
+    values = trainer.values(micro, hidden)
+    if values is not None:
+        assert known.token_weights is not None
+        losses = trainer.critic_losses(values, known) * known.token_weights
+        loss = loss + trainer.config.critic_coef * losses.sum()
+        values = values.detach()
+    return Passed(loss, logprobs.detach(), entropy.detach(), values)
+
+
+def token_losses(
+    trainer: "Trainer",
+    logprobs: Tensor,
+    entropy: Tensor,
+    known: Experience,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """[n]: w (policy loss + kl_coef KL - entropy_coef entropy) of each token; 0 of the others."""
+    losses = trainer.policy_losses(logprobs, known, cu_seqlens)
+    kl_coef, entropy_coef = trainer.kl.coef, trainer.entropy.coef
+    if kl_coef and trainer.config.kl_in == "loss":
+        kl = trainer.ops.kl_penalty(
+            logprobs, known.ref_logprobs, estimator=trainer.config.kl_estimator
+        )
+        losses = losses + kl_coef * kl
+    if entropy_coef:
+        losses = losses - entropy_coef * entropy
+    assert known.token_weights is not None
+    return (losses * known.token_weights).masked_fill(~known.is_learned, 0)
+
+
+def token_weights(trainer: "Trainer", experience: Experience, counted: Tensor) -> Tensor:
+    """[M]: what the reduction of the loss weighs each token with.
+
+    The derivative of the reduced loss in each token's own: so the weights of completions that are
+    not computed, or are in another micro-batch, are in the denominators, by the one definition.
+    """
+    reduction, normalizer = trainer.reduction, None
+    if reduction == "token_sum":
+        completions = completions_with(experience.rollout, counted).sum()
+        reduction, normalizer = "token_mean", completions * trainer.config.max_new_tokens
+    with torch.enable_grad():
+        losses = torch.zeros_like(experience.old_logprobs, requires_grad=True)
+        total = trainer.ops.policy_gradient_loss(
+            losses,
+            -torch.ones_like(losses),
+            loss_mask=counted,
+            reduction=reduction,
+            normalizer=normalizer,
+            cu_seqlens=experience.rollout.cu_seqlens,
+        )
+        return torch.autograd.grad(total, losses)[0]
+
+
+def clip_counts(trainer: "Trainer", logprobs: Tensor, known: Experience) -> Tensor:
+    """[3] float64: how many of n tokens' ratios left their bounds below, above; and n."""
+    if not trainer.has_bounds:
+        return logprobs.new_zeros(3, dtype=torch.float64)
+    counted, advantages = known.is_learned, known.advantages
+    ratio = (logprobs - known.old_logprobs).exp()
+    low = counted & (ratio < 1 - trainer.config.clip_low) & (advantages < 0)
+    high = counted & (ratio > 1 + trainer.config.clip_high) & (advantages > 0)
+    return torch.stack([low.sum(), high.sum(), counted.sum()]).double()
