@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fastrl.cli.recipes.models import build_model, end_ids, load_tokenizer, need
+from fastrl.cli.recipes.models import build_model, load_tokenizer, need
 from fastrl.cli.recipes.prompts import load_prompts
 from fastrl.cli.recipes.rewards import load_reward_functions
 from fastrl.cli.recipes.schema import Recipe
@@ -27,9 +27,32 @@ def build_trainer(recipe: Recipe, output: Path) -> Any:
     if recipe.log.tensorboard:
         need("tensorboard", "train")
     functions = load_reward_functions(recipe.rewards.functions)
-    data, model = recipe.data, recipe.model
+    prompts = training_prompts(recipe)
+    model = recipe.model
+    source = model.tokenizer or model.path
+    assert source is not None, "the parser has looked"
+    tokenizer = load_tokenizer(source)
+    policy = build_model(recipe, tokenizer, int(recipe.config().seed))
+    config = recipe.config(output_dir=str(output))
+    is_critic = recipe.config_class is ActorCriticConfig
+    kind: Any = ActorCriticTrainer if is_critic else PolicyGradientTrainer
+    try:
+        trainer = kind(policy, functions, prompts, config, tokenizer=tokenizer)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"train: in {recipe.source}: {error}") from error
+    check_prompts(trainer.dataset, "data.prompts")
+    return trainer
+
+
+def training_prompts(recipe: Recipe) -> Any:
+    """The prompts of data.prompts.
+
+    Raises:
+        RecipeError: they cannot be loaded.
+    """
+    data = recipe.data
     assert data.prompts is not None, "the parser has looked"
-    prompts = load_prompts(
+    return load_prompts(
         data.prompts,
         key="data.prompts",
         column=data.column,
@@ -37,22 +60,9 @@ def build_trainer(recipe: Recipe, output: Path) -> Any:
         split=data.split,
         subset=data.subset,
     )
-    source = model.tokenizer or model.path
-    assert source is not None, "the parser has looked"
-    tokenizer = load_tokenizer(source)
-    policy = build_model(recipe, tokenizer, int(recipe.config().seed))
-    ends = end_ids(getattr(policy, "language_model", policy), tokenizer)
-    config = recipe.config(
-        eos_token_id=ends[0] if len(ends) == 1 else (tuple(ends) or None), output_dir=str(output)
-    )
-    is_critic = recipe.config_class is ActorCriticConfig
-    kind: Any = ActorCriticTrainer if is_critic else PolicyGradientTrainer
-    trainer = kind(policy, functions, prompts, config, tokenizer=tokenizer)
-    _check_prompts(trainer.dataset, "data.prompts")
-    return trainer
 
 
-def held_out_prompts(recipe: Recipe, trainer: Any) -> Any:
+def held_out_prompts(recipe: Recipe) -> Any:
     """The prompts of data.eval; None where the recipe has none.
 
     Raises:
@@ -64,7 +74,7 @@ def held_out_prompts(recipe: Recipe, trainer: Any) -> Any:
     source, split = data.eval, data.split
     if isinstance(source, str) and isinstance(data.prompts, str) and _is_split(source):
         source, split = data.prompts, source
-    entries = load_prompts(
+    return load_prompts(
         source,
         key="data.eval",
         column=data.column,
@@ -72,10 +82,6 @@ def held_out_prompts(recipe: Recipe, trainer: Any) -> Any:
         split=split,
         subset=data.subset,
     )
-    _check_prompts(
-        PromptDataset(entries, trainer.policy.vocab_size, trainer.tokenizer), "data.eval"
-    )
-    return entries
 
 
 def _is_split(text: str) -> bool:
@@ -83,7 +89,8 @@ def _is_split(text: str) -> bool:
     return "/" not in text and "." not in text
 
 
-def _check_prompts(dataset: PromptDataset, key: str) -> None:
+def check_prompts(dataset: PromptDataset, key: str) -> None:
+    """Raise a RecipeError where one of the first prompts has no tokens, or too high ones."""
     try:
         for index in range(min(len(dataset), CHECKED_PROMPTS)):
             dataset[index]

@@ -159,10 +159,9 @@ def _bytes_tokenizer() -> Any:
 
 
 def end_ids(policy: Any, tokenizer: Any) -> list[int]:
-    """What ends a completion: the model's own list where it has one, else the tokenizer's EOS."""
-    model = getattr(policy, "model", None)
-    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = tokenizer.eos_token_id if of_model is None else of_model
+    """What ends a completion: as the model has it, else the tokenizer's EOS."""
+    found = getattr(policy, "eos_token_id", None)
+    found = tokenizer.eos_token_id if found is None else found
     if found is None:
         return []
     return [found] if isinstance(found, int) else list(found)

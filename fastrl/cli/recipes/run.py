@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from fastrl.cli.recipes.build import build_trainer, held_out_prompts
+from fastrl.cli.recipes.build import build_trainer, check_prompts, held_out_prompts
 from fastrl.cli.recipes.parse import read_recipe
 from fastrl.cli.recipes.result import show_result
 from fastrl.cli.recipes.schema import Recipe, find_recipe
@@ -20,6 +20,7 @@ from fastrl.cli.training.interruption import Interrupted, StopRequest
 from fastrl.cli.training.run_folder import RunFolder, RunFolderError, write_atomically
 from fastrl.trainers import checkpoint
 from fastrl.trainers.loggers import JsonLines, ProgressBar, SampleTable, TensorBoard
+from fastrl.trainers.prompts import PromptDataset
 
 BEFORE, AFTER = "before", "after"  # the entries of results.json
 EVALUATION_SEED = 12345  # the same at every step, so that differences are paired
@@ -49,7 +50,7 @@ def start(name: str, sets: Sequence[str], output: Path | None, stop: StopRequest
     path = output or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     RecipeFolder.check_new(path)
     trainer = build_trainer(recipe, path)
-    held_out = held_out_prompts(recipe, trainer)
+    held_out = _held_out(recipe, trainer)
     folder = RecipeFolder.create(path)
     with folder.lock():
         folder.write_recipe(recipe)
@@ -75,7 +76,7 @@ def go_on(path: Path, name: str | None, sets: Sequence[str], stop: StopRequest) 
                 f"{', '.join(different)}. A run goes on with its own; start a new one for others."
             )
         trainer = build_trainer(recipe, path)
-        held_out = held_out_prompts(recipe, trainer)
+        held_out = _held_out(recipe, trainer)
         if checkpoint.exists(folder.checkpoint):
             try:
                 trainer.resume(folder.checkpoint)
@@ -86,6 +87,14 @@ def go_on(path: Path, name: str | None, sets: Sequence[str], stop: StopRequest) 
         if recipe.to_dict() != saved.to_dict():
             folder.write_recipe(recipe)
         return Run(recipe, folder, trainer, held_out, stop).go_on()
+
+
+def _held_out(recipe: Recipe, trainer: Any) -> Any:
+    entries = held_out_prompts(recipe)
+    if entries is not None:
+        dataset = PromptDataset(entries, trainer.policy.vocab_size, trainer.tokenizer)
+        check_prompts(dataset, "data.eval")
+    return entries
 
 
 @dataclass

@@ -1,0 +1,139 @@
+"""What a model is worth on prompts, for `fastrl eval`."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastrl.cli.training.held_out import mean_interval
+from fastrl.trainers import PolicyGradientConfig, PolicyGradientTrainer
+from fastrl.trainers.scoring import RewardScorer, Scores
+
+PROMPTS_AT_ONCE = 16
+
+
+class _KeepingScorer(RewardScorer):
+    """Remembers what it gave: an evaluation returns means, and intervals need more."""
+
+    last: Scores
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Scores:
+        self.last = super().__call__(*args, **kwargs)
+        return self.last
+
+
+def measure(
+    policy: Any,
+    reward_functions: Sequence[Callable[..., Any]],
+    prompts: Any,
+    *,
+    tokenizer: Any,
+    weights: Sequence[float] | None = None,
+    reference: Any = None,
+    completions_per_prompt: int = 1,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    stop_strings: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Sample from each prompt and score what comes.
+
+    Args:
+        policy, reference: on one device; what is measured, and what its KL divergence is from.
+        reward_functions, weights: as for a trainer.
+        prompts: as for a trainer.
+        temperature: 0 takes the likeliest tokens.
+    Returns:
+        "reward" and "rewards/<function>": {"mean", "half_width", "prompts"}, over prompts, each
+        with the mean of its completions; "entropy", and "kl" where there is a reference, nats per
+        token; "completions/..." and counts as in training; "ended", the share that said EOS; how
+        it was sampled, and "prompt_rewards".
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
+    config = PolicyGradientConfig(
+        prompts_per_step=PROMPTS_AT_ONCE,
+        completions_per_prompt=completions_per_prompt,
+        max_new_tokens=max_new_tokens,
+        stop_strings=tuple(stop_strings),
+        reward_weights=None if weights is None else tuple(weights),
+        kl_every=0,
+    )
+    # Nothing is trained: a trainer is what evaluates, and its optimizer holds nothing yet.
+    policy.requires_grad_(True)
+    trainer = PolicyGradientTrainer(
+        policy, list(reward_functions), prompts, config, tokenizer=tokenizer
+    )
+    trainer.reference = reference
+    scorer = trainer.scorer = _KeepingScorer(list(reward_functions), weights)
+    found = trainer.evaluate(
+        prompts,
+        completions_per_prompt=completions_per_prompt,
+        temperature=temperature,
+        seed=seed,
+    )
+    intervals = {"reward": _interval(found["prompt_rewards"])}
+    for name in scorer.names:
+        column = scorer.last.columns[name]
+        intervals[f"rewards/{name}"] = _interval(_by_prompt(column, completions_per_prompt))
+    plain = {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, int | float) and name not in intervals and name != "reward_std"
+    }
+    if reference is None:
+        del plain["kl"]
+    return {
+        **intervals,
+        **{k: v for k, v in plain.items() if not k.endswith(("/mean", "/std"))},
+        "ended": 1.0 - found["completions/clipped_ratio"],
+        "num_prompts": len(prompts),
+        "completions_per_prompt": completions_per_prompt,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "prompt_rewards": found["prompt_rewards"],
+    }
+
+
+def show_measured(console: Console, result: dict[str, Any]) -> None:
+    """Print what `measure` gave."""
+    title = (
+        f"{result['model']}: {result['num_prompts']} prompts, "
+        f"{result['completions_per_prompt']} completions each"
+    )
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column("figure", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    hidden = ("num_prompts", "completions_per_prompt", "seed")
+    for name, value in result.items():
+        if isinstance(value, dict):
+            table.add_row(Text(name), f"{value['mean']:.4f} ± {value['half_width']:.4f}")
+        elif isinstance(value, int | float) and name not in hidden:
+            table.add_row(Text(name), f"{value:,.4g}")
+    console.print(table)
+    console.print(
+        "± is a 95 % interval over prompts: 1.96 standard errors. Entropy and KL are per token.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _interval(prompt_means: Sequence[float | None]) -> dict[str, float]:
+    """Of the prompts that have one; NaN where none has."""
+    finite = [mean for mean in prompt_means if mean is not None and math.isfinite(mean)]
+    mean, half_width = mean_interval(finite) if finite else (math.nan, math.nan)
+    return {"mean": mean, "half_width": half_width, "prompts": len(finite)}
+
+
+def _by_prompt(values: Sequence[float | None], count: int) -> list[float | None]:
+    """The mean of each prompt's completions that have a value; None where none has."""
+    means: list[float | None] = []
+    for start in range(0, len(values), count):
+        own = [v for v in values[start : start + count] if v is not None and math.isfinite(v)]
+        means.append(math.fsum(own) / len(own) if own else None)
+    return means
