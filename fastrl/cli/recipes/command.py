@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     """Exit status as in EPILOG."""
     from fastrl.cli.training.interruption import StopRequest
     from fastrl.cli.training.run_folder import RunFolderError
-    from fastrl.trainers import RewardFunctionError
+    from fastrl.trainers import RewardFunctionError, checkpoint
 
     stop = StopRequest()
     try:
@@ -77,6 +77,8 @@ def main(argv: list[str]) -> int:
             traceback.print_exception(error.__cause__)
         return fail(str(error), 1)
     except (ValueError, TypeError, FloatingPointError) as error:  # of the trainer
+        return fail(str(error), 1)
+    except checkpoint.CheckpointError as error:
         return fail(str(error), 1)
     except OSError as error:  # a full disk, a folder that may not be written to
         return fail(f"train: expected to read and write the run's files, got {error}.", 1)

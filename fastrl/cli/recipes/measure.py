@@ -102,11 +102,13 @@ def measure(
 
 def show_measured(console: Console, result: dict[str, Any]) -> None:
     """Print what `measure` gave."""
-    title = (
+    console.print(
         f"{result['model']}: {result['num_prompts']} prompts, "
-        f"{result['completions_per_prompt']} completions each"
+        f"{result['completions_per_prompt']} completions each",
+        markup=False,
+        soft_wrap=True,
     )
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
     table.add_column("figure", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     hidden = ("num_prompts", "completions_per_prompt", "seed")
