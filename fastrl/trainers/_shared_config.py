@@ -21,6 +21,8 @@ class TrainerConfig:
         eos_token_id: one or several tokens that end a completion and count as its last; "auto":
             those of the model's or the tokenizer's configuration, if any; None: none.
         stop_strings: texts that end a completion (needs a tokenizer).
+        max_prompt_tokens: a longer prompt is an error; None: any length.
+        chat_template_kwargs: for the tokenizer's chat template.
     Rewards:
         gamma: discount per token, in [0, 1]; 0 is the purely immediate reward.
         reward_weights: a factor for each reward function; None: 1 each.
@@ -75,6 +77,8 @@ class TrainerConfig:
     temperature_end: float | None = None
     eos_token_id: int | tuple[int, ...] | str | None = "auto"
     stop_strings: tuple[str, ...] = ()
+    max_prompt_tokens: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     gamma: float = 1.0
     reward_weights: tuple[float, ...] | None = None
     reward_timeout: float | None = None
@@ -140,7 +144,7 @@ class TrainerConfig:
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 self._check_range(name, 0.0, math.inf, above=True)
-        for name in ("max_rows", "micro_batch_tokens"):
+        for name in ("max_rows", "micro_batch_tokens", "max_prompt_tokens"):
             if getattr(self, name) is not None:
                 self._check_int(name, 1)
         self._check_together()

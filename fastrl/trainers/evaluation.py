@@ -1,12 +1,12 @@
 """Scoring a model on prompts, without learning and without touching the run."""
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastrl.rollout import completion_seeds
 from fastrl.trainers.metrics import rollout_metrics
-from fastrl.trainers.prompts import PromptDataset
 from fastrl.trainers.sampling import EVALUATION, sample
 from fastrl.trainers.tokens import token_scores
 
@@ -25,7 +25,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """See `Trainer.evaluate`."""
     config = trainer.config
-    prompts = PromptDataset(dataset, trainer.policy.vocab_size, trainer.tokenizer)
+    prompts = trainer.prompts(dataset)
     examples = [prompts[index] for index in range(len(prompts))]
     rows = config.prompts_per_step * config.completions_per_prompt  # as many as in training
     rollout = sample(
@@ -48,10 +48,12 @@ def evaluate(
     if trainer.reference is not None:
         reference, _ = token_scores(trainer.reference, rollout.batch, **scoring)
         kl = trainer.ops.kl_penalty(logprobs, reference, estimator="k3")
-    # A reward function may draw random numbers: ours to seed, and the run's to keep.
+    # A reward function may draw random numbers, and remember: ours to seed, the run's to keep.
+    remembered = copy.deepcopy(trainer.scorer.state_dict())
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         scores = trainer.scorer(examples, rollout, prompts, trainer.eos_token_ids)
+    trainer.scorer.load_state_dict(remembered)
 
     totals = scores.totals.where(scores.is_used, torch.nan).view(len(examples), -1)
     ids = [completion.tolist() for completion in rollout.completion_ids]

@@ -2,9 +2,9 @@
 
 step, epoch, num_tokens (tokens in the rollouts so far, prompts once), learning_rate
 reward (mean over used completions of the sum over their tokens), reward_std,
-      rewards/<function>/mean and /std, rewards/bad, /none, /timeouts, /errors (completions),
-      frac_reward_zero_std (prompts whose completions all have the same reward)
-    loss, grad_norm (before clipping), advantage: means; over the gradient steps, over the tokens
+  rewards/<function>/mean and /std, rewards/bad, /none, /timeouts, /errors (completions),
+  frac_reward_zero_std (prompts whose completions all have the same reward)
+loss, grad_norm (before clipping), advantage: means; over the gradient steps, over the tokens
 entropy (nats per token, over those learned from), kl (from the starting model, nats per token)
 kl_coef, entropy_coef, temperature: as they were in the step
 completions/mean_length, /min_length, /max_length, /clipped_ratio (ran out of length),

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -93,7 +93,7 @@ class Trainer(ABC):
         self.tokenizer = tokenizer
         self.rollout_function, self.environment = rollout_function, environment
         self.eos_token_ids = sampling.eos_token_ids(self)
-        self.dataset = PromptDataset(dataset, self.policy.vocab_size, tokenizer)
+        self.dataset = self.prompts(dataset)
         self.scorer = RewardScorer(
             reward_functions,
             self.config.reward_weights,
@@ -260,6 +260,16 @@ class Trainer(ABC):
             seed=seed,
         )
 
+    def prompts(self, dataset: Any) -> PromptDataset:
+        """A dataset as the trainer reads it."""
+        return PromptDataset(
+            dataset,
+            self.policy.vocab_size,
+            self.tokenizer,
+            max_prompt_tokens=self.config.max_prompt_tokens,
+            chat_template_kwargs=self.config.chat_template_kwargs,
+        )
+
     def samples(self) -> list[dict[str, Any]]:
         """Of the last step's completions: prompt, completion, reward, and by function."""
         return [] if self.last_samples is None else self.last_samples.rows()
@@ -346,7 +356,12 @@ class Trainer(ABC):
     def _score(self, examples: list[Example], rollout: Rollout) -> tuple[Scores | None, Rollout]:
         if rollout.rewards is not None:  # who made the rollout has rewarded it
             return None, sampling.with_usable_rewards(rollout)
-        scores = self.scorer(examples, rollout, self.dataset, self.eos_token_ids)
+        run = SimpleNamespace(
+            global_step=self.step,
+            max_steps=self.config.max_steps,
+            epoch=self.step * self.config.prompts_per_step / len(self.dataset),
+        )
+        scores = self.scorer(examples, rollout, self.dataset, self.eos_token_ids, trainer_state=run)
         return scores, replace(
             rollout,
             rewards=scores.rewards.to(self.device),

@@ -60,7 +60,8 @@ def _gradient(trainer: PolicyGradientTrainer) -> Tensor:
     weights = token_weights(trainer, known, known.is_learned)
     known = replace(known, token_weights=weights)
     micro_loss(trainer, known.rollout.batch, known).loss.backward()
-    gradient = torch.cat([weight.grad.flatten() for weight in trainer.parameters])
+    gradients = [weight.grad for weight in trainer.parameters]
+    gradient = torch.cat([grad.flatten() for grad in gradients if grad is not None])
     trainer.optimizer.zero_grad()
     return gradient
 
