@@ -1,18 +1,16 @@
 """A MODEL of the command line: a run's folder, a checkpoint, or what AutoModelForCausalLM loads."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fastrl.cli.recipes.models import find_device, load_policy, load_tokenizer
+from fastrl.cli.recipes.models import find_device, is_ours, load_policy, load_tokenizer
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.models import ActorCritic
 from fastrl.trainers import checkpoint, load_model
 
 RECIPE, CHECKPOINT = "recipe.toml", "checkpoint"
-_OURS = ("lstm", "actor_critic")  # model types that transformers does not know
 
 
 def open_model(
@@ -43,9 +41,9 @@ def open_model(
             f"train: expected one model, got {name} with those of the demo. "
             f"Pass {folder / 'actor_critic' / CHECKPOINT}, or policy_gradient's."
         )
-    is_ours = checkpoint.exists(folder) and _is_ours(folder)
+    is_stored = checkpoint.exists(folder) and _is_stored(folder)
     try:
-        model: Any = load_model(folder) if is_ours else load_policy(name, dtype)
+        model: Any = load_model(folder) if is_stored else load_policy(name, dtype)
     except (ValueError, OSError) as error:
         raise RecipeError(f"train: expected a complete model, got {error}") from error
     policy: nn.Module = model.language_model if isinstance(model, ActorCritic) else model
@@ -53,15 +51,11 @@ def open_model(
     return policy.to(place).eval().requires_grad_(False), found
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_stored(folder: Path) -> bool:
     """Whether a folder was written by a trainer, or holds a model that is not transformers'."""
     if (folder / "trainer.json").is_file() or not folder.exists():
         return True  # or a save was interrupted, and the last checkpoint stands beside its place
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") in _OURS
+    return is_ours(folder)
 
 
 def _tokenizer_near(folder: Path) -> str:

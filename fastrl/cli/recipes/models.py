@@ -1,5 +1,6 @@
 """Models and tokenizers: those that a recipe asks for."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,23 @@ def load_tokenizer(source: str) -> Any:
     try:
         if Path(source).is_file():
             return PreTrainedTokenizerFast(tokenizer_file=source)
+        if is_ours(Path(source)):  # AutoTokenizer would ask transformers what model that is
+            return PreTrainedTokenizerFast.from_pretrained(source)
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # of the hub, of the files
         raise RecipeError(
             f'train: expected model.tokenizer to be a name, a folder, a tokenizer.json or "bytes", '
             f"got {source}: {error}"
         ) from error
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds a model that transformers does not know."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") in ("lstm", "actor_critic")
 
 
 def _bytes_tokenizer() -> Any:
