@@ -2,11 +2,19 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastrl.cli.sample import MODEL_HELP, add_sampling
 
+PROMPTS_AT_ONCE = 16
+# Fields of a recipe's config that say how completions are sampled and rewarded.
+OF_TRAINING = (
+    "max_new_tokens", "temperature", "eos_token_id", "stop_strings", "max_prompt_tokens",
+    "chat_template_kwargs", "precision", "max_rows", "micro_batch_tokens", "reward_timeout",
+    "reward_errors",
+)  # fmt: skip
 _DESCRIPTION = """\
 Rewards, entropy and KL of a model on prompts. Rewards and prompts are those of RECIPE (data.eval,
 or else data.prompts), of the run that MODEL is, or --rewards and --data.
@@ -64,6 +72,7 @@ def _eval(options: argparse.Namespace) -> int:
 
     recipe = _recipe(options)
     functions, weights = _rewards(options, recipe)
+    config, temperature = _config(options, recipe, weights)
     prompts = _prompts(options, recipe)
     how = {"tokenizer": options.tokenizer, "dtype": options.dtype, "device": options.device}
     policy, tokenizer = open_model(options.model, **how)
@@ -73,10 +82,10 @@ def _eval(options: argparse.Namespace) -> int:
         functions,
         prompts,
         tokenizer=tokenizer,
-        weights=weights,
+        config=config,
         reference=reference,
+        temperature=temperature,
         seed=options.seed,
-        **_sampling(options, recipe),
     )
     result = {"model": options.model, **result}
     if options.json is not None:
@@ -132,18 +141,28 @@ def _prompts(options: argparse.Namespace, recipe: Any) -> Any:
     )
 
 
-def _sampling(options: argparse.Namespace, recipe: Any) -> dict[str, Any]:
-    """How completions are sampled: as the options say, else the recipe, else its defaults."""
+def _config(
+    options: argparse.Namespace, recipe: Any, weights: Sequence[float] | None
+) -> tuple[Any, float]:
+    """How completions are sampled, and the temperature: as options, recipe or defaults say."""
     from fastrl.cli.recipes.schema import Eval
+    from fastrl.trainers import PolicyGradientConfig
 
-    config = {"max_new_tokens": 128, "temperature": 1.0, "stop_strings": ()}
     settings = Eval() if recipe is None else recipe.eval
+    fields: dict[str, Any] = {"max_new_tokens": 128, "temperature": 1.0}
     if recipe is not None:
         of_training = recipe.config()
-        config = {name: getattr(of_training, name) for name in config}
-    if settings.temperature is not None:
-        config["temperature"] = settings.temperature
-    for name in ("max_new_tokens", "temperature"):
-        if getattr(options, name) is not None:
-            config[name] = getattr(options, name)
-    return {**config, "completions_per_prompt": options.n or settings.completions_per_prompt}
+        fields = {name: getattr(of_training, name) for name in OF_TRAINING}
+    temperature = fields["temperature"] if settings.temperature is None else settings.temperature
+    if options.temperature is not None:
+        temperature = options.temperature
+    if options.max_new_tokens is not None:
+        fields["max_new_tokens"] = options.max_new_tokens
+    count = settings.completions_per_prompt if options.n is None else options.n
+    config = PolicyGradientConfig(
+        **fields,
+        prompts_per_step=PROMPTS_AT_ONCE,
+        completions_per_prompt=count,
+        reward_weights=None if weights is None else tuple(weights),
+    )
+    return config, temperature

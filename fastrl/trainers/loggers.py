@@ -223,7 +223,11 @@ def sample_table(samples: list[dict[str, Any]], *, title: str | None = None) -> 
     for name in names:
         is_text = name in ("prompt", "completion")
         table.add_column(
-            Text(name), justify="left" if is_text else "right", ratio=2 if is_text else None
+            Text(name),
+            justify="left" if is_text else "right",
+            ratio=1 if is_text else None,
+            max_width=None if is_text else 12,
+            overflow="fold",
         )
     for sample in samples:
         table.add_row(*(Text(_cell(name, sample.get(name))) for name in names))

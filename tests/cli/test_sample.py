@@ -56,7 +56,7 @@ def test_log_probs_are_those_of_the_model(run, capsys):
     model, tokenizer = load_model(run / "checkpoint"), load_tokenizer("bytes")
     for entry in found:
         prompt, ids = tokenizer.encode(entry["prompt"]), entry["token_ids"]
-        logits, _ = model(torch.tensor([prompt + ids]))
+        logits = model(torch.tensor([prompt + ids]))[0].detach()
         rows = (logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
         expected = rows[torch.arange(len(ids)), ids]
         assert entry["logprobs"] == pytest.approx(expected.tolist(), abs=1e-5)

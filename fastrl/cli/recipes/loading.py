@@ -48,7 +48,7 @@ def open_model(
         raise RecipeError(f"train: expected a complete model, got {error}") from error
     policy: nn.Module = model.language_model if isinstance(model, ActorCritic) else model
     found = load_tokenizer(tokenizer or (_tokenizer_near(folder) if folder.is_dir() else name))
-    return policy.to(place).eval().requires_grad_(False), found
+    return policy.to(place).eval(), found
 
 
 def _is_stored(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich import box
@@ -12,8 +13,6 @@ from rich.text import Text
 from fastrl.cli.training.held_out import mean_interval
 from fastrl.trainers import PolicyGradientConfig, PolicyGradientTrainer
 from fastrl.trainers.scoring import RewardScorer, Scores
-
-PROMPTS_AT_ONCE = 16
 
 
 class _KeepingScorer(RewardScorer):
@@ -32,21 +31,18 @@ def measure(
     prompts: Any,
     *,
     tokenizer: Any,
-    weights: Sequence[float] | None = None,
+    config: PolicyGradientConfig,
     reference: Any = None,
-    completions_per_prompt: int = 1,
-    max_new_tokens: int = 128,
     temperature: float = 1.0,
-    stop_strings: Sequence[str] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
     """Sample from each prompt and score what comes.
 
     Args:
         policy, reference: on one device; what is measured, and what its KL divergence is from.
-        reward_functions, weights: as for a trainer.
-        prompts: as for a trainer.
-        temperature: 0 takes the likeliest tokens.
+        reward_functions, prompts, tokenizer: as for a trainer.
+        config: how completions are sampled and rewarded.
+        temperature: in place of the config's; 0 takes the likeliest tokens.
     Returns:
         "reward" and "rewards/<function>": {"mean", "half_width", "prompts"}, over prompts, each
         with the mean of its completions; "entropy", and "kl" where there is a reference, nats per
@@ -55,48 +51,49 @@ def measure(
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
-    config = PolicyGradientConfig(
-        prompts_per_step=PROMPTS_AT_ONCE,
-        completions_per_prompt=completions_per_prompt,
-        max_new_tokens=max_new_tokens,
-        stop_strings=tuple(stop_strings),
-        reward_weights=None if weights is None else tuple(weights),
-        kl_every=0,
-    )
-    # Nothing is trained: a trainer is what evaluates, and its optimizer holds nothing yet.
+    # Nothing is trained: a trainer is what evaluates, and its optimizer holds nothing yet. The
+    # optimizer wants weights, though, and an adapter that was loaded has none that are trained.
     policy.requires_grad_(True)
+    functions, count = list(reward_functions), config.completions_per_prompt
     trainer = PolicyGradientTrainer(
-        policy, list(reward_functions), prompts, config, tokenizer=tokenizer
+        policy, functions, prompts, replace(config, kl_every=0), tokenizer=tokenizer
     )
     trainer.reference = reference
-    scorer = trainer.scorer = _KeepingScorer(list(reward_functions), weights)
+    scorer = trainer.scorer = _KeepingScorer(
+        functions,
+        config.reward_weights,
+        timeout=config.reward_timeout,
+        errors=config.reward_errors,
+    )
     found = trainer.evaluate(
-        prompts,
-        completions_per_prompt=completions_per_prompt,
-        temperature=temperature,
-        seed=seed,
+        prompts, completions_per_prompt=count, temperature=temperature, seed=seed
     )
     intervals = {"reward": _interval(found["prompt_rewards"])}
     for name in scorer.names:
         column = scorer.last.columns[name]
-        intervals[f"rewards/{name}"] = _interval(_by_prompt(column, completions_per_prompt))
-    plain = {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, int | float) and name not in intervals and name != "reward_std"
-    }
-    if reference is None:
-        del plain["kl"]
+        intervals[f"rewards/{name}"] = _interval(_by_prompt(column, count))
     return {
         **intervals,
-        **{k: v for k, v in plain.items() if not k.endswith(("/mean", "/std"))},
+        **_plain(found, has_reference=reference is not None),
         "ended": 1.0 - found["completions/clipped_ratio"],
         "num_prompts": len(prompts),
-        "completions_per_prompt": completions_per_prompt,
-        "max_new_tokens": max_new_tokens,
+        "completions_per_prompt": count,
+        "max_new_tokens": config.max_new_tokens,
         "temperature": temperature,
         "seed": seed,
         "prompt_rewards": found["prompt_rewards"],
+    }
+
+
+def _plain(found: dict[str, Any], *, has_reference: bool) -> dict[str, float]:
+    """The figures of an evaluation that have no interval."""
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, int | float)
+        and name not in ("reward", "reward_std")
+        and not (name.startswith("rewards/") and name.endswith(("/mean", "/std")))
+        and (name != "kl" or has_reference)
     }
 
 

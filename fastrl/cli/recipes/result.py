@@ -23,6 +23,7 @@ SHOWN: tuple[str, ...] = (
 )
 SHOWN += ("completions/mean_length", "completions/clipped_ratio", "logprob_gap")
 SHOWN += ("tokens_per_second", "time/step")
+HELD_OUT = ("kl", "entropy", "completions/mean_length", "completions/clipped_ratio")
 WINDOW = 10  # steps that are averaged, at most
 
 
@@ -78,7 +79,7 @@ def _held_out(results: dict[str, Any]) -> Table:
     )
     for key in after:
         name = key.removeprefix("eval/")
-        if name != key and name != "reward" and not name.startswith("rewards/b"):
+        if name != key and (name in HELD_OUT or name.endswith("/mean")):
             table.add_row(Text(name), *(_number(part.get(key)) for part in (before, after)), "")
     return table
 
@@ -89,7 +90,7 @@ def _mean(records: list[dict[str, Any]], key: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 

@@ -92,7 +92,13 @@ def go_on(path: Path, name: str | None, sets: Sequence[str], stop: StopRequest) 
 def _held_out(recipe: Recipe, trainer: Any) -> Any:
     entries = held_out_prompts(recipe)
     if entries is not None:
-        dataset = PromptDataset(entries, trainer.policy.vocab_size, trainer.tokenizer)
+        dataset = PromptDataset(
+            entries,
+            trainer.policy.vocab_size,
+            trainer.tokenizer,
+            max_prompt_tokens=trainer.config.max_prompt_tokens,
+            chat_template_kwargs=trainer.config.chat_template_kwargs,
+        )
         check_prompts(dataset, "data.eval")
     return entries
 
