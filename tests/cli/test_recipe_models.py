@@ -16,8 +16,8 @@ from fastrl.cli.recipes.schema import find_recipe  # noqa: E402
 from fastrl.cli.recipes.toml import RecipeError  # noqa: E402
 
 TINY = [
-    "train.max_steps=2", "train.prompts_per_step=2", "train.completions_per_prompt=2",
-    "train.max_new_tokens=4", "train.save_every=1", "log.tensorboard=false",
+    "train.max_steps=2", "train.prompts_per_step=4", "train.completions_per_prompt=4",
+    "train.max_new_tokens=8", "train.save_every=1", "log.tensorboard=false",
     "eval.completions_per_prompt=1",
 ]  # fmt: skip
 

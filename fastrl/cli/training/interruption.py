@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupted(Exception):
-    """The run was asked to stop.
+class Interrupted(BaseException):
+    """The run was asked to stop. No Exception: a reward function's errors are caught and counted.
 
     Args:
         signal_number: SIGINT or SIGTERM.
