@@ -17,7 +17,6 @@ from safetensors.torch import load_file  # noqa: E402
 
 from fastrl.cli import main as cli  # noqa: E402
 from fastrl.cli import train  # noqa: E402
-from fastrl.cli.recipes import run as recipe_run  # noqa: E402
 from fastrl.trainers.loggers import JsonLines  # noqa: E402
 
 RECIPE = """
@@ -142,17 +141,23 @@ def test_sigterm_saves_and_exits_0_and_the_run_goes_on_to_the_same_end(
     assert_same_run(folder, finished)
 
 
-def test_a_signal_ends_an_evaluation_at_once(recipe, tmp_path, monkeypatch):
+def test_a_signal_ends_an_evaluation_at_once(recipe, tmp_path):
+    """It comes while a reward function runs, which is not to blame for it."""
+    (tmp_path / "signalling.py").write_text(
+        "import signal\n"
+        "class Signalling:\n"
+        "    evaluations = 0\n"
+        "    def __call__(self, prompts, **columns):\n"
+        "        self.evaluations += prompts[0] == 'five'\n"
+        "        if self.evaluations == 2:\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "            raise AssertionError('the signal came late')\n"
+        "        return [0.5] * len(prompts)\n"
+    )
+    functions = f"rewards.functions=['{tmp_path}/signalling.py:Signalling', '{recipe.parent}/"
+    sets = ["--set", functions + "rewards.py:drawing']", "--set", 'train.reward_errors="mask"']
     folder = tmp_path / "run"
-    evaluate = recipe_run.Run._evaluation
-
-    def interrupted(run):
-        if run.trainer.step == 3:
-            monkeypatch.setattr(run.trainer, "evaluate", lambda *a, **k: signal.raise_signal(2))
-        return evaluate(run)
-
-    monkeypatch.setattr(recipe_run.Run, "_evaluation", interrupted)
-    assert train.main([str(recipe), "--output", str(folder)]) == 130
+    assert train.main([str(recipe), *sets, "--output", str(folder)]) == 130
     lines = records(folder)
     assert [line["step"] for line in lines] == [1, 2, 3] and "eval/reward" not in lines[-1]
     assert json.loads((folder / "checkpoint/trainer.json").read_text())["step"] == 3
