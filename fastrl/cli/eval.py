@@ -25,7 +25,7 @@ An interval is mean ± 1.96 standard errors over prompts, each with the mean of 
 
 def main(argv: list[str]) -> int:
     """Exit status: 0; 1 where a reward function raised, 2 for bad input."""
-    from fastrl.cli.recipes.command import fail
+    from fastrl.cli.recipes.command import explains, fail
     from fastrl.cli.recipes.toml import RecipeError
     from fastrl.trainers import RewardFunctionError
 
@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
     except RewardFunctionError as error:
         return fail(str(error), 1)
     except (RecipeError, ValueError, TypeError) as error:
+        if not explains(error):
+            raise
         return fail(str(error).replace("train: ", "eval: ", 1))
     except OSError as error:
         return fail(f"eval: expected to write the result, got {error}.", 1)

@@ -12,7 +12,7 @@ _SAMPLE = 3  # a stream of random numbers apart from those of training and evalu
 
 def main(argv: list[str]) -> int:
     """Exit status: 0; 2 for bad input."""
-    from fastrl.cli.recipes.command import fail
+    from fastrl.cli.recipes.command import explains, fail
     from fastrl.cli.recipes.toml import RecipeError
 
     try:
@@ -20,6 +20,8 @@ def main(argv: list[str]) -> int:
     except SystemExit as error:  # of argparse
         return error.code if isinstance(error.code, int) else 2
     except (RecipeError, ValueError, TypeError) as error:
+        if not explains(error):
+            raise
         return fail(str(error).replace("train: ", "sample: ", 1))
 
 

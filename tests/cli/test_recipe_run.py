@@ -163,6 +163,14 @@ def test_a_signal_ends_an_evaluation_at_once(recipe, tmp_path):
     assert json.loads((folder / "checkpoint/trainer.json").read_text())["step"] == 3
 
 
+def test_a_signal_while_the_model_is_loaded(recipe, tmp_path, capsys):
+    (tmp_path / "slow.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\n")
+    sets = ["--set", f"rewards.functions=['{tmp_path}/slow.py:f']", "--set", "rewards.weights=[1]"]
+    assert train.main([str(recipe), *sets, "--output", str(tmp_path / "run")]) == 0
+    assert "stopped by SIGTERM before it began" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, recipe, tmp_path, monkeypatch):
     """Steps after the checkpoint, and a line cut short, are computed and logged again."""
     folder = tmp_path / "run"

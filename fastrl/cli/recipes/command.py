@@ -1,6 +1,7 @@
 """`fastrl train RECIPE.toml`: options, exit status, and what is said when something is wrong."""
 
 import argparse
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Exit status as in EPILOG."""
-    from fastrl.cli.training.interruption import StopRequest
+    from fastrl.cli.training.interruption import Interrupted, StopRequest
     from fastrl.cli.training.run_folder import RunFolderError
     from fastrl.trainers import RewardFunctionError, checkpoint
 
@@ -76,7 +77,12 @@ def main(argv: list[str]) -> int:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         return fail(str(error), 1)
+    except Interrupted as error:
+        status = 0 if error.signal_number == signal.SIGTERM else 128 + error.signal_number
+        return fail(f"train: stopped by {error} before it began; nothing was changed.", status)
     except (ValueError, TypeError, FloatingPointError) as error:  # of the trainer
+        if not explains(error):
+            raise
         return fail(str(error), 1)
     except checkpoint.CheckpointError as error:
         return fail(str(error), 1)
@@ -113,6 +119,11 @@ def _run(options: argparse.Namespace, stop: "StopRequest") -> int:
     if options.resume == "" and output is not None and (output / "recipe.toml").is_file():
         return go_on(output, options.recipe, options.set, stop)
     return start(options.recipe, options.set, output, stop)
+
+
+def explains(error: Exception) -> bool:
+    """Whether a message is one of ours, so that nobody needs to see where it came from."""
+    return isinstance(error, FloatingPointError) or ": expected " in str(error)
 
 
 def fail(message: str, status: int = 2) -> int:

@@ -56,7 +56,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _module_of_file(path: Path) -> ModuleType:
-    name = f"_recipe_{path.stem}_{abs(hash(str(path.absolute())))}"
+    name = f"recipe:{path.absolute()}"  # no name that another module can have
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)

@@ -49,8 +49,9 @@ def start(name: str, sets: Sequence[str], output: Path | None, stop: StopRequest
     recipe = read_recipe(find_recipe(name), sets)
     path = output or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     RecipeFolder.check_new(path)
-    trainer = build_trainer(recipe, path)
-    held_out = _held_out(recipe, trainer)
+    with stop.at_once():
+        trainer = build_trainer(recipe, path)
+        held_out = _held_out(recipe, trainer)
     folder = RecipeFolder.create(path)
     with folder.lock():
         folder.write_recipe(recipe)
@@ -75,18 +76,25 @@ def go_on(path: Path, name: str | None, sets: Sequence[str], stop: StopRequest) 
                 f"train: expected the recipe of the run in {path}, got another "
                 f"{', '.join(different)}. A run goes on with its own; start a new one for others."
             )
-        trainer = build_trainer(recipe, path)
-        held_out = _held_out(recipe, trainer)
-        if checkpoint.exists(folder.checkpoint):
-            try:
-                trainer.resume(folder.checkpoint)
-            except ValueError as error:
-                raise RunFolderError(
-                    f"{error} Or delete {folder.checkpoint} to begin again, and resume."
-                ) from error
+        with stop.at_once():
+            trainer = build_trainer(recipe, path)
+            held_out = _held_out(recipe, trainer)
+            _resume(trainer, folder)
         if recipe.to_dict() != saved.to_dict():
             folder.write_recipe(recipe)
         return Run(recipe, folder, trainer, held_out, stop).go_on()
+
+
+def _resume(trainer: Any, folder: RecipeFolder) -> None:
+    """From the last checkpoint; a run that was stopped before its first one begins again."""
+    if not checkpoint.exists(folder.checkpoint):
+        return
+    try:
+        trainer.resume(folder.checkpoint)
+    except ValueError as error:
+        raise RunFolderError(
+            f"{error} Or delete {folder.checkpoint} to begin again, and resume."
+        ) from error
 
 
 def _held_out(recipe: Recipe, trainer: Any) -> Any:
