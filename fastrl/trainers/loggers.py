@@ -1,7 +1,7 @@
 """Loggers for `trainer.train(on_step=[...])`: JSON lines, TensorBoard, progress and samples.
 
 A logger is anything that takes a step's record, a dict of floats under the names that
-`Trainer.train` lists; the loggers rename nothing. For any other tracker that is:
+`fastrl.trainers.metrics` lists; the loggers rename nothing. For any other tracker that is:
 
     run = wandb.init(project="mine", config=trainer.config.to_dict())
     trainer.train(on_step=lambda record: run.log(record, step=int(record["step"])))
@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fastrl.trainers._readable import headline, make_console, progress_bar, sample_table
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -27,15 +29,6 @@ Record = Mapping[str, Any]
 PathLike = str | Path
 
 PLAIN_SECONDS = 5.0  # between two lines of progress where there is no terminal
-HEADLINES = (  # what people watch: key, how it is called, how it is written
-    ("reward", "reward", "+.3f"),
-    ("eval/reward", "held-out", "+.3f"),
-    ("kl", "KL", ".4f"),
-    ("entropy", "entropy", ".2f"),
-    ("completions/mean_length", "length", ".0f"),
-    ("logprob_gap", "gap", ".0e"),
-    ("tokens_per_second", "tokens/s", ",.0f"),
-)
 
 
 class _Closing:
@@ -138,10 +131,10 @@ class ProgressBar(_Closing):
         console: "Console | None" = None,
         seconds: float = PLAIN_SECONDS,
     ) -> None:
-        self._console: Any = console or _console()
+        self._console: Any = console or make_console()
         self._title, self._total, self._seconds = title, total, seconds
         self._last_line = time.monotonic()
-        self._bar: Any = _rich_bar(self._console) if self._console.is_terminal else None
+        self._bar: Any = progress_bar(self._console) if self._console.is_terminal else None
         if self._bar is not None:
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
             self._bar.start()
@@ -191,7 +184,7 @@ class SampleTable(_Closing):
     ) -> None:
         self._samples, self._every, self._rows = samples, every, rows
         self._lines = None if path is None else JsonLines(path, step=step)
-        self._console: Any = console or (_console() if rows else None)
+        self._console: Any = console or (make_console() if rows else None)
 
     def __call__(self, record: Record) -> None:
         step = int(record["step"])
@@ -210,34 +203,6 @@ class SampleTable(_Closing):
     def close(self) -> None:
         if self._lines is not None:
             self._lines.close()
-
-
-def sample_table(samples: list[dict[str, Any]], *, title: str | None = None) -> Any:
-    """A rich table with a row for each sample; text columns take what room the numbers leave."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    names = list(dict.fromkeys(name for sample in samples for name in sample))
-    for name in names:
-        is_text = name in ("prompt", "completion")
-        table.add_column(
-            Text(name),
-            justify="left" if is_text else "right",
-            ratio=1 if is_text else None,
-            max_width=None if is_text else 12,
-            overflow="fold",
-        )
-    for sample in samples:
-        table.add_row(*(Text(_cell(name, sample.get(name))) for name in names))
-    return table
-
-
-def headline(record: Record) -> str:
-    """The figures that people watch, those that the record has."""
-    shown = [(key, name, form) for key, name, form in HEADLINES if record.get(key) is not None]
-    return ", ".join(f"{name} {record[key]:{form}}" for key, name, form in shown)
 
 
 def json_line(record: Any) -> str:
@@ -275,45 +240,3 @@ def _step_of(line: bytes) -> float:
     except (ValueError, AttributeError):
         return -1
     return step if isinstance(step, int | float) else -1
-
-
-def _cell(name: str, value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:+.3f}"
-    if name == "prompt" and isinstance(value, list) and value and isinstance(value[-1], dict):
-        value = value[-1].get("content", "")  # of a conversation, what is answered
-    text = " ".join(str("–" if value is None else value).split())
-    if len(text) <= 200:
-        return text
-    return "…" + text[-199:] if name == "prompt" else text[:199] + "…"
-
-
-def _console() -> "Console":
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise ImportError(
-            'Progress and sample tables need rich. Install it with: pip install "fastrl[train]"'
-        ) from error
-    return Console(highlight=False)
-
-
-def _rich_bar(console: "Console") -> Any:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )

@@ -51,20 +51,9 @@ def measure(
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
-    # Nothing is trained: a trainer is what evaluates, and its optimizer holds nothing yet. The
-    # optimizer wants weights, though, and an adapter that was loaded has none that are trained.
-    policy.requires_grad_(True)
-    functions, count = list(reward_functions), config.completions_per_prompt
-    trainer = PolicyGradientTrainer(
-        policy, functions, prompts, replace(config, kl_every=0), tokenizer=tokenizer
-    )
-    trainer.reference = reference
-    scorer = trainer.scorer = _KeepingScorer(
-        functions,
-        config.reward_weights,
-        timeout=config.reward_timeout,
-        errors=config.reward_errors,
-    )
+    trainer = _evaluator(policy, reward_functions, prompts, config, tokenizer)
+    trainer.reference, count = reference, config.completions_per_prompt
+    scorer = trainer.scorer
     found = trainer.evaluate(
         prompts, completions_per_prompt=count, temperature=temperature, seed=seed
     )
@@ -83,6 +72,29 @@ def measure(
         "seed": seed,
         "prompt_rewards": found["prompt_rewards"],
     }
+
+
+def _evaluator(
+    policy: Any,
+    reward_functions: Sequence[Callable[..., Any]],
+    prompts: Any,
+    config: PolicyGradientConfig,
+    tokenizer: Any,
+) -> Any:
+    """A trainer that trains nothing; its optimizer holds nothing yet."""
+    # The optimizer wants weights, and an adapter that was loaded has none that are trained.
+    policy.requires_grad_(True)
+    functions = list(reward_functions)
+    trainer = PolicyGradientTrainer(
+        policy, functions, prompts, replace(config, kl_every=0), tokenizer=tokenizer
+    )
+    trainer.scorer = _KeepingScorer(
+        functions,
+        config.reward_weights,
+        timeout=config.reward_timeout,
+        errors=config.reward_errors,
+    )
+    return trainer
 
 
 def _plain(found: dict[str, Any], *, has_reference: bool) -> dict[str, float]:
