@@ -12,7 +12,8 @@ class LayerCache:
 
     Attributes:
         prompt_key, prompt_value: [places, Hkv, Sp, D], each prompt once.
-        key, value: [max_rows, Hkv, T, D], what each row has read behind its prompt.
+        key, value: [max_rows, T, Hkv, D], what each row has read behind its prompt; a token's heads
+            stand together, so that it is written in one go.
     """
 
     prompt_key: Tensor
@@ -41,7 +42,7 @@ class KVCache:
         if index not in self.layers:
             _, heads, _, width = key.shape
             of_prompts = (self.places, heads, self.length, width)
-            of_rows = (self.max_rows, heads, self.max_tokens, width)
+            of_rows = (self.max_rows, self.max_tokens, heads, width)
             shapes = (of_prompts, of_prompts, of_rows, of_rows)
             dtype = _dtype(key)
             buffers = (key.new_empty(shape, dtype=dtype) for shape in shapes)
@@ -64,7 +65,7 @@ class KVCache:
         """Rows sources [n] go to begin, begin + 1, ...; of each its first tokens."""
         for layer in self.layers.values():
             for cache in (layer.key, layer.value):
-                used = cache[:, :, :num_tokens]
+                used = cache[:, :num_tokens]
                 used[begin : begin + len(sources)] = used.index_select(0, sources)
 
 

@@ -53,6 +53,8 @@ class KVDecoder:
         self._most_read = 0  # bound of all _num_read
         self._prefixes: dict[str, Any] | None = None  # of the rows; None where they have changed
         self._in_use: dict[int, tuple[Tensor, ...]] = {}  # what of each layer's buffers
+        self._written = none  # where, of the rows' buffers, this step writes
+        self._no_mask = none.view(1, 1, 1, 0)  # transformers makes none beside one of four axes
 
     @property
     def most_keys(self) -> int:
@@ -134,10 +136,12 @@ class KVDecoder:
         if self._prefixes is None:
             self._settle()
         self._key_end += self._runs
+        self._written = self._rows * self._cache.max_tokens + self._num_read
         self._most_read += 1
         output = self._trunk(
             input_ids=token_ids[:, None],
             position_ids=(self._prompt_length + self._num_read)[:, None],
+            attention_mask=self._no_mask,
             use_cache=False,
             decoding=self,
         )
@@ -148,10 +152,10 @@ class KVDecoder:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **numbers: Any
     ) -> Tensor:
         """Of the attention function: one token a row, [R, H, 1, D] each, into the cache."""
-        own_key, own_value, prompt_key, prompt_value = self._in_use[module.layer_idx]  # type: ignore[index]
+        flat_key, flat_value, own_key, own_value, *prompts = self._in_use[module.layer_idx]  # type: ignore[index]
         dtype = own_key.dtype
-        own_key[self._rows, :, self._num_read] = key.squeeze(2).to(dtype)
-        own_value[self._rows, :, self._num_read] = value.squeeze(2).to(dtype)
+        for cache, x in ((flat_key, key), (flat_value, value)):
+            cache.index_copy_(0, self._written, x.reshape(len(x), -1).to(dtype))
         query = query.to(dtype)
         all_run = len(query) == len(own_key)
         if not all_run:
@@ -162,8 +166,8 @@ class KVDecoder:
             own_key,
             own_value,
             key_end=self._key_end,
-            prefix_key=prompt_key,
-            prefix_value=prompt_value,
+            prefix_key=prompts[0],
+            prefix_value=prompts[1],
             **self._prefixes,
             **numbers,
         )
@@ -200,10 +204,10 @@ class KVDecoder:
             "prefix_cu_rows": self._on_device(bounds).int(),
         }
         rows = slice(len(self._owners))
-        self._in_use = {
-            index: (x.key[rows], x.value[rows], x.prompt_key[places], x.prompt_value[places])
-            for index, x in self._cache.layers.items()
-        }
+        for index, x in self._cache.layers.items():
+            flat = (x.key.flatten(0, 1).flatten(1), x.value.flatten(0, 1).flatten(1))
+            own = (x.key[rows].transpose(1, 2), x.value[rows].transpose(1, 2))
+            self._in_use[index] = *flat, *own, x.prompt_key[places], x.prompt_value[places]
 
     def _on_device(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, device=self._device)
