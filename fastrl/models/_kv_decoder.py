@@ -161,6 +161,7 @@ class KVDecoder:
         if not all_run:
             some = query.new_zeros((len(own_key), *query.shape[1:]))
             query = some.index_copy_(0, self._rows, query)
+        assert self._prefixes is not None
         output = ops.decode_attention(
             query,
             own_key,
@@ -171,6 +172,7 @@ class KVDecoder:
             **self._prefixes,
             **numbers,
         )
+        assert isinstance(output, Tensor)
         return output if all_run else output.index_select(0, self._rows)
 
     @torch.no_grad()

@@ -63,8 +63,8 @@ class HuggingFacePolicy(nn.Module):
         self._check_head()
 
     @property
-    def adapter(self) -> nn.Module | None:
-        """The PeftModel, if there is one."""
+    def adapter(self) -> Any:
+        """The PeftModel, or None."""
         return self.model if hasattr(self.model, "peft_config") else None
 
     @property
@@ -80,7 +80,8 @@ class HuggingFacePolicy(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """What the model is, JSON types only; `load_model` builds it again, not this."""
-        config = {"model_type": "hugging_face", "config": json.loads(self.causal.config.to_json_string())}
+        config: dict[str, Any] = {"model_type": "hugging_face"}
+        config["config"] = json.loads(self.causal.config.to_json_string())
         if self.adapter is not None:
             config["adapters"] = {
                 name: json.loads(json.dumps(adapter.to_dict(), default=_as_list, sort_keys=True))
@@ -152,7 +153,7 @@ class HuggingFacePolicy(nn.Module):
     def _check_head(self) -> None:
         """The head that we know of, against the logits of the model."""
         token_ids = torch.arange(min(self.vocab_size, 4), device=self.head.weight.device)[None]
-        with _evaluating(self.model):
+        with evaluating(self.model):
             hidden = self.trunk(input_ids=token_ids, use_cache=False).last_hidden_state
             expected = self.causal(input_ids=token_ids, use_cache=False).logits
         got, where = None, type(self.causal).__name__
@@ -194,7 +195,8 @@ def _as_list(x: Any) -> Any:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module is as it was."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()

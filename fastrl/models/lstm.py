@@ -139,7 +139,11 @@ class LSTMLanguageModel(nn.Module):
             hidden: [M, D]; row m has seen all that comes before target m.
         """
         layout, device = batch.layout, batch.token_ids.device
-        starts, parents, lengths = layout._host_bounds[:-1], layout._host_prefix, _lengths_read(batch)
+        starts, parents, lengths = (
+            layout._host_bounds[:-1],
+            layout._host_prefix,
+            _lengths_read(batch),
+        )
         depth = _depths(parents)
         place = torch.empty_like(starts)  # of each segment's state among those of its depth
         row = torch.empty(layout.num_tokens, dtype=torch.int64)  # of each token that is read
@@ -249,4 +253,3 @@ def _lengths_read(batch: PackedBatch) -> Tensor:
     is_continued = torch.zeros_like(lengths, dtype=torch.bool)
     is_continued[parents[parents >= 0]] = True
     return torch.where(is_continued, lengths, needed)
-
