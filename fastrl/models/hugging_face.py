@@ -17,6 +17,9 @@ from fastrl.models.protocol import Head
 from fastrl.ops._checks import fail, wrong_type
 
 _OP = "HuggingFacePolicy"
+# Where a model came from, in its configuration: not what it is.
+_ORIGIN = {"_name_or_path", "transformers_version", "auto_mapping", "base_model_name_or_path"}
+_ORIGIN |= {"inference_mode", "revision", "peft_version"}
 _OTHER_HEAD = "Its log-probabilities would be others than the model's: take another model."
 
 
@@ -79,12 +82,12 @@ class HuggingFacePolicy(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the model is, JSON types only; `load_model` builds it again, not this."""
-        config: dict[str, Any] = {"model_type": "hugging_face"}
-        config["config"] = json.loads(self.causal.config.to_json_string())
+        """What the model is, JSON types only; not what `model_from_config` takes."""
+        of_model = json.loads(self.causal.config.to_json_string(use_diff=False))
+        config = {"model_type": "hugging_face", "config": _without_origin(of_model)}
         if self.adapter is not None:
             config["adapters"] = {
-                name: json.loads(json.dumps(adapter.to_dict(), default=_as_list, sort_keys=True))
+                name: _without_origin(json.loads(json.dumps(adapter.to_dict(), default=_as_list)))
                 for name, adapter in self.adapter.peft_config.items()
             }
         return config
@@ -188,6 +191,10 @@ def _check_adapter(model: Any) -> None:
     head = model.get_base_model().get_output_embeddings()
     if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         raise fail(_OP, "no adapter on the output head", type(head).__name__, remedy)
+
+
+def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in _ORIGIN}
 
 
 def _as_list(x: Any) -> Any:
