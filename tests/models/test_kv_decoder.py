@@ -153,4 +153,4 @@ def test_a_model_that_hides_its_window_is_refused_when_it_may_matter():
     model.config.sliding_window = 8
     _, decoder = decoder_of(model, 2, max_new_tokens=6)
     with pytest.raises(ValueError, match="expected a sliding_window from each layer"):
-        decoder.read(prompts()[:1])  # 5 tokens, and 5 more are within neither
+        decoder.read(prompts()[:1])  # 5 tokens, and 5 more
