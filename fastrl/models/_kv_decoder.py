@@ -63,10 +63,9 @@ class KVDecoder:
     @torch.no_grad()
     def read(self, prompts: list[Tensor]) -> Tensor:
         lengths = [len(prompt) for prompt in prompts]
-        self._prompts.forget_all_but(self._owners)
-        kept = self._prompts.make_room(lengths, self._cache.places, self._cache.length)
-        if kept is not None:
-            self._cache.resize_prompts(*kept)
+        if self._prompts.are_full(lengths, self._cache.places, self._cache.length):
+            kept = self._prompts.move_to_the_start(self._owners)
+            self._cache.resize_prompts(*self._prompts.sizes(lengths, self._cache.places), kept)
         place = self._prompts.add(lengths)
         self._prefixes = None
         hidden, begin = [], 0
@@ -199,7 +198,7 @@ class KVDecoder:
 
     def _settle(self) -> None:
         """What attention is told of the prompts, once after a change of rows or prompts."""
-        self._prompts.forget_all_but(self._owners)
+        self._prompts.forget_leading(self._owners)
         places, lengths, bounds = self._prompts.in_use(self._owners)
         self._prefixes = {
             "prefix_end": self._on_device(lengths).int(),
@@ -228,28 +227,33 @@ class _Prompts:
     def length_of(self, number: int) -> int:
         return self._lengths[bisect_left(self._numbers, number)]
 
-    def forget_all_but(self, owners: list[int]) -> None:
-        """Leading prompts that no row continues, nor ever will."""
+    def forget_leading(self, owners: list[int]) -> None:
+        """Those at the start that no row continues, nor ever will."""
         needed = min(owners[0], self.last_opened) if owners else self.last_opened
         gone = bisect_left(self._numbers, needed)
         del self._numbers[:gone], self._lengths[:gone]
         self._first += gone
 
-    def make_room(
-        self, lengths: list[int], places: int, length: int
-    ) -> tuple[int, int, list[int]] | None:
-        """For more prompts of these lengths: None where they fit, or the sizes of a larger buffer
-        (places, length) and which places move to its start."""
-        end, longest = self._first + len(self._numbers), max(lengths)
-        if end + len(lengths) <= places and longest <= length:
-            return None
+    def are_full(self, lengths: list[int], places: int, length: int) -> bool:
+        """Whether more prompts of these lengths need other places than there are."""
+        return max(lengths) > length or self._first + len(self._numbers) + len(lengths) > places
+
+    def move_to_the_start(self, owners: list[int]) -> list[int]:
+        """Forget all that no row continues, nor ever will; the places where the others stood."""
+        continued = set(owners)
+        stay = [i for i, x in enumerate(self._numbers) if x in continued or x >= self.last_opened]
+        places = [self._first + i for i in stay]
+        self._numbers = [self._numbers[i] for i in stay]
+        self._lengths = [self._lengths[i] for i in stay]
+        self._first = 0
+        return places
+
+    def sizes(self, lengths: list[int], places: int) -> tuple[int, int]:
+        """(places, length) of a buffer for what is here and for more prompts of these lengths."""
         needed = len(self._numbers) + len(lengths)
         # The first buffer fits; later ones leave room, so that few reads move what is there.
         places = max(places, needed + needed // 2) if places else needed
-        length = max([longest, *self._lengths])
-        kept = list(range(self._first, end))
-        self._first = 0
-        return places, length, kept
+        return places, max([*lengths, *self._lengths])
 
     def add(self, lengths: list[int]) -> int:
         """More prompts; returns the place of the first of them."""

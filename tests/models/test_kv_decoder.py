@@ -107,6 +107,23 @@ def test_prompts_that_are_through_make_room_for_others():
     assert decoder._cache.places <= 3
 
 
+def test_prompts_behind_a_long_row_make_room_for_others():
+    policy, decoder = decoder_of(build("llama"), 2, max_new_tokens=30)
+    decoder.read(prompts()[:1])
+    decoder.open([0])
+    for number in range(1, 20):
+        decoder.read(prompts()[number % 3 : number % 3 + 1])
+        decoder.open([number])
+        hidden = decoder.step(torch.tensor([8, 9]))
+        decoder.keep(torch.tensor([0]))
+        for row, first in ((0, [8] * number), (number % 3, [9])):
+            ids = torch.cat([prompts()[row], torch.tensor(first)])
+            expected, _ = policy.hidden_states(ids[None])
+            at = 0 if first[0] == 8 else 1
+            torch.testing.assert_close(hidden[at], expected[0, -1], rtol=0, atol=1e-5)
+    assert decoder._cache.places <= 6
+
+
 def test_prompts_are_read_some_at_a_time(monkeypatch):
     monkeypatch.setattr("fastrl.models._kv_decoder._TOKENS_AT_A_TIME", 8)
     policy = HuggingFacePolicy(build("llama"))
