@@ -16,6 +16,8 @@ STATE, STATE_TENSORS = "state.json", "state.safetensors"
 REFERENCE = "reference.safetensors"
 # A resumed run may change these; the others make it another run.
 FREE_FIELDS = ("max_steps", "max_bad_steps", "output_dir", "save_every")
+# Where a model came from: not what it computes.
+_PROVENANCE = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
 
 
 class CheckpointError(OSError):
@@ -57,7 +59,7 @@ def describe(trainer: "Trainer") -> dict[str, Any]:
         "step": trainer.step,
         "dataset_size": len(trainer.dataset),
         "config": config,
-        "model": trainer.model.config,
+        "model": _without_provenance(trainer.model.config),
     }
 
 
@@ -112,6 +114,12 @@ def unreadable(path: Path, why: object) -> ValueError:
         f"resume: expected {path} of a complete checkpoint, got {why}. "
         "Resume from another checkpoint."
     )
+
+
+def _without_provenance(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {k: _without_provenance(v) for k, v in config.items() if k not in _PROVENANCE}
 
 
 def _read(path: Path) -> dict[str, Any]:

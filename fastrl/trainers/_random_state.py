@@ -4,6 +4,8 @@ Ours draw from none of them, but a reward function, an outside engine or a modul
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,16 @@ def set_random_state(state: Tree) -> None:
         devices = range(torch.cuda.device_count())
         for device, generator in zip(devices, state.get("cuda", []), strict=False):
             torch.cuda.set_rng_state(generator, device)
+
+
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Whatever is drawn meanwhile, the generators come back to where they were."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
 
 
 def check_random_state(state: Tree) -> None:

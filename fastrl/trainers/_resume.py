@@ -1,7 +1,7 @@
 """Taking over a checkpoint: everything is checked before anything is changed."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,14 @@ from fastrl.trainers._checkpoint_files import (
     standing,
     unreadable,
 )
-from fastrl.trainers._random_state import check_random_state, random_state, set_random_state
-from fastrl.trainers._tensor_file import TensorFile
+from fastrl.trainers._random_state import (
+    check_random_state,
+    keeping_random_state,
+    random_state,
+    set_random_state,
+)
+from fastrl.trainers._stored_model import load_model
+from fastrl.trainers._tensor_file import Kinds, TensorFile
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
@@ -40,35 +46,33 @@ def resume(trainer: "Trainer", folder: Path) -> None:
     description = read_json(folder / DESCRIPTION)
     check_description(trainer, description, folder)
     check_files(description, folder)
-    weights = _opened(folder / "model.safetensors")
-    model = trainer.model.state_dict()
-    _check_tensors(model, _kinds(weights), folder / "model.safetensors")
-    reference = reference_tensors(trainer)
+    state = _state(trainer, folder)
+    model, reference = beside_frozen(trainer), reference_tensors(trainer)
+    if model:
+        weights, where = state["weights"], folder / STATE_TENSORS
+    else:
+        model, where = trainer.model.state_dict(), folder
+        with keeping_random_state():  # a new model draws its first weights
+            weights = load_model(folder).state_dict()
+    _check_tensors(model, _kinds(weights), where)
     reference_file = _opened(folder / REFERENCE) if reference else None
     if reference_file is not None:
-        _check_tensors(reference, _kinds(reference_file), folder / REFERENCE)
-    state = _state(trainer, folder)
+        _check_tensors(reference, reference_file.kinds(), folder / REFERENCE)
 
     _load_state(trainer, state["trainer"], folder)  # the trainer's own checks are in here
-    _copy(weights, model)
+    _copy(weights.__getitem__, model)
     if reference_file is not None:
-        _copy(reference_file, reference)
-    _load_optimizer(trainer, state["optimizer"])
-    trainer.scheduler.load_state_dict(state["scheduler"])
+        _copy(reference_file.read, reference)
+    _load_optimizer(trainer, state["optimizer"]["moments"])
     set_random_state(state["random"])
 
 
 def state_tree(trainer: "Trainer") -> dict[str, Any]:
-    """All that a checkpoint holds beside the weights; its tensors are the trainer's own."""
-    groups = trainer.optimizer.param_groups
-    lists = zip(groups, _trained_names(trainer), strict=True)
+    """What a checkpoint holds beside model and reference; its tensors are the trainer's own."""
     return {
         "trainer": trainer.state_dict(),
-        "optimizer": {
-            "groups": [{"weights": names, "lr": float(group["lr"])} for group, names in lists],
-            "moments": moments(trainer),
-        },
-        "scheduler": trainer.scheduler.state_dict(),
+        "weights": beside_frozen(trainer),
+        "optimizer": {"trained": _trained_names(trainer), "moments": moments(trainer)},
         "random": random_state(),
     }
 
@@ -78,12 +82,21 @@ def moments(trainer: "Trainer") -> dict[str, dict[str, Tensor]]:
     state = trainer.optimizer.state
     return {
         name: {slot: state[weight][slot] for slot in _SLOTS}
-        for group, names in zip(
-            trainer.optimizer.param_groups, _trained_names(trainer), strict=True
-        )
-        for name, weight in zip(names, group["params"], strict=True)
+        for name, weight in trainer.model.named_parameters()
         if weight in state
     }
+
+
+def beside_frozen(trainer: "Trainer") -> dict[str, Tensor]:
+    """Where weights are frozen, as below an adapter, those that are not; else nothing.
+
+    The model's own folder need not hold the frozen ones, and to resume, only these are needed.
+    """
+    frozen = {
+        n for n, w in trainer.model.named_parameters(remove_duplicate=False) if not w.requires_grad
+    }
+    tensors = trainer.model.state_dict() if frozen else {}
+    return {name: tensor for name, tensor in tensors.items() if name not in frozen}
 
 
 def reference_tensors(trainer: "Trainer") -> dict[str, Tensor]:
@@ -98,10 +111,10 @@ def reference_tensors(trainer: "Trainer") -> dict[str, Tensor]:
     }
 
 
-def _trained_names(trainer: "Trainer") -> list[list[str]]:
-    """The names of each parameter group's weights."""
+def _trained_names(trainer: "Trainer") -> list[str]:
+    """The names of the optimizer's weights, in its order."""
     names = {weight: name for name, weight in trainer.model.named_parameters()}
-    return [[names[weight] for weight in g["params"]] for g in trainer.optimizer.param_groups]
+    return [names[weight] for group in trainer.optimizer.param_groups for weight in group["params"]]
 
 
 def _state(trainer: "Trainer", folder: Path) -> dict[str, Any]:
@@ -110,11 +123,11 @@ def _state(trainer: "Trainer", folder: Path) -> dict[str, Any]:
     try:
         state = _tree.unflatten(document, tensors.read)
         check_random_state(state["random"])
-        groups, found = state["optimizer"]["groups"], state["optimizer"]["moments"]
-        saved, own = [group["weights"] for group in groups], _trained_names(trainer)
-        state["trainer"], state["scheduler"]
+        saved, found = state["optimizer"]["trained"], state["optimizer"]["moments"]
+        state["trainer"], state["weights"]  # are there
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise unreadable(folder / STATE, f"{type(error).__name__}: {error}") from error
+    own = _trained_names(trainer)
     if saved != own:
         raise ValueError(
             f"resume: expected {_summary(saved)} to be trained as in {folder}, got "
@@ -123,8 +136,7 @@ def _state(trainer: "Trainer", folder: Path) -> dict[str, Any]:
     weights = dict(trainer.model.named_parameters())
     for name, slots in found.items():
         like = {slot: weights[name] for slot in _SLOTS} | {"step": torch.zeros(())}
-        kinds = {slot: (tensor.dtype, tuple(tensor.shape)) for slot, tensor in slots.items()}
-        _check_tensors(like, kinds, folder / STATE, f"optimizer {name} ")
+        _check_tensors(like, _kinds(slots), folder / STATE, f"optimizer {name} ")
     return state
 
 
@@ -141,15 +153,11 @@ def _load_state(trainer: "Trainer", state: dict[str, Any], folder: Path) -> None
         ) from error
 
 
-def _load_optimizer(trainer: "Trainer", state: dict[str, Any]) -> None:
-    optimizer = trainer.optimizer
-    names = [name for group in _trained_names(trainer) for name in group]
-    saved = state["moments"]
-    by_index = {index: saved[name] for index, name in enumerate(names) if name in saved}
-    groups = optimizer.state_dict()["param_groups"]
-    for group, saved_group in zip(groups, state["groups"], strict=True):
-        group["lr"] = saved_group["lr"]
-    optimizer.load_state_dict({"state": by_index, "param_groups": groups})
+def _load_optimizer(trainer: "Trainer", saved: dict[str, dict[str, Tensor]]) -> None:
+    names = _trained_names(trainer)
+    state = {index: saved[name] for index, name in enumerate(names) if name in saved}
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _opened(path: Path) -> TensorFile:
@@ -159,27 +167,22 @@ def _opened(path: Path) -> TensorFile:
         raise unreadable(path, error) from error
 
 
-def _kinds(file: TensorFile) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    return {name: file.kind(name) for name in file.names}
+def _kinds(tensors: Mapping[str, Tensor]) -> Kinds:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
-def _copy(file: TensorFile, tensors: dict[str, Tensor]) -> None:
+def _copy(read: Callable[[str], Tensor], tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        tensor.copy_(file.read(name))
+        tensor.copy_(read(name))
 
 
-def _check_tensors(
-    expected: Mapping[str, Tensor],
-    got: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    path: Path,
-    prefix: str = "",
-) -> None:
-    wanted_kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in expected.items()}
+def _check_tensors(own: Mapping[str, Tensor], got: Kinds, path: Path, prefix: str = "") -> None:
+    expected = _kinds(own)
     for name in sorted(expected.keys() | got.keys()):
         wanted, found = (
             f"{kinds[name][0]} {kinds[name][1]}" if name in kinds else "nothing"
-            for kinds in (wanted_kinds, got)
+            for kinds in (expected, got)
         )
         if wanted != found:
             raise ValueError(
@@ -188,6 +191,5 @@ def _check_tensors(
             )
 
 
-def _summary(groups: list[list[str]]) -> str:
-    names = [name for group in groups for name in group]
-    return f"{len(names)} weights in {len(groups)} groups, {', '.join(names[:3])}, ..."
+def _summary(names: list[str]) -> str:
+    return f"{len(names)} weights ({', '.join(names[:2])}, ...)"

@@ -25,6 +25,8 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _ALIGNMENT = 8  # bytes, of the header
 
@@ -56,13 +58,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy())
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 class TensorFile:
@@ -82,10 +84,10 @@ class TensorFile:
             raise ValueError(str(error)) from error
         self.names = set(self._file.keys())
 
-    def kind(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """dtype and shape, without reading."""
-        view = self._file.get_slice(name)
-        return _DTYPES[view.get_dtype()], tuple(view.get_shape())
+    def kinds(self) -> Kinds:
+        """dtype and shape of each tensor, without reading it."""
+        views = {name: self._file.get_slice(name) for name in self.names}
+        return {n: (_DTYPES[v.get_dtype()], tuple(v.get_shape())) for n, v in views.items()}
 
     def read(self, name: str) -> Tensor:
         """A tensor in memory of its own, on the CPU.

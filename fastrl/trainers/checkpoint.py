@@ -4,7 +4,7 @@ config.json, model.safetensors, ...   the model: a Hugging Face policy's folder 
                         `AutoModelForCausalLM`, and its tokenizer's files stand beside it
 reference.safetensors   the starting model, where it has weights of its own
 state.json              what the trainer remembers; the optimizer, its moments by the names of the
-                        weights; the scheduler; the state of every random number generator
+                        weights that are trained; the state of every random number generator
 state.safetensors       the tensors of state.json (see `fastrl.trainers._tree`)
 trainer.json            format, trainer, step, config, model, size of the dataset, and the length
                         of each file; it is written last, when the others are on the disk
@@ -22,12 +22,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fastrl.trainers import _checkpoint_files as files
-from fastrl.trainers import _tree
+from fastrl.trainers import _stored_model, _tree
 from fastrl.trainers._checkpoint_files import CheckpointError, beside, standing
 from fastrl.trainers._resume import moments, reference_tensors, resume, state_tree
 from fastrl.trainers._tensor_file import import_safetensors, write_tensors
@@ -84,7 +84,7 @@ def load_model(folder: str | Path) -> nn.Module:
     Raises:
         ValueError: not a checkpoint, or cut short.
     """
-    return load_stored(standing(Path(folder)))
+    return _stored_model.load_model(standing(Path(folder)))
 
 
 def exists(folder: Path) -> bool:
@@ -111,10 +111,12 @@ def optimizer_tensors(trainer: "Trainer") -> dict[str, Tensor]:
 
 
 def _save_model(trainer: "Trainer", folder: Path) -> None:
-    save_model(trainer.model, folder)
+    _stored_model.save_model(trainer.model, folder)
     save_tokenizer = getattr(trainer.tokenizer, "save_pretrained", None)
     if save_tokenizer is not None:
         save_tokenizer(folder)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(folder.stat().st_mode & 0o666)  # the library makes it its owner's alone
 
 
 def _clear(folder: Path, partial: Path, previous: Path) -> None:
@@ -199,20 +201,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# Until fastrl.models.storage is here.
-def save_model(model: Any, folder: Path) -> None:
-    files.write_json(folder / "config.json", model.config)
-    write_tensors(folder / "model.safetensors", model.state_dict())
-
-
-def load_stored(folder: Path) -> nn.Module:
-    from fastrl.models import model_from_config
-    from fastrl.trainers._resume import _check_tensors, _copy, _kinds, _opened
-
-    model = model_from_config(files.read_json(folder / "config.json"))
-    file = _opened(folder / "model.safetensors")
-    _check_tensors(model.state_dict(), _kinds(file), folder / "model.safetensors")
-    _copy(file, model.state_dict())
-    return model

@@ -16,15 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from stand_in import StandIn
 
-from fastrl.trainers import PolicyGradientConfig, checkpoint
+from fastrl.models import ActorCritic, LSTMLanguageModel
+from fastrl.trainers import (
+    ActorCriticConfig,
+    ActorCriticTrainer,
+    PolicyGradientConfig,
+    PolicyGradientTrainer,
+    checkpoint,
+)
 
 NUM_KILLS = 20
 MAX_STEPS = 30
 PHASES = ["start", "rollout", "update", "save"]
 START, ROLLOUT, UPDATE, SAVE = range(4)
-phase = mmap.mmap(-1, 1)  # shared with the attempts
+phase, found_step = mmap.mmap(-1, 1), mmap.mmap(-1, 1)  # shared with the attempts
 
 
 class Noisy:
@@ -55,8 +61,17 @@ def seed_all(seed):
 
 
 def build(kind, folder):
-    config = PolicyGradientConfig(output_dir=folder, save_every=1, max_steps=MAX_STEPS)
-    return StandIn(reward_functions=Noisy(), config=config)
+    """A small trainer whose state is more than its step."""
+    sizes = {"prompts_per_step": 2, "completions_per_prompt": 2, "max_new_tokens": 4}
+    options = {"output_dir": folder, "save_every": 1, "max_steps": MAX_STEPS, **sizes}
+    model, prompts = LSTMLanguageModel(8, 4, 8), [[1, 2], [3], [4, 5, 6]]
+    if kind == "reinforce":
+        config = PolicyGradientConfig(
+            baseline="running_mean", kl_coef=0.1, kl_target=0.01, **options
+        )
+        return PolicyGradientTrainer(model, Noisy(), prompts, config)
+    config = ActorCriticConfig(algorithm=kind, replay_size=2 if kind == "vtrace" else 0, **options)
+    return ActorCriticTrainer(ActorCritic(model), Noisy(), prompts, config)
 
 
 def attempt(kind, folder, seed, max_steps=MAX_STEPS):
@@ -67,6 +82,7 @@ def attempt(kind, folder, seed, max_steps=MAX_STEPS):
     if checkpoint.exists(trainer.checkpoint_folder):
         seed_all(seed)  # where a resumed process happens to stand
         trainer.resume(trainer.checkpoint_folder)
+    found_step[0] = trainer.step
     save = trainer.save
 
     def marked_save(path):
@@ -159,31 +175,32 @@ def save_and_die(kind, folder, number, step):
 
 
 def kill_at_every_operation(kind, root, step):
-    """Die before each operation of the save of one step; how many there were."""
+    """Die before each operation of the save of one step; which steps were found afterwards."""
     for name, steps in (("before", step - 1), ("whole", step + 1)):
         (root / name).mkdir(parents=True)
         if steps:
             finish(attempt, kind, root / name, 0, steps)
-    number = 1
-    while True:
-        folder = root / f"killed{number - 1}"
+    found: list[int] = []
+    was_killed = True
+    while was_killed:
+        folder = root / f"killed{len(found)}"
         shutil.copytree(root / "before", folder)
-        was_killed = finish(save_and_die, kind, folder, number, step)
-        finish(attempt, kind, folder, number, step + 1)
-        if not was_killed:
-            return {"operations": number - 1, "runs": number}
-        number += 1
+        was_killed = finish(save_and_die, kind, folder, len(found) + 1, step)
+        finish(attempt, kind, folder, len(found) + 1, step + 1)
+        found.append(found_step[0])
+    return {"operations": len(found) - 1, "found": found}
 
 
 def main():
     torch.set_num_threads(1)
     root, report = Path(sys.argv[1]), {}
-    for kind in sys.argv[2:]:
-        report[kind] = {
-            "random": kill_at_random_moments(kind, root / kind / "random"),
-            "first": kill_at_every_operation(kind, root / kind / "first", 1),
-            "later": kill_at_every_operation(kind, root / kind / "later", 3),
-        }
+    for kind in ("reinforce", "vtrace"):
+        attempt(kind, root / kind / "warm_up", 0, 1)  # what its children need not do again
+        report[kind] = {"random": kill_at_random_moments(kind, root / kind / "random")}
+    report["reinforce"] |= {
+        "first": kill_at_every_operation("reinforce", root / "reinforce" / "first", 1),
+        "later": kill_at_every_operation("reinforce", root / "reinforce" / "later", 3),
+    }
     (root / "report.json").write_text(json.dumps(report))
 
 
