@@ -55,6 +55,7 @@ def resume(trainer: "Trainer", folder: Path) -> None:
         with keeping_random_state():  # a new model draws its first weights
             weights = load_model(folder).state_dict()
     _check_tensors(model, _kinds(weights), where)
+    _check_moments(trainer, state["optimizer"]["moments"], folder / STATE)
     reference_file = _opened(folder / REFERENCE) if reference else None
     if reference_file is not None:
         _check_tensors(reference, reference_file.kinds(), folder / REFERENCE)
@@ -123,8 +124,8 @@ def _state(trainer: "Trainer", folder: Path) -> dict[str, Any]:
     try:
         state = _tree.unflatten(document, tensors.read)
         check_random_state(state["random"])
-        saved, found = state["optimizer"]["trained"], state["optimizer"]["moments"]
-        state["trainer"], state["weights"]  # are there
+        saved = state["optimizer"]["trained"]
+        state["optimizer"]["moments"], state["trainer"], state["weights"]  # are there
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise unreadable(folder / STATE, f"{type(error).__name__}: {error}") from error
     own = _trained_names(trainer)
@@ -133,11 +134,14 @@ def _state(trainer: "Trainer", folder: Path) -> dict[str, Any]:
             f"resume: expected {_summary(saved)} to be trained as in {folder}, got "
             f"{_summary(own)}. Freeze and adapt the model as it was then."
         )
+    return state
+
+
+def _check_moments(trainer: "Trainer", found: dict[str, dict[str, Tensor]], path: Path) -> None:
     weights = dict(trainer.model.named_parameters())
     for name, slots in found.items():
         like = {slot: weights[name] for slot in _SLOTS} | {"step": torch.zeros(())}
-        _check_tensors(like, _kinds(slots), folder / STATE, f"optimizer {name} ")
-    return state
+        _check_tensors(like, _kinds(slots), path, f"optimizer {name} ")
 
 
 def _load_state(trainer: "Trainer", state: dict[str, Any], folder: Path) -> None:
