@@ -134,9 +134,7 @@ def fastrl_grpo(options: argparse.Namespace, steps: int, folder: str) -> Call:
 
 def fastrl_ppo(options: argparse.Namespace, steps: int, folder: str) -> Call:
     """One epoch over the whole batch, so that it takes as many gradient steps as GRPO."""
-    from fastrl.models.storage import as_policy
-
-    from fastrl.models import ActorCritic
+    from fastrl.models import ActorCritic, as_policy
     from fastrl.trainers import ActorCriticConfig, ActorCriticTrainer
 
     model = ActorCritic(as_policy(language_model(options)))
@@ -158,8 +156,7 @@ def _settings(options: argparse.Namespace, steps: int) -> dict[str, Any]:
 
 
 def sampled_by_fastrl(options: argparse.Namespace, steps: int, folder: str) -> Call:
-    from fastrl.models.storage import as_policy
-
+    from fastrl.models import as_policy
     from fastrl.rollout import completion_seeds, generate
 
     policy = as_policy(language_model(options)).eval()

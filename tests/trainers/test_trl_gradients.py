@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from fastrl.trainers.experience import Experience
-from fastrl.trainers.update import learn
 from compat.tiny_trainers import VOCAB, language_model, prompts, reward, tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 from fastrl.layout import pack_groups
 from fastrl.rollout import Rollout
 from fastrl.trainers import PolicyGradientConfig, PolicyGradientTrainer
+from fastrl.trainers.experience import Experience
+from fastrl.trainers.update import learn
 
 TOLERANCE = 1e-4  # of the largest entry of that parameter's gradient
 LONGEST = 8
