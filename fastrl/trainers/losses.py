@@ -111,12 +111,21 @@ def token_weights(trainer: "Trainer", experience: Experience, counted: Tensor) -
         return torch.autograd.grad(total, losses)[0]
 
 
-def clip_counts(trainer: "Trainer", logprobs: Tensor, known: Experience) -> Tensor:
+def clip_counts(
+    trainer: "Trainer", logprobs: Tensor, known: Experience, cu_seqlens: Tensor
+) -> Tensor:
     """[3] float64: how many of n tokens' ratios left their bounds below, above; and n."""
     if not trainer.has_bounds:
         return logprobs.new_zeros(3, dtype=torch.float64)
     counted, advantages = known.is_learned, known.advantages
-    ratio = (logprobs - known.old_logprobs).exp()
+    log_ratio = (logprobs - known.old_logprobs).masked_fill(~counted, 0)
+    if not trainer.is_per_token:  # a sequence's ratio is that of each of its tokens
+        lengths = cu_seqlens.diff().long()
+        sums = torch.segment_reduce(
+            torch.stack([log_ratio, counted.to(log_ratio)], 1), "sum", lengths=lengths
+        )
+        log_ratio = (sums[:, 0] / sums[:, 1].clamp(min=1)).repeat_interleave(lengths)
+    ratio = log_ratio.exp()
     low = counted & (ratio < 1 - trainer.config.clip_low) & (advantages < 0)
     high = counted & (ratio > 1 + trainer.config.clip_high) & (advantages > 0)
     return torch.stack([low.sum(), high.sum(), counted.sum()]).double()

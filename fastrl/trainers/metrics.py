@@ -8,7 +8,7 @@ loss, grad_norm (before clipping), advantage: means; over the gradient steps, ov
 entropy (nats per token, over those learned from), kl (from the starting model, nats per token)
 kl_coef, entropy_coef, temperature: as they were in the step
 completions/mean_length, /min_length, /max_length, /clipped_ratio (ran out of length),
-  /mean_terminated_length
+  /mean_terminated_length (0 where none has ended)
 logprob_gap: largest difference between sampling and update, before the first gradient step
 sampling/sampling_logp_difference/mean, /max; sampling/importance_sampling_ratio/min, /mean, /max:
   with a rollout function
@@ -40,7 +40,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "completions/min_length": lengths.min() if len(lengths) else nan,
         "completions/max_length": lengths.max() if len(lengths) else nan,
         "completions/clipped_ratio": 1 - ended.double().mean(),
-        "completions/mean_terminated_length": lengths[ended].mean(),
+        "completions/mean_terminated_length": lengths[ended].sum() / ended.sum().clamp(min=1),
     }
     if rollout.rewards is not None and rollout.is_used is not None and len(lengths):
         totals = torch.segment_reduce(rollout.rewards.double(), "sum", lengths=rollout.lengths)

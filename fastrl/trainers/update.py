@@ -119,7 +119,8 @@ def _gradient_step(
             passed.loss.backward()
             total += passed.loss.detach()
             seen.add(at if of_part is None else of_part[at], passed, is_first=is_first)
-            seen.clipped += clip_counts(trainer, passed.logprobs, known)
+            bounds = micro.completion_cu_seqlens
+            seen.clipped += clip_counts(trainer, passed.logprobs, known, bounds)
         trainer.set_learning(False)
     limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
     norm = nn.utils.clip_grad_norm_(trainer.parameters, limit)

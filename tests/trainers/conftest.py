@@ -36,12 +36,13 @@ def make_model(kind, seed=0, hidden_dim=24):
 
 @pytest.fixture
 def make_trainer():
-    """make_trainer(kind, reward_functions=hits, *, model, dataset, tokenizer, ops, **config)."""
+    """make_trainer(kind, reward_functions=hits, *, model, dataset, **arguments, **config)."""
 
     def make(kind="policy_gradient", reward_functions=hits, **options):
         model = options.pop("model", None) or make_model(kind)
         dataset = options.pop("dataset", PROMPTS)
-        arguments = {k: options.pop(k) for k in ("tokenizer", "ops") if k in options}
+        names = ("tokenizer", "ops", "rollout_function", "environment")
+        arguments = {name: options.pop(name) for name in names if name in options}
         defaults = {"max_new_tokens": 4, "prompts_per_step": 3, "completions_per_prompt": 4}
         is_critic = kind == "actor_critic"
         config = (ActorCriticConfig if is_critic else PolicyGradientConfig)(**defaults | options)

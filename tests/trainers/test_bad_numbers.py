@@ -60,7 +60,11 @@ def by_token(completion_ids):
         ("policy_gradient", {"baseline": "rloo"}),
         ("policy_gradient", {"baseline": "running_mean"}),
         ("actor_critic", {}),
+        ("policy_gradient", {"algorithm": "grpo", "epochs": 2}),
+        ("policy_gradient", {"algorithm": "gspo"}),
         ("actor_critic", {"advantage": "gae", "whiten_advantages": True}),
+        ("actor_critic", {"algorithm": "ppo", "minibatches": 2}),
+        ("actor_critic", {"algorithm": "vtrace", "replay_size": 2}),
     ],
 )
 def test_a_bad_reward_masks_its_own_completion_and_is_counted(make_trainer, kind, config, value):
@@ -81,16 +85,15 @@ def test_a_bad_reward_masks_its_own_completion_and_is_counted(make_trainer, kind
 
 
 def failing_ops(when, factor=math.nan):
-    """Reference ops whose losses are spoiled in the calls that `when` names."""
+    """Reference ops whose losses are spoiled in the updates that `when` names."""
     calls = iter(range(1000))
-
-    def spoil(loss):
-        return loss * factor if next(calls) in when else loss
-
     names = {name: getattr(reference, name) for name in reference.__all__}
-    for name in ("policy_gradient_loss", "actor_critic_loss"):
-        names[name] = lambda *a, _f=names[name], **k: spoil(_f(*a, **k))
-    return SimpleNamespace(**names)
+
+    def linear_token_loss(*arguments, **options):
+        loss, *rest = reference.linear_token_loss(*arguments, **options)
+        return loss * factor if next(calls) in when else loss, *rest
+
+    return SimpleNamespace(**names | {"linear_token_loss": linear_token_loss})
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])

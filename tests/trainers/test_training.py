@@ -89,8 +89,10 @@ def test_records(make_trainer, kind):
     assert seen == records
     assert [r["step"] for r in records] == [1, 2, 3]
     record = records[-1]
-    assert record["reward"] == record["rewards/hits"]
-    assert 1 <= record["completion_length"] <= 4 and 0 <= record["ended"] <= 1
+    assert record["reward"] == record["rewards/hits/mean"]
+    lengths = [record[f"completions/{name}_length"] for name in ("min", "mean", "max")]
+    assert 1 <= lengths[0] <= lengths[1] <= lengths[2] <= 4
+    assert 0 < record["completions/clipped_ratio"] < 1
     assert 0 < record["entropy"] <= math.log(8)
     assert record["logprob_gap"] < 1e-5
     parts = record["time/rollout"] + record["time/reward"] + record["time/update"]
@@ -176,7 +178,7 @@ def test_evaluation_reports_by_prompt(make_trainer):
     assert [len(rows) for rows in result["completions"]] == [5, 5, 5]
     assert result["completions"] == result["completion_ids"]  # no tokenizer
     assert sum(result["prompt_rewards"]) / 3 == pytest.approx(result["reward"])
-    assert result["kl"] == 0 and result["completion_length"] == 4
+    assert result["kl"] == 0 and result["completions/mean_length"] == 4
     # In one batch or in three, alone or together.
     wide = make_trainer(prompts_per_step=8, completions_per_prompt=8, model=trainer.model)
     assert (
