@@ -78,6 +78,17 @@ def test_a_seed_and_the_filters_decide(run, capsys, tmp_path):
     assert sampled(capsys, run / "checkpoint", *options[1:], "--temperature", 0) == greedy
 
 
+def test_a_save_that_was_interrupted_leaves_a_model(run, capsys):
+    options = ("--prompt", "ab", "--max-new-tokens", 8)
+    before = sampled(capsys, run, *options)
+    place, previous = run / "checkpoint", run / ".checkpoint.previous"
+    place.rename(previous)
+    try:
+        assert sampled(capsys, run, *options) == before
+    finally:
+        previous.rename(place)
+
+
 def test_what_a_person_reads(run, capsys):
     options = [str(run), "--prompt", "[b]ab", "-n", "2", "--max-new-tokens", "5"]
     assert cli.main(["sample", *options]) == 0

@@ -7,8 +7,9 @@ from torch import nn
 
 from fastrl.cli.recipes.models import find_device, is_ours, load_policy, load_tokenizer
 from fastrl.cli.recipes.toml import RecipeError
-from fastrl.models import ActorCritic
-from fastrl.trainers import checkpoint, load_model
+from fastrl.models import ActorCritic, load_model
+from fastrl.trainers import checkpoint
+from fastrl.trainers._checkpoint_files import standing
 
 RECIPE, CHECKPOINT = "recipe.toml", "checkpoint"
 
@@ -41,21 +42,17 @@ def open_model(
             f"train: expected one model, got {name} with those of the demo. "
             f"Pass {folder / 'actor_critic' / CHECKPOINT}, or policy_gradient's."
         )
-    is_stored = checkpoint.exists(folder) and _is_stored(folder)
+    folder = standing(folder)  # beside its place, where a save was interrupted
     try:
-        model: Any = load_model(folder) if is_stored else load_policy(name, dtype)
+        if (folder / "trainer.json").is_file():
+            model: Any = checkpoint.load_model(folder)
+        else:
+            model = load_model(folder) if is_ours(folder) else load_policy(name, dtype)
     except (ValueError, OSError) as error:
         raise RecipeError(f"train: expected a complete model, got {error}") from error
     policy: nn.Module = model.language_model if isinstance(model, ActorCritic) else model
     found = load_tokenizer(tokenizer or (_tokenizer_near(folder) if folder.is_dir() else name))
     return policy.to(place).eval(), found
-
-
-def _is_stored(folder: Path) -> bool:
-    """Whether a folder was written by a trainer, or holds a model that is not transformers'."""
-    if (folder / "trainer.json").is_file() or not folder.exists():
-        return True  # or a save was interrupted, and the last checkpoint stands beside its place
-    return is_ours(folder)
 
 
 def _tokenizer_near(folder: Path) -> str:
