@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from fastrl.cli.recipes.build import build_trainer, check_prompts, held_out_prompts
 from fastrl.cli.recipes.parse import read_recipe
@@ -128,6 +129,7 @@ class Run:
 
     def go_on(self) -> int:
         """Train to the end; the exit status."""
+        transformers_logging.disable_progress_bar()  # of each checkpoint, across ours
         self._say(
             f"{self.recipe.algorithm}: {len(self.trainer.dataset)} prompts, "
             f"{len(self.held_out or ())} held out; run folder {self.folder.path}"
