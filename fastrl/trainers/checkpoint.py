@@ -35,7 +35,15 @@ from fastrl.trainers._tensor_file import import_safetensors, write_tensors
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
 
-__all__ = ["CheckpointError", "check_unused", "exists", "load_model", "resume", "save"]
+__all__ = [
+    "CheckpointError",
+    "check_unused",
+    "exists",
+    "load_model",
+    "optimizer_tensors",
+    "resume",
+    "save",
+]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -84,7 +92,9 @@ def load_model(folder: str | Path) -> nn.Module:
     Raises:
         ValueError: not a checkpoint, or cut short.
     """
-    return _stored_model.load_model(standing(Path(folder)))
+    place = standing(Path(folder))
+    files.check_files(files.read_json(place / files.DESCRIPTION), place)
+    return _stored_model.load_model(place)
 
 
 def exists(folder: Path) -> bool:
@@ -166,7 +176,7 @@ def _explained(folder: Path, size: int) -> Iterator[None]:
             wanted, remedy = "to write a checkpoint", "Find out why"
         explained = CheckpointError(
             f"save: expected {wanted} in {folder.parent}, got {why}. {_what_stands(folder)} "
-            f"{remedy} and save again, or resume from there."
+            f"{remedy}, and save again."
         )
         explained.errno = code
         raise explained from error
