@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from fastrl.models import storage
 from fastrl.trainers import _checkpoint_files as files
-from fastrl.trainers import _stored_model, _tree
+from fastrl.trainers import _tree
 from fastrl.trainers._checkpoint_files import CheckpointError, beside, standing
 from fastrl.trainers._resume import moments, reference_tensors, resume, state_tree
 from fastrl.trainers._tensor_file import import_safetensors, write_tensors
@@ -94,7 +95,7 @@ def load_model(folder: str | Path) -> nn.Module:
     """
     place = standing(Path(folder))
     files.check_files(files.read_json(place / files.DESCRIPTION), place)
-    return _stored_model.load_model(place)
+    return storage.load_model(place)
 
 
 def exists(folder: Path) -> bool:
@@ -121,7 +122,7 @@ def optimizer_tensors(trainer: "Trainer") -> dict[str, Tensor]:
 
 
 def _save_model(trainer: "Trainer", folder: Path) -> None:
-    _stored_model.save_model(trainer.model, folder)
+    storage.save_model(trainer.model, folder)
     save_tokenizer = getattr(trainer.tokenizer, "save_pretrained", None)
     if save_tokenizer is not None:
         save_tokenizer(folder)
