@@ -12,7 +12,8 @@ trainer.json            format, trainer, step, config, model, size of the datase
 A checkpoint is written as .NAME.partial beside its place NAME; then the one that stood there is
 renamed to .NAME.previous, the new one to NAME, and the former is deleted. At whatever moment the
 process is killed, NAME or else .NAME.previous is complete, and reading takes the one that is
-there. Only saving renames and deletes, so that a run may be read from while it trains.
+there. Only saving renames and deletes, so that a run may be read from while it trains; what a
+killed save has left behind, the next one clears away.
 """
 
 import errno
