@@ -16,8 +16,11 @@ STATE, STATE_TENSORS = "state.json", "state.safetensors"
 REFERENCE = "reference.safetensors"
 # A resumed run may change these; the others make it another run.
 FREE_FIELDS = ("max_steps", "max_bad_steps", "output_dir", "save_every")
-# Where a model came from: not what it computes.
-_PROVENANCE = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
+# Where a model came from, and what transformers notes in its config only when it saves it.
+_NOT_THE_MODEL = (
+    "_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version",
+    "architectures", "dtype",
+)  # fmt: skip
 
 
 class CheckpointError(OSError):
@@ -59,7 +62,7 @@ def describe(trainer: "Trainer") -> dict[str, Any]:
         "step": trainer.step,
         "dataset_size": len(trainer.dataset),
         "config": config,
-        "model": _without_provenance(trainer.model.config),
+        "model": trainer.model.config,
     }
 
 
@@ -71,26 +74,27 @@ def check_description(trainer: "Trainer", description: dict[str, Any], folder: P
             f"resume: expected {folder / DESCRIPTION} of format {FORMAT!r}, got "
             f"{description.get('format')!r}. Resume from another checkpoint."
         )
-    pairs = {
-        "trainer": (description["trainer"], own["trainer"]),
-        "model": (description["model"], own["model"]),
-        "dataset size": (description["dataset_size"], own["dataset_size"]),
-    }
-    for name in (*own["config"], *(description["config"].keys() - own["config"].keys())):
-        if name not in FREE_FIELDS:
-            pairs[f"config {name}"] = (description["config"].get(name), own["config"].get(name))
-    for name, (saved, current) in pairs.items():
-        if saved != current:
+    saved, current = (
+        {
+            "trainer": of["trainer"],
+            **_leaves(of["model"], "model"),
+            "dataset size": of["dataset_size"],
+            **{f"config {k}": v for k, v in of["config"].items() if k not in FREE_FIELDS},
+        }
+        for of in (description, own)
+    )
+    for name in (*current, *(saved.keys() - current.keys())):
+        if saved.get(name) != current.get(name):
             raise ValueError(
-                f"resume: expected {name} {saved!r} as in {folder}, got {current!r}. "
-                f"Give the trainer the same {name}, or start a new run."
+                f"resume: expected {name} {saved.get(name)!r} as in {folder}, got "
+                f"{current.get(name)!r}. Give the trainer the same {name}, or start a new run."
             )
 
 
 def check_files(description: dict[str, Any], folder: Path) -> None:
     """Raise a ValueError where a file is missing or not as long as it was written."""
     found = files_of(folder)
-    for name, size in description["files"].items():
+    for name, size in description.get("files", {}).items():
         if found.get(name) != size:
             got = f"{found[name]} of {size} bytes" if name in found else "nothing"
             raise unreadable(folder / name, got)
@@ -116,10 +120,12 @@ def unreadable(path: Path, why: object) -> ValueError:
     )
 
 
-def _without_provenance(config: Any) -> Any:
+def _leaves(config: Any, path: str) -> dict[str, Any]:
+    """What a model's config says, by the path to it."""
     if not isinstance(config, dict):
-        return config
-    return {k: _without_provenance(v) for k, v in config.items() if k not in _PROVENANCE}
+        return {path: config}
+    parts = [_leaves(v, f"{path} {k}") for k, v in config.items() if k not in _NOT_THE_MODEL]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastrl.models.storage import load_model
 from fastrl.trainers import _tree
 from fastrl.trainers._checkpoint_files import (
     DESCRIPTION,
@@ -26,7 +27,6 @@ from fastrl.trainers._random_state import (
     random_state,
     set_random_state,
 )
-from fastrl.trainers._stored_model import load_model
 from fastrl.trainers._tensor_file import Kinds, TensorFile
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ trainer.json            format, trainer, step, config, model, size of the datase
 A checkpoint is written as .NAME.partial beside its place NAME; then the one that stood there is
 renamed to .NAME.previous, the new one to NAME, and the former is deleted. At whatever moment the
 process is killed, NAME or else .NAME.previous is complete, and reading takes the one that is
-there. Only saving renames and deletes, so that a run may be read from while it trains.
+there. Only saving renames and deletes, so that a run may be read from while it trains; what a
+killed save has left behind, the next one clears away.
 """
 
 import errno
@@ -26,8 +27,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from fastrl.models import storage
 from fastrl.trainers import _checkpoint_files as files
-from fastrl.trainers import _stored_model, _tree
+from fastrl.trainers import _tree
 from fastrl.trainers._checkpoint_files import CheckpointError, beside, standing
 from fastrl.trainers._resume import moments, reference_tensors, resume, state_tree
 from fastrl.trainers._tensor_file import import_safetensors, write_tensors
@@ -35,7 +37,15 @@ from fastrl.trainers._tensor_file import import_safetensors, write_tensors
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
 
-__all__ = ["CheckpointError", "check_unused", "exists", "load_model", "resume", "save"]
+__all__ = [
+    "CheckpointError",
+    "check_unused",
+    "exists",
+    "load_model",
+    "optimizer_tensors",
+    "resume",
+    "save",
+]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -84,7 +94,9 @@ def load_model(folder: str | Path) -> nn.Module:
     Raises:
         ValueError: not a checkpoint, or cut short.
     """
-    return _stored_model.load_model(standing(Path(folder)))
+    place = standing(Path(folder))
+    files.check_files(files.read_json(place / files.DESCRIPTION), place)
+    return storage.load_model(place)
 
 
 def exists(folder: Path) -> bool:
@@ -111,7 +123,7 @@ def optimizer_tensors(trainer: "Trainer") -> dict[str, Tensor]:
 
 
 def _save_model(trainer: "Trainer", folder: Path) -> None:
-    _stored_model.save_model(trainer.model, folder)
+    storage.save_model(trainer.model, folder)
     save_tokenizer = getattr(trainer.tokenizer, "save_pretrained", None)
     if save_tokenizer is not None:
         save_tokenizer(folder)
@@ -166,7 +178,7 @@ def _explained(folder: Path, size: int) -> Iterator[None]:
             wanted, remedy = "to write a checkpoint", "Find out why"
         explained = CheckpointError(
             f"save: expected {wanted} in {folder.parent}, got {why}. {_what_stands(folder)} "
-            f"{remedy} and save again, or resume from there."
+            f"{remedy}, and save again."
         )
         explained.errno = code
         raise explained from error
