@@ -11,6 +11,7 @@ from fastrl.models import ActorCritic
 from fastrl.rollout import Rollout
 from fastrl.trainers.config import ActorCriticConfig, TrainerConfig
 from fastrl.trainers.experience import Experience
+from fastrl.trainers.losses import path_weights
 from fastrl.trainers.micro_batches import micro_batches
 from fastrl.trainers.replay import ReplayBuffer, joined
 from fastrl.trainers.tokens import autocast
@@ -99,10 +100,15 @@ class ActorCriticTrainer(Trainer):
         else:
             returns = ops.discounted_returns(**along)
             advantages = returns - v
-        advantages, returns = paths.sum(advantages), paths.mean(returns)
         if config.whiten_advantages:
-            advantages = ops.whiten(advantages, known.is_learned)
-        return replace(known, advantages=advantages, returns=returns, old_values=values)
+            advantages = ops.whiten(advantages, paths.over(paths.whole(known.is_learned)))
+        weights = path_weights(self, paths, known.is_learned)
+        return replace(
+            known,
+            advantages=paths.mean(advantages, weights),
+            returns=paths.mean(returns, weights),
+            old_values=values,
+        )
 
     @torch.no_grad()
     def _values_before(self, rollout: Rollout) -> Tensor:

@@ -120,21 +120,30 @@ def _wrong(expected: str, got: Any) -> ValueError:
     )
 
 
-def importance(
-    old_logprobs: Tensor, engine_logprobs: Tensor, cap: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Truncated importance weights of tokens that an engine sampled, and what to log of them.
+def importance(old_logprobs: Tensor, engine_logprobs: Tensor, cap: float) -> Tensor:
+    """[M], truncated importance weights of tokens that an engine sampled.
 
         w_t = min(cap, exp(old_logprobs_t - engine_logprobs_t))
 
     Reference: Ionides 2008, J. Comput. Graph. Stat. 17; Yao et al. 2025, "Your efficient RL
     framework secretly brings you off-policy RL training".
     """
-    difference = old_logprobs - engine_logprobs
-    weights = difference.clamp(max=math.log(cap)).exp()
-    name = "sampling/importance_sampling_ratio"
-    return weights, {
-        f"{name}/min": weights.min(),
-        f"{name}/mean": weights.mean(),
-        f"{name}/max": weights.max(),
+    return (old_logprobs - engine_logprobs).clamp(max=math.log(cap)).exp()
+
+
+def sampling_metrics(
+    old_logprobs: Tensor, engine_logprobs: Tensor, weights: Tensor, is_fresh: Tensor | None
+) -> dict[str, Tensor]:
+    """What to log of an engine's M tokens; of those [M] bool that it sampled in this step."""
+    difference = (old_logprobs - engine_logprobs).abs()
+    if is_fresh is not None:
+        difference, weights = difference[is_fresh], weights[is_fresh]
+    if not len(weights):
+        return {}
+    return {
+        "sampling/sampling_logp_difference/mean": difference.mean(),
+        "sampling/sampling_logp_difference/max": difference.max(),
+        "sampling/importance_sampling_ratio/min": weights.min(),
+        "sampling/importance_sampling_ratio/mean": weights.mean(),
+        "sampling/importance_sampling_ratio/max": weights.max(),
     }

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastrl.rollout import Rollout
-from fastrl.trainers.engines import importance
+from fastrl.trainers.engines import importance, sampling_metrics
 from fastrl.trainers.tokens import token_mean, token_scores
+from fastrl.trainers.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
@@ -75,9 +76,12 @@ def gather(trainer: "Trainer", rollout: Rollout) -> tuple[Experience, dict[str, 
     is_learned, weights = rollout.loss_mask, None
     if config.mask_truncated:
         is_learned = is_learned & rollout.ended.repeat_interleave(rollout.lengths)
+    paths = Trajectories(rollout)  # a turn of which no path can be learned from is not either
+    is_learned = paths.any(paths.over(paths.whole(is_learned)))
     old = _old_logprobs(trainer, rollout, is_fresh)
     if trainer.rollout_function is not None:
-        weights, metrics = importance(old, rollout.logprobs, config.importance_cap)
+        weights = importance(old, rollout.logprobs, config.importance_cap)
+        metrics = sampling_metrics(old, rollout.logprobs, weights, is_fresh)
     known = Experience(
         rollout=rollout,
         old_logprobs=old,

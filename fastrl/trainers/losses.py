@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastrl.layout import PackedBatch
-from fastrl.trainers.experience import Experience, completions_with
+from fastrl.trainers.experience import Experience
 from fastrl.trainers.tokens import autocast
+from fastrl.trainers.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
@@ -89,24 +90,34 @@ def token_losses(
 
 
 def token_weights(trainer: "Trainer", experience: Experience, counted: Tensor) -> Tensor:
-    """[M]: what the reduction of the loss weighs each token with.
+    """[M]: what the reduction of the loss weighs each token with, on all its paths together."""
+    paths = Trajectories(experience.rollout)
+    return paths.sum(path_weights(trainer, paths, counted))
+
+
+def path_weights(trainer: "Trainer", paths: Trajectories, counted: Tensor) -> Tensor:
+    """[P]: what the reduction of the loss weighs each token of each trajectory with.
 
     The derivative of the reduced loss in each token's own: so the weights of completions that are
     not computed, or are in another micro-batch, are in the denominators, by the one definition.
+
+    Args:
+        counted: [M] bool; a trajectory counts where all its targets do.
     """
+    whole = paths.whole(counted)
     reduction, normalizer = trainer.reduction, None
     if reduction == "token_sum":
-        completions = completions_with(experience.rollout, counted).sum()
-        reduction, normalizer = "token_mean", completions * trainer.config.max_new_tokens
+        reduction, normalizer = "token_mean", whole.sum() * trainer.config.max_new_tokens
+    mask = paths.over(whole)
     with torch.enable_grad():
-        losses = torch.zeros_like(experience.old_logprobs, requires_grad=True)
+        losses = torch.zeros(mask.shape, device=mask.device, requires_grad=True)
         total = trainer.ops.policy_gradient_loss(
             losses,
             -torch.ones_like(losses),
-            loss_mask=counted,
+            loss_mask=mask,
             reduction=reduction,
             normalizer=normalizer,
-            cu_seqlens=experience.rollout.cu_seqlens,
+            cu_seqlens=paths.cu_seqlens,
         )
         return torch.autograd.grad(total, losses)[0]
 

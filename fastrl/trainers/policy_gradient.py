@@ -11,6 +11,7 @@ from fastrl.rollout import Rollout
 from fastrl.trainers.baselines import RunningMean, leave_one_out
 from fastrl.trainers.config import PolicyGradientConfig, TrainerConfig
 from fastrl.trainers.experience import Experience
+from fastrl.trainers.losses import path_weights
 from fastrl.trainers.trainer import Trainer
 from fastrl.trainers.trajectories import Trajectories
 
@@ -63,16 +64,27 @@ class PolicyGradientTrainer(Trainer):
     def advantages(self, rollout: Rollout, known: Experience) -> Experience:
         assert rollout.rewards is not None
         paths = Trajectories(rollout)
+        if paths.is_shared and not self.is_per_token:
+            raise ValueError(
+                "PolicyGradientTrainer: expected completions without shared turns with algorithm "
+                f"{self.config.algorithm!r}, whose ratio is a whole completion's, got a tree. "
+                "Take another algorithm, or give each conversation its own copies."
+            )
         if self.config.advantage == "returns":
             return self._less_baseline(rollout, known, paths)
-        totals, is_used = paths.totals(rollout.rewards), paths.totals(rollout.loss_mask) > 0
+        totals, is_used = paths.totals(rollout.rewards), paths.whole(rollout.loss_mask)
         compared, _ = self.ops.group_advantages(
             totals.masked_fill(~is_used, torch.nan),  # left out of its group
             paths.group_ids,
             estimator=self.config.advantage,
             k=self.config.advantage_k,
         )
-        return replace(known, advantages=paths.spread(compared))
+        return self._averaged(known, paths, paths.over(compared))
+
+    def _averaged(self, known: Experience, paths: Trajectories, advantages: Tensor) -> Experience:
+        """With advantages [P], as one for each of the M tokens."""
+        weights = path_weights(self, paths, known.is_learned)
+        return replace(known, advantages=paths.mean(advantages, weights))
 
     def _less_baseline(
         self, rollout: Rollout, known: Experience, paths: Trajectories
@@ -84,13 +96,12 @@ class PolicyGradientTrainer(Trainer):
         if self.config.baseline == "rloo":
             baseline, is_known = leave_one_out(returns, paths, paths.along(rollout.loss_mask))
             # A path on which there is nothing to compare with teaches nothing.
-            advantages = (returns - baseline).masked_fill(~is_known, 0)
-            is_learned = known.is_learned & (paths.sum(is_known.float()) > 0)
-            return replace(known, advantages=paths.sum(advantages), is_learned=is_learned)
+            known = replace(known, is_learned=known.is_learned & paths.any(is_known))
+            return self._averaged(known, paths, (returns - baseline).masked_fill(~is_known, 0))
         if self.config.baseline == "running_mean":
-            used = paths.along(rollout.loss_mask)
+            used = paths.over(paths.whole(rollout.loss_mask))
             returns = returns - self._running_mean(returns, paths.cu_seqlens, used)
-        return replace(known, advantages=paths.sum(returns))
+        return self._averaged(known, paths, returns)
 
     def policy_losses(
         self, logprobs: Tensor, known: Experience, cu_seqlens: Tensor | None
