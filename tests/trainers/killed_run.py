@@ -76,7 +76,6 @@ def build(kind, folder):
 
 def attempt(kind, folder, seed, max_steps=MAX_STEPS):
     """Go on with the run in a folder, or start it."""
-    phase[0] = START
     seed_all(0)
     trainer = build(kind, folder)
     if checkpoint.exists(trainer.checkpoint_folder):
@@ -111,11 +110,16 @@ def fork(function, *arguments):
 
 
 def finish(function, *arguments):
-    """Run in a child to its end; which signal ended it, or 0."""
-    status = os.waitpid(fork(function, *arguments), 0)[1]
-    if status and not os.WIFSIGNALED(status):
-        raise SystemExit(f"{function.__name__}{arguments} failed")
-    return os.WTERMSIG(status) if status else 0
+    """Run in a child to its end; whether it was killed."""
+    return was_killed(fork(function, *arguments))
+
+
+def was_killed(pid):
+    """Wait for a child's end, which is that of its function or SIGKILL."""
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code not in (0, -signal.SIGKILL):
+        raise SystemExit(f"an attempt ended with {code}")
+    return code != 0
 
 
 def kill_at_random_moments(kind, root):
@@ -124,17 +128,15 @@ def kill_at_random_moments(kind, root):
     finish(attempt, kind, root / "whole", 0)
     step = (time.perf_counter() - started) / MAX_STEPS
     delays, hits, runs = random.Random(7), [], 0
-    while len(hits) < NUM_KILLS or len(set(hits)) < len(PHASES):
+    while len(hits) < NUM_KILLS or (len(set(hits)) < len(PHASES) and len(hits) < 10 * NUM_KILLS):
+        phase[0] = START
         pid = fork(attempt, kind, root / f"killed{runs}", len(hits) + 1)
         time.sleep(delays.uniform(0, 5 * step))
         os.kill(pid, signal.SIGKILL)
-        status = os.waitpid(pid, 0)[1]
-        if status and not os.WIFSIGNALED(status):
-            raise SystemExit(f"the run failed after {len(hits)} kills")
-        runs += status == 0  # it was at its end before
-        hits += [phase[0]] if status else []
-        if len(hits) > 10 * NUM_KILLS:
-            break
+        if was_killed(pid):
+            hits.append(phase[0])
+        else:
+            runs += 1  # it was at its end before
     finish(attempt, kind, root / f"killed{runs}", len(hits) + 1)
     return {"hits": [PHASES[hit] for hit in hits], "runs": runs + 1}
 
@@ -181,11 +183,11 @@ def kill_at_every_operation(kind, root, step):
         if steps:
             finish(attempt, kind, root / name, 0, steps)
     found: list[int] = []
-    was_killed = True
-    while was_killed:
+    is_alive = False
+    while not is_alive:
         folder = root / f"killed{len(found)}"
         shutil.copytree(root / "before", folder)
-        was_killed = finish(save_and_die, kind, folder, len(found) + 1, step)
+        is_alive = not finish(save_and_die, kind, folder, len(found) + 1, step)
         finish(attempt, kind, folder, len(found) + 1, step + 1)
         found.append(found_step[0])
     return {"operations": len(found) - 1, "found": found}

@@ -350,7 +350,9 @@ def test_generators_of_every_gpu_come_back(make_trainer, tmp_path):
     trainer = make_trainer()
     devices = range(torch.cuda.device_count())
     for device in devices:
-        torch.cuda.manual_seed(device + 5)
+        torch.rand(1, device=f"cuda:{device}")  # a run without CUDA has no state of it
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(device + 5)
     trainer.save(tmp_path / "run")
     expected = [torch.rand(3, device=f"cuda:{device}") for device in devices]
     torch.cuda.manual_seed_all(99)
