@@ -123,10 +123,11 @@ def save_policy(policy: Any, folder: Path) -> None:
         (folder / _CONFIG).write_text(document, encoding="utf-8")
         write_tensors(policy.state_dict(), folder / _WEIGHTS)
     elif isinstance(policy, HuggingFacePolicy):
-        if policy.adapter is None:
-            policy.model.save_pretrained(folder)  # type: ignore[operator]
-        else:
-            _save_adapter(policy, folder)
+        with _without_progress_bars():  # a training run has one of its own
+            if policy.adapter is None:
+                policy.model.save_pretrained(folder)  # type: ignore[operator]
+            else:
+                _save_adapter(policy, folder)
     else:
         expected = "an LSTMLanguageModel, a HuggingFacePolicy or an ActorCritic of these"
         remedy = "Save its state_dict yourself."
@@ -171,7 +172,23 @@ def _from_pretrained(name_or_folder: str | Path) -> Any:
     fastrl.hf.register()
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation="fastrl")
+    if not Path(name_or_folder).is_dir():  # is perhaps downloaded, which people want to see
+        return AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation="fastrl")
+    with _without_progress_bars():
+        return AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation="fastrl")
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def _load_adapter(folder: Path) -> Any:

@@ -98,6 +98,15 @@ class HuggingFacePolicy(nn.Module):
         head = self.causal.get_output_embeddings()
         return Head(head.weight, getattr(head, "bias", None), self._softcap, self._scale)
 
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        """What ends a text, as the model's configuration for generation has it."""
+        for config in (getattr(self.causal, "generation_config", None), self.causal.config):
+            found = getattr(config, "eos_token_id", None)
+            if found is not None:
+                return found
+        return None
+
     def forward(self, token_ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """token_ids [B, T] -> logits [B, T, V], and the state after the last token."""
         hidden, state = self.hidden_states(token_ids, state)
