@@ -74,14 +74,12 @@ class Target:
     """
 
     name: str
-    value: float | None
+    value: float
     bound: float
     at_most: bool
     unit: str = "x"
 
     def __str__(self) -> str:
-        if self.value is None:
-            return ""
         kept = self.value <= self.bound if self.at_most else self.value >= self.bound
         promise = f"{'<=' if self.at_most else '>='} {self.bound:g}{self.unit}"
         verdict = "kept" if kept else "MISSED"
@@ -152,7 +150,9 @@ def timed(
         memory.release(torch.device("cpu"))
         start = time.perf_counter()
         records = call()
-        return time.perf_counter() - start, records
+        seconds = time.perf_counter() - start
+    print(f"{name}: {steps} steps in {seconds:.1f} s", file=sys.stderr, flush=True)
+    return seconds, records
 
 
 def peak_of(name: str, options: argparse.Namespace) -> float:
@@ -178,25 +178,26 @@ def peak_in_a_process(name: str, options: argparse.Namespace) -> float:
 
 
 def targets_of(runs: dict[str, Run], case: str) -> list[Target]:
-    """What the project promised; None as value where a contestant did not run."""
+    """What the project promised, of the contestants that ran."""
 
     def seconds(a: str, b: str) -> float | None:
         return runs[a].median / runs[b].median if a in runs and b in runs else None
 
     def peaks(a: str, b: str) -> float | None:
-        pair = [runs[name].peak for name in (a, b) if name in runs]
-        return pair[0] / max(pair[1], 1e-9) if len(pair) == 2 and None not in pair else None  # type: ignore
+        one, other = (runs[name].peak if name in runs else None for name in (a, b))
+        return None if one is None or other is None else one / max(other, 1e-9)
 
     gaps = [r["logprob_gap"] for run in runs.values() for r in run.records if "logprob_gap" in r]
     step, rollout = (6.0, 5.0) if case == "long" else (2.5, 2.5)
+    gap = float(torch.tensor(gaps).max()) if gaps else None  # NaN where one is
     found = [
-        Target("step, TRL / fastrl GRPO", seconds("trl", "grpo"), step, False),
-        Target("peak memory, fastrl GRPO / TRL", peaks("grpo", "trl"), 0.5, True),
-        Target("rollout, transformers / fastrl", seconds("generate", "rollout"), rollout, False),
-        Target("step, fastrl PPO / fastrl GRPO", seconds("ppo", "grpo"), 1.3, True),
-        Target("largest log-prob gap, rollout to update", max(gaps, default=None), 1e-5, True, ""),
+        ("step, TRL / fastrl GRPO", seconds("trl", "grpo"), step, False, "x"),
+        ("peak memory, fastrl GRPO / TRL", peaks("grpo", "trl"), 0.5, True, "x"),
+        ("rollout, transformers / fastrl", seconds("generate", "rollout"), rollout, False, "x"),
+        ("step, fastrl PPO / fastrl GRPO", seconds("ppo", "grpo"), 1.3, True, "x"),
+        ("largest log-prob gap, rollout to update", gap, 1e-5, True, ""),
     ]
-    return [target for target in found if target.value is not None]
+    return [Target(name, x, *promise) for name, x, *promise in found if x is not None]
 
 
 def show(runs: dict[str, Run], targets: Iterable[Target], options: argparse.Namespace) -> None:
