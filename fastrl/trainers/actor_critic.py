@@ -62,10 +62,15 @@ class ActorCriticTrainer(Trainer):
         if self.model.critic is not None:
             with autocast(self.device, self.config.precision):
                 hidden = self.model.critic.packed_hidden(micro)
-        return self.model.values(hidden)
+        return self._values_of(hidden)
 
     def values_while_sampling(self) -> Any:
-        return self.model.values if self.model.critic is None else None
+        return self._values_of if self.model.critic is None else None
+
+    def _values_of(self, hidden: Tensor) -> Tensor:
+        """In the head's own precision, under autocast too."""
+        with autocast(self.device, "float32"):
+            return self.model.values(hidden.to(self.model.value_head.weight.dtype))
 
     def with_replayed(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
         count = self.config.replay_per_step
@@ -120,7 +125,7 @@ class ActorCriticTrainer(Trainer):
             with autocast(self.device, self.config.precision):
                 reader = self.policy if self.model.critic is None else self.model.critic
                 hidden = reader.packed_hidden(micro)
-            found[at] = self.model.values(hidden).float()
+            found[at] = self._values_of(hidden).float()
         return found
 
     def policy_losses(

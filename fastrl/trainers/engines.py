@@ -38,12 +38,14 @@ def rollout_of(
         ValueError, TypeError: lists of the wrong lengths or types, ids without a log-probability.
     """
     if isinstance(result, Rollout):
-        return result
+        return _checked(result, len(prompts))
     if not isinstance(result, Mapping) or not {"completion_ids", "logprobs"} <= result.keys():
         got = sorted(result) if isinstance(result, Mapping) else type(result).__name__
         raise _wrong('a dict with "completion_ids" and "logprobs", or a Rollout', got)
     ids = _groups(result, "completion_ids", len(prompts))
     counts = [len(group) for group in ids]
+    if not any(counts):
+        raise _wrong("a completion at least", "none")
     logprobs = _like(result, "logprobs", ids)
     masks = _like(result, "loss_mask", ids) if result.get("loss_mask") is not None else None
     ended = result.get("ended")
@@ -68,6 +70,25 @@ def rollout_of(
         ended=torch.tensor(ended, dtype=torch.bool, device=device),
         logprobs=given.clamp(min=-1e30).to(device),
     )
+
+
+def _checked(rollout: Rollout, num_prompts: int) -> Rollout:
+    count, num_targets = len(rollout.lengths), len(rollout.token_ids)
+    sizes = {"group_ids": count, "ended": count, "logprobs": num_targets}
+    sizes |= {"rewards": num_targets, "is_used": count, "values": num_targets}
+    for name, size in sizes.items():
+        x = getattr(rollout, name)
+        if x is not None and x.shape != (size,):
+            raise _wrong(f"a Rollout with {name} [{size}]", tuple(x.shape))
+    if not count:
+        raise _wrong("a completion at least", "none")
+    groups = rollout.group_ids
+    if int(groups.min()) < 0 or int(groups.max()) >= num_prompts:
+        raise _wrong(f"a Rollout with group_ids in [0, {num_prompts})", groups.unique().tolist())
+    if not bool((rollout.logprobs <= 0).all()):  # NaN too
+        bad = float(rollout.logprobs[~(rollout.logprobs <= 0)][0])
+        raise _wrong("a Rollout with logprobs <= 0", bad)
+    return rollout
 
 
 def _batch(

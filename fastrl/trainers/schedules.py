@@ -29,7 +29,7 @@ def temperature(config: TrainerConfig, step: int) -> float:
 class KLController:
     """kl_coef, fixed, or steered so that the divergence comes to a target.
 
-        e = clip(kl / target - 1, -0.2, 0.2),   coef <- coef (1 + e completions / horizon)
+        e = clip(kl / target - 1, -0.2, 0.2),   coef <- coef (1 + e min(1, completions / horizon))
 
     Reference: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
@@ -41,8 +41,8 @@ class KLController:
         """After a step whose mean divergence per token was kl."""
         if self._target is not None and math.isfinite(kl):
             error = min(0.2, max(-0.2, kl / self._target - 1))
-            # Not below 0, however many completions a step has.
-            self.coef *= max(0.0, 1 + error * completions / self._horizon)
+            # Not to 0, where it would stay, however many completions a step has.
+            self.coef *= 1 + error * min(1.0, completions / self._horizon)
 
     def state_dict(self) -> dict[str, float]:
         return {"coef": self.coef}

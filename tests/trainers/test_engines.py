@@ -223,6 +223,61 @@ def test_what_is_malformed_is_an_error(change, message):
         rollout_of(change(dict(GOOD)), PROMPTS[:2], [7], torch.device("cpu"))
 
 
+ROLLOUT = Rollout(
+    batch=PackedBatch.from_segments([PROMPTS[0], torch.tensor([1, 7])], [-1, 0]),
+    group_ids=torch.tensor([1]),
+    ended=torch.tensor([True]),
+    logprobs=torch.tensor([-1.0, -2.0]),
+)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"logprobs": torch.tensor([-1.0])}, r"logprobs \[2\], got \(1,\)"),
+        ({"logprobs": torch.tensor([-1.0, math.nan])}, "logprobs <= 0, got nan"),
+        ({"ended": torch.tensor(True)}, r"ended \[1\], got \(\)"),
+        ({"rewards": torch.zeros(1)}, r"rewards \[2\], got \(1,\)"),
+        ({"group_ids": torch.tensor([2])}, r"group_ids in \[0, 2\), got \[2\]"),
+    ],
+)
+def test_a_rollout_that_does_not_fit_is_an_error(change, message):
+    cpu = torch.device("cpu")
+    assert rollout_of(ROLLOUT, PROMPTS[:2], [7], cpu) is ROLLOUT
+    with pytest.raises(ValueError, match=f"^rollout_function: expected a Rollout with {message}"):
+        rollout_of(replace(ROLLOUT, **change), PROMPTS[:2], [7], cpu)
+
+
+def empty_engine(prompts, **_):
+    return {"completion_ids": [[[], []]] * 3, "logprobs": [[[], []]] * 3}
+
+
+def test_empty_completions_are_a_bad_step_and_no_completions_an_error(make_trainer):
+    """Nothing was written that could be learned from; some empty ones are just left out."""
+    record = make_trainer("actor_critic", rollout_function=empty_engine).train(max_steps=1)[0]
+    assert record["bad_steps"] == 1 and record["completions/max_length"] == 0
+    nothing = {"completion_ids": [[], []], "logprobs": [[], []]}
+    with pytest.raises(ValueError, match="expected a completion at least, got none"):
+        rollout_of(nothing, PROMPTS[:2], [7], torch.device("cpu"))
+    ids = [[[], [3, 7], [1]], [], [[2]]]
+    trainer = make_trainer(
+        reward_functions=lambda completion_ids, **_: [1.0] * len(completion_ids),
+        rollout_function=lambda **_: {
+            "completion_ids": ids, "logprobs": [[[-2.0] * len(c) for c in g] for g in ids],
+        },
+        dataset=[[1, 2]], **STILL,
+    )  # fmt: skip
+    losses = []
+    for c in ([3, 7], [1], [2]):
+        logprobs, _, _ = scored(trainer.policy, torch.tensor([1, 2]), torch.tensor(c))
+        weights = (logprobs.detach() + 2).exp().clamp(max=2.0)
+        losses.append(-weights * logprobs)
+    wanted = gradient_of(trainer, torch.cat(losses).mean())
+    record, gradient = one_step(trainer)
+    assert_same(gradient, wanted)
+    assert record["completions/min_length"] == 0
+
+
 def test_ids_that_are_not_in_the_vocabulary_are_an_error(make_trainer):
     def rollout_function(prompts, **_):
         return {"completion_ids": [[[8]]] * 3, "logprobs": [[[-1.0]]] * 3}

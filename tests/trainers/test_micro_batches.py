@@ -271,6 +271,21 @@ def test_bfloat16_is_for_the_layers_and_not_for_the_head(make_trainer, kind, alg
         torch.testing.assert_close(one, other, atol=2e-2, rtol=0.1)
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "vtrace"])
+def test_values_are_float32_in_bfloat16_too(make_trainer, algorithm):
+    """While sampling, of replayed rollouts, and in the update."""
+    replay = {"replay_size": 1} if algorithm == "vtrace" else {}
+    trainer = make_trainer("actor_critic", algorithm=algorithm, precision="bfloat16", **replay)
+    half_ended(trainer.policy)
+    seen = set()
+    trainer.model.value_head.register_forward_hook(
+        lambda _, inputs, output: seen.add((inputs[0].dtype, output.dtype))
+    )
+    records = trainer.train(max_steps=2)
+    assert seen == {(torch.float32, torch.float32)}
+    assert records[-1]["skipped_updates"] == 0
+
+
 def test_bfloat16_samples_as_it_learns(make_trainer):
     trainer = make_trainer("actor_critic", algorithm="ppo", precision="bfloat16", eos_token_id=7)
     records = trainer.train(max_steps=2)

