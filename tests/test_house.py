@@ -36,7 +36,7 @@ ALONE = {
 }
 # The core's own dependencies may be imported anywhere; those of the extras not at import time.
 EXTRAS = {"tokenizers", "safetensors", "rich", "matplotlib", "tyro", "transformers", "trl"}
-EXTRAS |= {"torchrl", "tensordict"}
+EXTRAS |= {"torchrl", "tensordict", "tensorboard", "tomli", "peft"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -11,7 +11,7 @@ import fastrl
 from fastrl.ops import _binary
 
 OPTIONAL = {
-    "train": ("tokenizers", "safetensors", "rich", "matplotlib", "tyro"),
+    "train": ("tokenizers", "safetensors", "rich", "matplotlib", "tyro", "tensorboard"),
     "hf": ("transformers",),
     "plot": ("matplotlib",),
     "peers": ("numba", "torchrl", "trl", "liger-kernel", "cut-cross-entropy"),

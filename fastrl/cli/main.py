@@ -5,7 +5,9 @@ import sys
 
 COMMANDS = {
     "info": "versions, what is available, and which implementation of each op runs where",
-    "train": "train a language model on a text with immediate rewards",
+    "train": "train a language model as a recipe says, or on a text (the demo)",
+    "sample": "completions of a model, with their log-probabilities",
+    "eval": "rewards, entropy and KL of a model on prompts, with intervals",
     "bench": "time the ops beside other libraries, correctness first",
 }
 

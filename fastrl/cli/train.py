@@ -1,11 +1,16 @@
-"""`fastrl train`: a language model of a text, trained with immediate rewards."""
+"""`fastrl train`: a run that a recipe describes, or the demo: a language model of a text.
+
+`fastrl train RECIPE.toml` is `fastrl.cli.recipes.command`; without a recipe it is the demo, here.
+"""
 
 import hashlib
 import importlib.util
 import json
+import signal
 import sys
 from contextlib import ExitStack
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +29,19 @@ EXTRAS = ("tokenizers", "safetensors", "rich", "matplotlib", "tyro")
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 finished, 1 training broke down, 2 bad input, 128 + n stopped by signal n."""
+    """Exit status: 0 finished, or stopped by SIGTERM with all saved; 130 the same by Ctrl-C;
+    1 training broke down, 2 bad input.
+    """
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(
             f"train: expected the packages {', '.join(EXTRAS)}, got no {', '.join(missing)}. "
             'Install them with: pip install "fastrl[train]"'
         )
+    if _is_of_recipe(argv):
+        from fastrl.cli.recipes import command
+
+        return command.main(argv)
     import tyro
 
     from fastrl.cli.training.corpus import CorpusError
@@ -40,6 +51,10 @@ def main(argv: list[str]) -> int:
 
     stop = StopRequest()
     try:
+        if argv in (["--help"], ["-h"]):
+            from fastrl.cli.recipes import command
+
+            print(f"{command.parser().format_help()}\n\nWithout a recipe, the demo:\n")
         settings = tyro.cli(TrainSettings, args=argv, prog="fastrl train")
         settings.check()
         with stop.listening():
@@ -54,6 +69,20 @@ def main(argv: list[str]) -> int:
         return _fail(f"train: expected to read and write the run's files, got {error}.", status=1)
     except KeyboardInterrupt:  # the second one: the first waits for the step to end
         return _fail("train: stopped at once. The last checkpoint stands: --resume the run.", 130)
+
+
+def _is_of_recipe(argv: list[str]) -> bool:
+    """The demo has options alone, none of them --set, and its folders have no recipe.toml."""
+    first = argv[0] if argv else "-"
+    options = [option.partition("=") for option in argv]
+    resumed = [value for name, _, value in options if name == "--resume" and value]
+    resumed += [value for name, value in pairwise(argv) if name == "--resume"]
+    return (
+        not first.startswith("-")
+        or any(name == "--set" for name, _, _ in options)
+        or any(value.endswith(".toml") for name, value in pairwise(argv) if name != "--corpus")
+        or any((Path(folder) / "recipe.toml").is_file() for folder in resumed)
+    )
 
 
 def _train(settings: "TrainSettings", stop: "StopRequest") -> int:
@@ -84,7 +113,7 @@ def _train(settings: "TrainSettings", stop: "StopRequest") -> int:
                 f"fastrl train --resume {folder.path}",
                 file=sys.stderr,
             )
-            return 128 + error.signal_number
+            return 0 if error.signal_number == signal.SIGTERM else 128 + error.signal_number
         write_atomically(folder.curve, learning_curve(run.log.records, run.results))
         show_report(console, run.results, run.data)
         console.print(

@@ -1,6 +1,6 @@
 """The attention function that transformers calls in each layer."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +13,26 @@ from fastrl.layout import PackedLayout
 from fastrl.ops._checks import fail
 
 _NOT_GIVEN: Any = object()  # a model that hands on no window is not one that says it has none
+
+
+class Decoding(Protocol):
+    """Keys and values of sequences that go on, as `fastrl.models` keeps them. Passed to the model
+    as decoding=: beside a layout what is read is stored, without one each row is a new token."""
+
+    @property
+    def most_keys(self) -> int:
+        """Keys of the longest sequence when it ends."""
+        ...
+
+    def store(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
+        """Keep a layout's keys and values [1, Hkv, N, D] of a layer."""
+        ...
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **numbers: Any
+    ) -> Tensor:
+        """Keep each row's [R, Hkv, 1, D], and attend to all of it: [R, Hq, 1, D]."""
+        ...
 
 
 def attention_function(
@@ -31,6 +51,7 @@ def attention_function(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    decoding: Decoding | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer.
@@ -38,16 +59,24 @@ def attention_function(
     Args:
         query: [B, Hq, T, D]; key, value: [B, Hkv, S, D].
         attention_mask: what our mask function returned.
+        decoding: where keys and values are kept; T = 1 without a layout.
     Returns:
         output [B, T, Hq, D], and no weights.
     """
     causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
     check_call(module, causal, dropout, kwargs)
+    num_keys = key.shape[2] if decoding is None else decoding.most_keys
     numbers = {
         "scale": scaling,
-        "window": _window(module, key, sliding_window),
+        "window": _window(module, num_keys, sliding_window),
         "softcap": softcap,
     }
+    if decoding is not None:
+        wide = _as_wide(key, value)
+        if layout is None:
+            output = decoding.attend(module, query, key, wide, **numbers)
+            return output[..., : value.shape[-1]].transpose(1, 2), None
+        decoding.store(module, key, wide)
     batch, _, num_queries, _ = query.shape
     key_start, key_end = existing_keys(attention_mask, batch, key.shape[2])
     packed = packing(
@@ -67,17 +96,19 @@ def attention_function(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-    """[B, T, Hq, D_v]; values narrower than keys (latent attention) are padded, as elsewhere."""
-    width = value.shape[-1]
-    missing = key.shape[-1] - width
-    if missing < 0:
-        got = f"{width} beside {key.shape[-1]}"
-        raise fail("hf", "values no wider than keys", got, "Use another attn_implementation.")
-    if missing:
-        value = F.pad(value, (0, missing))
-    output = ops.attention(query, key, value, **kwargs)
+    """[B, T, Hq, D_v]."""
+    output = ops.attention(query, key, _as_wide(key, value), **kwargs)
     assert isinstance(output, Tensor)
-    return output[..., :width].transpose(1, 2).contiguous()
+    return output[..., : value.shape[-1]].transpose(1, 2).contiguous()
+
+
+def _as_wide(key: Tensor, value: Tensor) -> Tensor:
+    """Values narrower than keys (latent attention) are padded, as elsewhere."""
+    missing = key.shape[-1] - value.shape[-1]
+    if missing < 0:
+        got = f"{value.shape[-1]} beside {key.shape[-1]}"
+        raise fail("hf", "values no wider than keys", got, "Use another attn_implementation.")
+    return F.pad(value, (0, missing)) if missing else value
 
 
 def _one_row(x: Tensor) -> Tensor:
@@ -85,12 +116,12 @@ def _one_row(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
 
 
-def _window(module: nn.Module, key: Tensor, given: int | None) -> int | None:
+def _window(module: nn.Module, num_keys: int, given: int | None) -> int | None:
     if given is not _NOT_GIVEN:
         return given
     # The mask function may have been asked for a window that this layer does not tell us about.
     configured = getattr(getattr(module, "config", None), "sliding_window", None)
-    if configured is not None and key.shape[2] > configured:
+    if configured is not None and num_keys > configured:
         got = f"none in {type(module).__name__}, with config.sliding_window {configured}"
         remedy = "Set config.sliding_window = None, or use another attn_implementation."
         raise fail("hf", "a sliding_window from each layer", got, remedy)

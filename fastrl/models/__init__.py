@@ -5,24 +5,30 @@ from typing import Any
 from torch import nn
 
 from fastrl.models.actor_critic import ActorCritic
+from fastrl.models.hugging_face import HuggingFacePolicy
 from fastrl.models.lstm import LSTMLanguageModel
 from fastrl.models.protocol import Decoder, Head, PolicyModel
-from fastrl.models.storage import as_policy, reference_policy
+from fastrl.models.storage import as_policy, load_model, reference_policy, save_model
 
 __all__ = [
     "ActorCritic",
     "Decoder",
     "Head",
+    "HuggingFacePolicy",
     "LSTMLanguageModel",
     "PolicyModel",
     "as_policy",
+    "load_model",
     "model_from_config",
     "reference_policy",
+    "save_model",
 ]
 
 
 def model_from_config(config: dict[str, Any]) -> nn.Module:
-    """Build a model, freshly initialised, from what its `.config` gave.
+    """Build a model of our own, freshly initialised, from what its `.config` gave.
+
+    Models of transformers come back with their weights: `load_model`, `as_policy`.
 
     Raises:
         ValueError: `model_type` is missing or not one of ours, or an argument does not fit it.
@@ -33,7 +39,9 @@ def model_from_config(config: dict[str, Any]) -> nn.Module:
         if model_type == "lstm":
             return LSTMLanguageModel(**arguments)
         if model_type == "actor_critic":
-            return ActorCritic(model_from_config(arguments.pop("language_model")), **arguments)
+            actor, critic = arguments.pop("language_model"), arguments.pop("critic", None)
+            critic = None if critic is None else model_from_config(critic)
+            return ActorCritic(model_from_config(actor), critic, **arguments)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"model_from_config: expected config to hold the arguments of {model_type}, got "

@@ -2,48 +2,59 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fastrl.models.protocol import PolicyModel
+from fastrl.models._policies import as_policy
 
 
 class ActorCritic(nn.Module):
-    """A value head on the hidden states of a language model.
+    """A value head on the hidden states of a language model, or of another one.
 
     The value at a token is V(w_1:t), what the critic expects to follow. The head starts at zero,
-    so the first advantages are the returns.
+    so the first advantages are the returns; it is float32 whatever the models are.
 
     Args:
-        language_model: the actor, for example `LSTMLanguageModel`; it is shared, not copied.
+        language_model: the actor, as `fastrl.models.as_policy` takes it; shared, not copied.
+        critic: another such model, whose hidden states the values are read from. None: the
+            actor's own, one trunk for both.
     Raises:
-        TypeError: language_model lacks what a policy needs (`fastrl.models.PolicyModel`).
+        TypeError: a model that is no policy.  ValueError: critic is the language model itself.
     """
 
-    critic = None
-
-    def __init__(self, language_model: nn.Module) -> None:
+    def __init__(self, language_model: Any, critic: Any = None) -> None:
         super().__init__()
-        if not isinstance(language_model, PolicyModel) or isinstance(language_model, ActorCritic):
-            raise TypeError(
-                "ActorCritic: expected language_model with the methods of "
-                f"fastrl.models.PolicyModel, got {type(language_model).__name__}. "
-                "Pass an LSTMLanguageModel, or a model with these methods."
+        self.language_model: Any = as_policy(language_model)
+        self.critic: Any = None if critic is None else as_policy(critic)
+        if self.critic is not None and self.critic is self.language_model:
+            raise ValueError(
+                "ActorCritic: expected critic another model than language_model, got the same. "
+                "Leave it out to share the trunk."
             )
-        self.language_model: Any = language_model
-        self.value_head = nn.Linear(language_model.hidden_dim, 1)
+        device = self.language_model.head.weight.device
+        width = (self.language_model if self.critic is None else self.critic).hidden_dim
+        self.value_head = nn.Linear(width, 1, device=device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The language model's config, with `model_type` "actor_critic" around it."""
-        return {"model_type": "actor_critic", "language_model": self.language_model.config}
+        """The models' configs, with `model_type` "actor_critic" around them."""
+        config = {"model_type": "actor_critic", "language_model": self.language_model.config}
+        return config if self.critic is None else {**config, "critic": self.critic.config}
 
     def forward(self, token_ids: Tensor, state: Any = None) -> tuple[Tensor, Tensor, Any]:
         """token_ids [B, T] int64 -> logits [B, T, V], values [B, T], state."""
+        if self.critic is None:
+            hidden, state = self.language_model.hidden_states(token_ids, state)
+            return self.language_model.head.logits(hidden), self.values(hidden), state
+        state, critic_state = (None, None) if state is None else state
         hidden, state = self.language_model.hidden_states(token_ids, state)
-        return self.language_model.lm_head(hidden), self.values(hidden), state
+        seen, critic_state = self.critic.hidden_states(token_ids, critic_state)
+        logits = self.language_model.head.logits(hidden)
+        return logits, self.values(seen), (state, critic_state)
 
     def values(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> values [...]."""
-        return self.value_head(hidden).squeeze(-1)
+        """hidden [..., D] -> values [...], in the dtype of the value head under autocast too."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)

@@ -1,7 +1,7 @@
 """Trainers: policy gradient and actor-critic with immediate rewards."""
 
 from fastrl.trainers.actor_critic import ActorCriticTrainer
-from fastrl.trainers.checkpoint import load_model
+from fastrl.trainers.checkpoint import CheckpointError, load_model
 from fastrl.trainers.config import ActorCriticConfig, PolicyGradientConfig
 from fastrl.trainers.health import TrainingDivergedError
 from fastrl.trainers.policy_gradient import PolicyGradientTrainer
@@ -10,6 +10,7 @@ from fastrl.trainers.scoring import RewardFunctionError
 __all__ = [
     "ActorCriticConfig",
     "ActorCriticTrainer",
+    "CheckpointError",
     "PolicyGradientConfig",
     "PolicyGradientTrainer",
     "RewardFunctionError",

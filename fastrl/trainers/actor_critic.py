@@ -42,7 +42,7 @@ class ActorCriticTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.replay = ReplayBuffer(self.config.replay_size, self.config.seed)
 
-    def _checked_model(self, model: nn.Module) -> nn.Module:
+    def _checked_model(self, model: Any) -> nn.Module:
         if not isinstance(model, ActorCritic):
             raise TypeError(
                 f"ActorCriticTrainer: expected model ActorCritic, got {type(model).__name__}. "

@@ -1,30 +1,55 @@
 """Checkpoints: a folder of safetensors and JSON that appears whole or not at all.
 
-model.safetensors      the weights            config.json      what `model_from_config` takes
-reference.safetensors  the starting model     trainer.json     step, config, size of the dataset
-trainer.safetensors    optimizer moments, baseline, torch's random state
+config.json, model.safetensors, ...   the model: a Hugging Face policy's folder loads in
+                        `AutoModelForCausalLM`, and its tokenizer's files stand beside it
+reference.safetensors   the starting model, where it has weights of its own
+state.json              what the trainer remembers; the optimizer, its moments by the names of the
+                        weights that are trained; the state of every random number generator
+state.safetensors       the tensors of state.json (see `fastrl.trainers._tree`)
+trainer.json            format, trainer, step, config, model, size of the dataset, and the length
+                        of each file; it is written last, when the others are on the disk
+
+A checkpoint is written as .NAME.partial beside its place NAME; then the one that stood there is
+renamed to .NAME.previous, the new one to NAME, and the former is deleted. At whatever moment the
+process is killed, NAME or else .NAME.previous is complete, and reading takes the one that is
+there. Only saving renames and deletes, so that a run may be read from while it trains; what a
+killed save has left behind, the next one clears away.
 """
 
-import json
+import errno
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from fastrl.models import model_from_config
+from fastrl.models import storage
+from fastrl.trainers import _checkpoint_files as files
+from fastrl.trainers import _tree
+from fastrl.trainers._checkpoint_files import CheckpointError, beside, standing
+from fastrl.trainers._resume import moments, reference_tensors, resume, state_tree
+from fastrl.trainers._tensor_file import import_safetensors, write_tensors
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
 
-_FORMAT = "fastrl checkpoint 1"
-_DOCUMENTS = ("config.json", "trainer.json")
-_TENSORS = ("model.safetensors", "reference.safetensors", "trainer.safetensors")
-_SLOTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each weight
-# A resumed run may change these; the others make it another run.
-_FREE_FIELDS = ("max_steps", "max_bad_steps", "output_dir", "save_every")
+__all__ = [
+    "CheckpointError",
+    "check_unused",
+    "exists",
+    "load_model",
+    "optimizer_tensors",
+    "resume",
+    "save",
+]
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+_MIB = 2**20
 
 
 def save(trainer: "Trainer", folder: Path) -> None:
@@ -32,69 +57,35 @@ def save(trainer: "Trainer", folder: Path) -> None:
 
     Raises:
         ValueError: folder is there and not a checkpoint.
+        TypeError: the trainer's state holds something that is neither a tensor nor JSON.
+        CheckpointError: a full disk, no permission, ...; the last checkpoint stands.
         ImportError: safetensors is not installed.
     """
-    save_file = _safetensors().torch.save_file
-    partial, previous = _beside(folder, "partial"), _beside(folder, "previous")
-    _recover(folder, previous)
-    if folder.exists() and not _is_checkpoint(folder):
-        raise ValueError(
-            f"save: expected {folder} to be a checkpoint or not to exist, got something else. "
-            "Choose another folder."
-        )
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        documents = (trainer.model.config, _description(trainer))
-        for name, document in zip(_DOCUMENTS, documents, strict=True):
-            (partial / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        states = (trainer.model.state_dict(), trainer.reference.state_dict(), _state(trainer))
-        for name, tensors in zip(_TENSORS, states, strict=True):
-            # A copy each: weights may share memory, which the format does not know.
-            copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-            save_file(copies, partial / name, metadata={"format": "pt"})
-            # safetensors makes its files readable for their owner alone.
-            (partial / name).chmod((partial / "config.json").stat().st_mode)
-        for name in (*_DOCUMENTS, *_TENSORS, "."):
-            _sync(partial / name)
-        if folder.exists():
-            folder.rename(previous)
-        partial.rename(folder)
-        _sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        _recover(folder, previous)
-        raise
+    import_safetensors()
+    document, tensors = _tree.flatten(state_tree(trainer))
+    reference = reference_tensors(trainer)
+    partial, previous = beside(folder, "partial"), beside(folder, "previous")
+    every = (*trainer.model.state_dict().values(), *reference.values(), *tensors.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in every)
+    with _explained(folder, size):
+        _clear(folder, partial, previous)
+        try:
+            partial.mkdir(parents=True)
+            _save_model(trainer, partial)
+            if reference:
+                write_tensors(partial / files.REFERENCE, reference)
+            files.write_json(partial / files.STATE, document)
+            write_tensors(partial / files.STATE_TENSORS, tensors)
+            _sync_all(partial)
+            description = {**files.describe(trainer), "files": files.files_of(partial)}
+            files.write_json(partial / files.DESCRIPTION, description)
+            _sync(partial / files.DESCRIPTION)
+            _sync(partial)
+            _replace(folder, partial, previous)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def resume(trainer: "Trainer", folder: Path) -> None:
-    """Check everything in a checkpoint against the trainer, then take it over.
-
-    Raises:
-        ValueError: it is not a checkpoint, cut short, or another run's; nothing was changed.
-    """
-    description = _read_json(folder / "trainer.json")
-    config = _read_json(folder / "config.json")
-    model, reference, state = (_read_tensors(folder / name) for name in _TENSORS)
-    _check_description(trainer, description, config, folder)
-    _check_tensors(trainer.model.state_dict(), model, folder / _TENSORS[0])
-    _check_tensors(trainer.reference.state_dict(), reference, folder / _TENSORS[1])
-    moments = _moments(trainer, state, folder / _TENSORS[2])
-    own = {**trainer.state_tensors(), **_random_state(trainer)}
-    _check_tensors(own, {k: v for k, v in state.items() if k in own}, folder / _TENSORS[2])
-
-    trainer.model.load_state_dict(model)
-    trainer.reference.load_state_dict(reference)
-    groups = trainer.optimizer.state_dict()["param_groups"]
-    trainer.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    for name, tensor in trainer.state_tensors().items():
-        tensor.copy_(state[name])
-    for name in ("step", "bad_steps", "skipped_updates"):
-        setattr(trainer, name, description[name])
-    torch.set_rng_state(state["random.cpu"])
-    if trainer.device.type == "cuda":
-        torch.cuda.set_rng_state(state["random.cuda"], trainer.device)
 
 
 def load_model(folder: str | Path) -> nn.Module:
@@ -103,17 +94,19 @@ def load_model(folder: str | Path) -> nn.Module:
     Raises:
         ValueError: not a checkpoint, or cut short.
     """
-    folder = Path(folder)
-    model = model_from_config(_read_json(folder / "config.json"))
-    tensors = _read_tensors(folder / _TENSORS[0])
-    _check_tensors(model.state_dict(), tensors, folder / _TENSORS[0])
-    model.load_state_dict(tensors)
-    return model
+    place = standing(Path(folder))
+    files.check_files(files.read_json(place / files.DESCRIPTION), place)
+    return storage.load_model(place)
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is something to resume from at `folder`."""
+    return standing(folder).exists()
 
 
 def check_unused(folder: Path) -> None:
     """Raise a ValueError where a run's checkpoint already stands."""
-    if folder.exists() or _beside(folder, "previous").exists():
+    if exists(folder):
         raise ValueError(
             f"train: expected output_dir without a checkpoint, got {folder}. Resume from it, or "
             "choose another output_dir."
@@ -122,145 +115,96 @@ def check_unused(folder: Path) -> None:
 
 def optimizer_tensors(trainer: "Trainer") -> dict[str, Tensor]:
     """AdamW's moments by the names of the weights."""
-    names = [name for name, _ in trainer.model.named_parameters()]
-    state = trainer.optimizer.state_dict()["state"]
     return {
-        f"optimizer.{name}.{slot}": state[index][slot]
-        for index, name in enumerate(names)
-        if index in state
-        for slot in _SLOTS
+        f"optimizer.{name}.{slot}": tensor
+        for name, slots in moments(trainer).items()
+        for slot, tensor in slots.items()
     }
 
 
-def _state(trainer: "Trainer") -> dict[str, Tensor]:
-    return {**optimizer_tensors(trainer), **trainer.state_tensors(), **_random_state(trainer)}
+def _save_model(trainer: "Trainer", folder: Path) -> None:
+    storage.save_model(trainer.model, folder)
+    save_tokenizer = getattr(trainer.tokenizer, "save_pretrained", None)
+    if save_tokenizer is not None:
+        save_tokenizer(folder)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(folder.stat().st_mode & 0o666)  # the library makes it its owner's alone
 
 
-def _random_state(trainer: "Trainer") -> dict[str, Tensor]:
-    """torch's generators. We draw nothing from them, but a reward function may."""
-    state = {"random.cpu": torch.get_rng_state()}
-    if trainer.device.type == "cuda":
-        state["random.cuda"] = torch.cuda.get_rng_state(trainer.device)
-    return state
-
-
-def _description(trainer: "Trainer") -> dict[str, Any]:
-    return {
-        "format": _FORMAT,
-        "trainer": type(trainer).__name__,
-        "step": trainer.step,
-        "bad_steps": trainer.bad_steps,
-        "skipped_updates": trainer.skipped_updates,
-        "dataset_size": len(trainer.dataset),
-        "config": trainer.config.to_dict(),
-    }
-
-
-def _check_description(
-    trainer: "Trainer", description: dict[str, Any], config: dict[str, Any], folder: Path
-) -> None:
-    """Compare what the checkpoint says of its run with what the trainer says of its own."""
-    own = _description(trainer)
-    if description.get("format") != _FORMAT or own.keys() - description.keys():
-        raise ValueError(
-            f"resume: expected {folder / 'trainer.json'} of format {_FORMAT!r}, got "
-            f"{description.get('format')!r}. Resume from another checkpoint."
-        )
-    pairs = {
-        "trainer": (description["trainer"], own["trainer"]),
-        "model": (config, trainer.model.config),
-        "dataset size": (description["dataset_size"], own["dataset_size"]),
-    }
-    for name, value in own["config"].items():
-        if name not in _FREE_FIELDS:
-            pairs[f"config {name}"] = (description["config"].get(name), value)
-    for name, (saved, current) in pairs.items():
-        if saved != current:
-            raise ValueError(
-                f"resume: expected {name} {saved!r} as in {folder}, got {current!r}. "
-                f"Give the trainer the same {name}, or start a new run."
-            )
-
-
-def _check_tensors(expected: dict[str, Tensor], got: dict[str, Tensor], path: Path) -> None:
-    for name in sorted(expected.keys() | got.keys()):
-        wanted, found = (
-            f"{tensors[name].dtype} {tuple(tensors[name].shape)}" if name in tensors else "nothing"
-            for tensors in (expected, got)
-        )
-        if wanted != found:
-            raise ValueError(
-                f"resume: expected {name} {wanted} in {path}, got {found}. "
-                "Build the model that the checkpoint was written from."
-            )
-
-
-def _moments(
-    trainer: "Trainer", state: dict[str, Tensor], path: Path
-) -> dict[int, dict[str, Tensor]]:
-    """AdamW's state by the number of the weight; a weight without a gradient so far has none."""
-    moments = {}
-    for index, (name, weight) in enumerate(trainer.model.named_parameters()):
-        prefix = f"optimizer.{name}."
-        found = {slot: state[prefix + slot] for slot in _SLOTS if prefix + slot in state}
-        if found:
-            shapes = {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}
-            _check_tensors(shapes, found, path)
-            moments[index] = {slot: tensor.clone() for slot, tensor in found.items()}
-    return moments
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(_unreadable(path, error)) from error
-    if not isinstance(document, dict):
-        raise ValueError(_unreadable(path, f"a {type(document).__name__}"))
-    return document
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    safetensors = _safetensors()
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(_unreadable(path, error)) from error
-
-
-def _unreadable(path: Path, why: object) -> str:
-    previous = _beside(path.parent, "previous")
-    if previous.exists() and not path.parent.exists():
-        remedy = f"A save was interrupted: rename {previous} to {path.parent}."
-    else:
-        remedy = "Resume from another checkpoint."
-    return f"resume: expected {path} of a complete checkpoint, got {why}. {remedy}"
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            'Checkpoints need safetensors. Install it with: pip install "fastrl[train]"'
-        ) from error
-    return safetensors
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return folder.is_dir() and {path.name for path in folder.iterdir()} == {*_DOCUMENTS, *_TENSORS}
-
-
-def _beside(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f".{folder.name}.{suffix}")
-
-
-def _recover(folder: Path, previous: Path) -> None:
-    """Undo the first half of a replacement that was interrupted between its two renames."""
+def _clear(folder: Path, partial: Path, previous: Path) -> None:
+    """Put in order what a killed save left, and refuse to overwrite what is not a checkpoint."""
     if previous.exists() and not folder.exists():
         previous.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
+    if previous.exists():
+        shutil.rmtree(previous)
+    if folder.exists() and not files.is_checkpoint(folder):
+        raise ValueError(
+            f"save: expected {folder} to be a checkpoint or not to exist, got something else. "
+            "Choose another folder."
+        )
+    if partial.exists():
+        shutil.rmtree(partial)
+
+
+def _replace(folder: Path, partial: Path, previous: Path) -> None:
+    """Two renames; if one fails, the checkpoint that stood there stands there again."""
+    is_moved = folder.exists()
+    if is_moved:
+        folder.rename(previous)
+    try:
+        partial.rename(folder)
+        _sync(folder.parent)
+    except BaseException:
+        if folder.exists():
+            folder.rename(partial)
+        if is_moved:
+            previous.rename(folder)
+        raise
+
+
+@contextmanager
+def _explained(folder: Path, size: int) -> Iterator[None]:
+    """Turn what the system says into a CheckpointError that says what is lost: nothing."""
+    try:
+        yield
+    except (OSError, import_safetensors().SafetensorError) as error:
+        code = _error_code(error)
+        why = os.strerror(code) if code else str(error)
+        if code in _NO_ROOM:
+            wanted, remedy = f"room for {size / _MIB:.1f} MiB", "Make room"
+        elif code in _NO_PERMISSION:
+            wanted, remedy = "permission to write", "Change its permissions"
+        else:
+            wanted, remedy = "to write a checkpoint", "Find out why"
+        explained = CheckpointError(
+            f"save: expected {wanted} in {folder.parent}, got {why}. {_what_stands(folder)} "
+            f"{remedy}, and save again."
+        )
+        explained.errno = code
+        raise explained from error
+
+
+def _error_code(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))  # all that safetensors tells
+    return int(found.group(1)) if found else None
+
+
+def _what_stands(folder: Path) -> str:
+    try:
+        path = standing(folder)
+        step = files.read_json(path / files.DESCRIPTION)["step"]
+    except (OSError, ValueError, KeyError):
+        return "There is no earlier checkpoint that can be read."
+    return f"The last checkpoint, of step {step}, stands: {path}."
+
+
+def _sync_all(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(root) / name)
+        _sync(Path(root))
 
 
 def _sync(path: Path) -> None:

@@ -92,7 +92,7 @@ def gather(trainer: "Trainer", rollout: Rollout) -> tuple[Experience, dict[str, 
     )
     is_due = config.kl_every > 0 and trainer.step % config.kl_every == 0
     if trainer.kl.coef > 0 or is_due:
-        reference = _logprobs(trainer, trainer.reference, rollout)
+        reference = scores(trainer, trainer.reference, rollout)[0]
         known = replace(known, ref_logprobs=reference)
         # k3 is unbiased and never negative, so it is what we report whatever is learned from.
         kl = trainer.ops.kl_penalty(old, reference, estimator="k3")
@@ -111,17 +111,17 @@ def gather(trainer: "Trainer", rollout: Rollout) -> tuple[Experience, dict[str, 
 def _old_logprobs(trainer: "Trainer", rollout: Rollout, is_fresh: Tensor | None) -> Tensor:
     """[M], under the policy as it is now: those of its own sampling, the others computed."""
     if trainer.rollout_function is not None:
-        return _logprobs(trainer, trainer.policy, rollout)
+        return scores(trainer, trainer.policy, rollout)[0]
     if is_fresh is None:
         return rollout.logprobs
     old = rollout.logprobs.clone()
     replayed = rollout.take(completions_with(rollout, ~is_fresh))
-    old[replayed.batch.source_targets] = _logprobs(trainer, trainer.policy, replayed)  # type: ignore
+    old[replayed.batch.source_targets] = scores(trainer, trainer.policy, replayed)[0]  # type: ignore
     return old
 
 
-def _logprobs(trainer: "Trainer", policy: Any, rollout: Rollout) -> Tensor:
-    """[M] of a rollout's tokens under a policy."""
+def scores(trainer: "Trainer", policy: Any, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy [M] of a rollout's tokens under a policy, without gradients."""
     return token_scores(
         policy,
         rollout.batch,
@@ -129,4 +129,4 @@ def _logprobs(trainer: "Trainer", policy: Any, rollout: Rollout) -> Tensor:
         ops=trainer.ops,
         precision=trainer.config.precision,
         max_tokens=trainer.config.micro_batch_tokens,
-    )[0]
+    )

@@ -9,7 +9,8 @@ entropy (nats per token, over those learned from), kl (from the starting model, 
 kl_coef, entropy_coef, temperature: as they were in the step
 completions/mean_length, /min_length, /max_length, /clipped_ratio (ran out of length),
   /mean_terminated_length (0 where none has ended)
-logprob_gap: largest difference between sampling and update, before the first gradient step
+logprob_gap: largest difference between sampling and update, before the first gradient step (where
+  nothing was learned from: of one prompt's completions, and so is the entropy)
 sampling/sampling_logp_difference/mean, /max; sampling/importance_sampling_ratio/min, /mean, /max:
   with a rollout function
 clip_ratio/low_mean, /high_mean, /region_mean: share of tokens whose ratio left its bounds

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastrl.models import ActorCritic
+from fastrl.models import ActorCritic, as_policy
 from fastrl.rollout import Rollout
 from fastrl.trainers.baselines import RunningMean, leave_one_out
 from fastrl.trainers.config import PolicyGradientConfig, TrainerConfig
@@ -40,14 +40,14 @@ class PolicyGradientTrainer(Trainer):
             self.config.max_new_tokens, self.config.baseline_decay, self.device
         )
 
-    def _checked_model(self, model: nn.Module) -> nn.Module:
+    def _checked_model(self, model: Any) -> nn.Module:
         if isinstance(model, ActorCritic):
             raise TypeError(
                 "PolicyGradientTrainer: expected model a language model such as "
                 f"LSTMLanguageModel, got {type(model).__name__}. Pass an ActorCritic's "
                 ".language_model, or use ActorCriticTrainer."
             )
-        return model
+        return as_policy(model)
 
     @property
     def reduction(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastrl import ops as fast_ops
 from fastrl.layout import PackedBatch
-from fastrl.models import as_policy, reference_policy
+from fastrl.models import reference_policy
 from fastrl.rollout import Environment, Rollout
 from fastrl.trainers import checkpoint, sampling
 from fastrl.trainers.config import TrainerConfig
@@ -85,7 +85,7 @@ class Trainer(ABC):
         ops: ModuleType = fast_ops,
     ) -> None:
         self.config: Any = self._checked_config(self.config_class() if config is None else config)
-        self.model: Any = self._checked_model(as_policy(model))
+        self.model: Any = self._checked_model(model)
         self.policy: Any = getattr(self.model, "language_model", self.model)
         self.ops = ops
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -140,8 +140,8 @@ class Trainer(ABC):
         return True
 
     @abstractmethod
-    def _checked_model(self, model: nn.Module) -> nn.Module:
-        """The model; TypeError for one of another kind."""
+    def _checked_model(self, model: Any) -> nn.Module:
+        """The model as a policy or an actor-critic; TypeError for one of another kind."""
 
     @abstractmethod
     def advantages(self, rollout: Rollout, known: Experience) -> Experience:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.rollout import completion_seeds
-from fastrl.trainers.experience import Experience, completions_with
+from fastrl.trainers.experience import Experience, completions_with, scores
 from fastrl.trainers.losses import Passed, clip_counts, micro_loss, token_weights
 from fastrl.trainers.micro_batches import micro_batches
 from fastrl.trainers.tokens import to_numbers, token_mean
@@ -74,6 +74,8 @@ def learn(trainer: "Trainer", experience: Experience) -> tuple[dict[str, float],
             )
             losses.append(loss)
             norms.append(norm)
+    if not bool(seen.is_first.any()):
+        _look(trainer, experience, seen)
     numbers = {"loss": _mean(losses), "grad_norm": _mean(norms)}
     return numbers | _metrics(trainer, experience, seen), problem
 
@@ -134,19 +136,29 @@ def _gradient_step(
     return loss_number, norm_number, problem
 
 
+def _look(trainer: "Trainer", experience: Experience, seen: Seen) -> None:
+    """Where all was skipped, at one prompt's completions: each step tells its gap and entropy."""
+    rollout = experience.rollout
+    if not len(rollout.logprobs):
+        return
+    part = rollout.take(rollout.group_ids == rollout.group_ids[0])
+    at = part.batch.source_targets  # type: ignore[attr-defined]
+    seen.logprobs[at], seen.entropy[at] = scores(trainer, trainer.policy, part)
+    seen.is_first[at] = True
+
+
 def _metrics(trainer: "Trainer", experience: Experience, seen: Seen) -> dict[str, float]:
     """Means over the tokens that count, as they were seen first."""
-    known = experience.is_learned & ~seen.logprobs.isnan()
-    # Where all was skipped, minus the log-probability estimates the entropy without bias.
-    entropy = torch.where(known.any(), seen.entropy, -experience.old_logprobs)
-    over = torch.where(known.any(), known, torch.ones_like(known))
+    known = ~seen.logprobs.isnan()
+    if bool((known & experience.is_learned).any()):
+        known &= experience.is_learned
     first = known & seen.is_first
     if experience.is_fresh is not None:
         first &= experience.is_fresh
     gap = (seen.logprobs - experience.rollout.logprobs).abs()[first]
     metrics = {
-        "entropy": token_mean(entropy, over),
-        "logprob_gap": gap.max() if len(gap) else entropy.new_tensor(math.nan),
+        "entropy": token_mean(seen.entropy, known),
+        "logprob_gap": gap.max() if len(gap) else gap.new_tensor(math.nan),
     }
     low, high, count = seen.clipped
     if trainer.has_bounds:

@@ -76,7 +76,9 @@ def test_a_run_leaves_what_it_promises(finished):
     suffixes = {path.suffix for path in finished.rglob("*") if path.is_file()}
     assert suffixes == {".json", ".jsonl", ".safetensors", ".png", ""}
     for name, content in files(finished).items():
-        assert not content.startswith((b"\x80", b"PK")), f"{name} looks like a pickle"
+        # The length of safetensors' header, which comes first, may be any bytes.
+        start = content[8:] if name.endswith(".safetensors") else content
+        assert not start.startswith((b"\x80", b"PK")), f"{name} looks like a pickle"
     results = json.loads((finished / "results.json").read_text())
     assert results["step_timing"]["gradient/relative"] < 1e-4
 
@@ -111,7 +113,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages.MetricsLog, "add", interrupting_add)
-        assert train.main([*TINY, "--output", str(folder)]) == 128 + signal.SIGTERM
+        assert train.main([*TINY, "--output", str(folder)]) == 0  # as a scheduler expects
     assert f"fastrl train --resume {folder}" in capsys.readouterr().err
     assert records(folder)[-1]["step"] == step
     assert train.main(["--resume", str(folder), "--threads", "1"]) == 0

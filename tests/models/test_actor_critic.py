@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hf_models import build
 from torch import nn
 
 from fastrl.models import ActorCritic, LSTMLanguageModel, model_from_config
@@ -48,10 +49,44 @@ def test_config_builds_the_model_again(model):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("language_model", [nn.Linear(2, 2), "gpt2"])
-def test_other_models_are_an_error(language_model):
-    with pytest.raises(TypeError, match="expected language_model with the methods of"):
-        ActorCritic(language_model)
+def test_a_critic_of_its_own_reads_its_own_hidden_states():
+    torch.manual_seed(0)
+    actor, critic = LSTMLanguageModel(9, 4, 6, 1), LSTMLanguageModel(9, 5, 8, 2)
+    model = ActorCritic(actor, critic)
+    nn.init.normal_(model.value_head.weight)
+    logits, values, state = model(TOKEN_IDS)
+    hidden, _ = critic.hidden_states(TOKEN_IDS)
+    torch.testing.assert_close(values, hidden @ model.value_head.weight[0])
+    assert torch.equal(logits, actor(TOKEN_IDS)[0])
+    parts = [model(TOKEN_IDS[:, :1])]
+    parts.append(model(TOKEN_IDS[:, 1:], parts[0][2]))
+    torch.testing.assert_close(torch.cat([part[1] for part in parts], 1), values)
+    torch.testing.assert_close(torch.cat([part[0] for part in parts], 1), logits)
+    values.sum().backward()
+    assert all(x.grad is None for x in actor.parameters())
+    again = model_from_config(model.config)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(TOKEN_IDS)[1], values)
+
+
+def test_models_of_transformers_are_taken_and_the_head_is_float32():
+    model = ActorCritic(build("llama").bfloat16())
+    nn.init.normal_(model.value_head.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, values, _ = model(TOKEN_IDS)
+        hidden, _ = model.language_model.hidden_states(TOKEN_IDS)
+    assert values.dtype == torch.float32 and hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(values, hidden.float() @ model.value_head.weight[0])
+
+
+def test_other_models_are_an_error():
+    with pytest.raises(TypeError, match="expected model with the methods of .* got Linear"):
+        ActorCritic(nn.Linear(2, 2))
+
+
+def test_a_model_is_not_its_own_critic(model):
+    with pytest.raises(ValueError, match="expected critic another model than language_model"):
+        ActorCritic(model.language_model, model.language_model)
 
 
 def test_an_actor_critic_within_another_is_an_error(model):

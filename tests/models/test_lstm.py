@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastrl.layout import PackedBatch, pack_groups
 from fastrl.models import LSTMLanguageModel, PolicyModel, model_from_config
 
 V, E, D, LAYERS = 11, 5, 7, 2
@@ -93,34 +94,66 @@ def test_packed_without_any_token_returns_the_state(model):
     assert torch.equal(after[0], state[0]) and torch.equal(after[1], state[1])
 
 
-def test_prefill_and_decode_equal_forward(model):
+def test_the_decoder_equals_forward(model):
     prompts = sequences([3, 1, 4])
-    hidden, state = model.prefill(prompts)
-    state = model.repeat_state(state, 2)
-    following = torch.tensor([1, 2, 3, 4, 5, 6])
-    after, state = model.decode(following, state)
-    kept = torch.tensor([5, 0])
-    last, _ = model.decode(torch.tensor([7, 8]), model.select_state(state, kept))
+    decoder = model.decoder(6, 4)
+    hidden = decoder.read(prompts[:2])
+    decoder.open([0, 0, 1, 1])
+    after = decoder.step(torch.tensor([1, 2, 3, 4]))
+    decoder.keep(torch.tensor([0, 3]))
+    hidden = torch.cat([hidden, decoder.read(prompts[2:])])
+    decoder.open([1, 2])  # the last prompt again, and the next
+    last = decoder.step(torch.tensor([5, 6, 7, 8]))
+    decoder.keep(torch.tensor([1, 3]))
+    end = decoder.step(torch.tensor([9, 10]))
     for index, prompt in enumerate(prompts):
         torch.testing.assert_close(hidden[index], by_cells(model, prompt)[-1])
-    for row in range(6):
-        ids = torch.cat([prompts[row // 2], following[row : row + 1]])
-        torch.testing.assert_close(after[row], by_cells(model, ids)[-1])
-    ids = torch.cat([prompts[2], torch.tensor([6, 7])])
-    torch.testing.assert_close(last[0], by_cells(model, ids)[-1])
+    read = [(0, [1]), (0, [2]), (1, [3]), (1, [4])]
+    check_rows(model, after, prompts, read)
+    check_rows(model, last, prompts, [(0, [1, 5]), (1, [4, 6]), (1, [7]), (2, [8])])
+    check_rows(model, end, prompts, [(1, [4, 6, 9]), (2, [8, 10])])
 
 
-@pytest.mark.parametrize("lengths", [[3, 1, 4, 2], [1, 1, 1, 1]])  # ragged; nothing to read
+def check_rows(model, hidden, prompts, read):
+    assert len(hidden) == len(read)
+    for got, (prompt, ids) in zip(hidden, read, strict=True):
+        whole = torch.cat([prompts[prompt], torch.tensor(ids)])
+        torch.testing.assert_close(got, by_cells(model, whole)[-1])
+
+
+def test_packed_trees_equal_unshared_copies(model):
+    """Two prompts; under the first a turn that two answers share, and an empty one."""
+    lengths, parents = [3, 4, 2, 1, 0, 5, 1], [-1, 0, 1, 1, 1, -1, 5]
+    segments = sequences(lengths)
+    masks = [torch.zeros(n, dtype=torch.bool) for n in lengths]
+    for target in (2, 3, 6):
+        masks[target][:] = True
+    masks[1][:2] = True  # a part of the shared turn was written by the policy
+    batch = PackedBatch.from_segments(segments, parents, masks)
+    hidden = model.packed_hidden(batch)
+    above = {0: [], 1: [0], 2: [0, 1], 3: [0, 1], 6: [5]}
+    unshared = []
+    for segment in (1, 2, 3, 6):
+        before = torch.cat([segments[s] for s in above[segment]])
+        whole, _ = model.hidden_states(torch.cat([before, segments[segment]])[None])
+        unshared.append(whole[0, len(before) - 1 : -1][masks[segment]])
+    check_equal(model, hidden, torch.cat(unshared))
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 4, 2], [1, 1, 1, 1], [0, 2, 0, 0]])
 def test_completions_on_shared_prompts_equal_unshared_ones(model, lengths):
     prompts, completions = sequences([3, 5]), sequences(lengths)
-    token_ids = torch.cat(completions)
-    hidden = model.completion_hidden_states(prompts, token_ids, starts(lengths))
+    batch = pack_groups(prompts, [completions[:2], completions[2:]])
     unshared = []
     for index, completion in enumerate(completions):
         prompt = prompts[index // 2]
         whole, _ = model.hidden_states(torch.cat([prompt, completion])[None])
         unshared.append(whole[0, len(prompt) - 1 : -1])
-    expected = torch.cat(unshared)
+    check_equal(model, model.packed_hidden(batch), torch.cat(unshared))
+
+
+def check_equal(model, hidden, expected):
+    """Values, and the gradients of a sum with weights."""
     torch.testing.assert_close(hidden, expected)
     weights = torch.linspace(-1, 1, hidden.numel()).double().view_as(hidden)
     got = gradients(model, (hidden * weights).sum())
@@ -131,11 +164,16 @@ def test_completions_on_shared_prompts_equal_unshared_ones(model, lengths):
             torch.testing.assert_close(one, other)
 
 
+def test_a_batch_without_targets_has_no_hidden_states(model):
+    batch = pack_groups(sequences([3]), [sequences([0])])
+    assert model.packed_hidden(batch).shape == (0, D)
+
+
 def test_a_prompt_is_read_once_for_all_its_completions(model):
     read = []
     model.embedding.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
-    prompts, completions = sequences([6, 3]), sequences([2] * 8)
-    model.completion_hidden_states(prompts, torch.cat(completions), starts([2] * 8))
+    completions = sequences([2] * 8)
+    model.packed_hidden(pack_groups(sequences([6, 3]), [completions[:4], completions[4:]]))
     assert sum(read) == 6 + 3 + 8 * 1  # a completion's last token predicts nothing
 
 

@@ -1,5 +1,7 @@
 """generate: the policy's own distribution, each prompt read once, no work on finished rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -105,6 +107,98 @@ def test_first_tokens_follow_the_policy(model):
     observed = torch.bincount(rollout.token_ids, minlength=V)
     chi_square = ((observed - count * p).square() / (count * p)).sum()
     assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 5, 12, 100])
+def test_rows_that_are_refilled_give_the_same_tokens(model, max_rows):
+    whole, some = sample(model), sample(model, max_rows=max_rows)
+    assert torch.equal(some.token_ids, whole.token_ids)
+    assert torch.equal(some.cu_seqlens, whole.cu_seqlens)
+    assert torch.equal(some.ended, whole.ended)
+    torch.testing.assert_close(some.logprobs, whole.logprobs, atol=1e-6, rtol=1e-5)
+
+
+def test_no_more_rows_run_than_allowed(model):
+    read = []
+    model.embedding.register_forward_hook(lambda _, args, __: read.append(args[0].shape))
+    rollout = sample(model, max_rows=5)
+    steps = [shape[0] for shape in read if len(shape) == 2]  # prompts are read packed
+    assert max(steps) == 5
+    assert sum(steps) == int((rollout.lengths - 1).sum())  # no row computes what nobody reads
+
+
+def test_each_of_several_eos_ids_ends_a_completion(model):
+    rollout = sample(model, eos_token_id=[EOS, 0])
+    last = torch.stack([ids[-1] for ids in rollout.completion_ids])
+    assert {0, EOS} <= set(last[rollout.ended].tolist()) <= {0, EOS}
+    for ids in rollout.completion_ids:
+        assert not torch.isin(ids[:-1], torch.tensor([0, EOS])).any()
+
+
+def test_a_completion_ends_where_a_stop_string_is_complete(model):
+    def decode(ids):
+        return "".join("abcdef"[i] for i in ids)
+
+    plain = sample(model, eos_token_id=None)
+    rollout = sample(model, eos_token_id=None, stop_strings=["ab", "ddd"], decode=decode)
+    assert rollout.ended.any() and not rollout.ended.all()
+    pairs = zip(plain.completion_ids, rollout.completion_ids, rollout.ended.tolist(), strict=True)
+    for whole, ids, ended in pairs:
+        ends = [n for n in range(1, 13) if decode(whole[:n].tolist()).endswith(("ab", "ddd"))]
+        assert len(ids) == (ends[0] if ends else 12) and ended == bool(ends)
+        assert torch.equal(ids, whole[: len(ids)])
+
+
+def test_what_an_environment_answers_is_read_and_is_no_target(model):
+    asked = []
+
+    def environment(index, prompt, completion):
+        asked.append((index, prompt, completion))
+        return [1, 2, 3] if len(completion) < 5 else None
+
+    rollout = sample(model, environment=environment)
+    assert asked
+    answered = {index for index, _, completion in asked if len(completion) < 5}
+    logprobs = rollout.logprobs.split(rollout.lengths.tolist())
+    for index, (ids, written) in enumerate(
+        zip(rollout.completion_ids, rollout.is_target, strict=True)
+    ):
+        if index in answered:
+            at = int((ids == EOS).nonzero()[0])
+            assert ids[at + 1 : at + 4].tolist() == [1, 2, 3][: len(ids) - at - 1]
+            assert not written[at + 1 : at + 4].any() and written[: at + 1].all()
+        prompt = PROMPTS[rollout.group_ids[index]]
+        log_p = model(torch.cat([prompt, ids])[None])[0][0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = log_p.gather(1, ids[:, None])[:, 0][written]
+        torch.testing.assert_close(logprobs[index], expected, atol=1e-5, rtol=1e-5)
+    for index, prompt, completion in asked:
+        assert prompt == PROMPTS[index // 4].tolist() and completion[-1] == EOS
+        ids = rollout.completion_ids[index].tolist()
+        assert ids[: len(completion)] == completion
+
+
+def test_values_are_those_of_the_states_that_were_sampled_from(model):
+    rollout = sample(model, value_fn=lambda hidden: hidden.sum(-1), max_rows=5)
+    with torch.no_grad():
+        expected = model.packed_hidden(rollout.batch).sum(-1)
+    torch.testing.assert_close(rollout.values, expected, atol=1e-5, rtol=1e-5)
+    assert sample(model).values is None
+
+
+def test_take_cuts_all_that_is_known_of_completions(model):
+    rollout = sample(model, value_fn=lambda hidden: hidden.sum(-1))
+    rewards, is_used = torch.arange(len(rollout.token_ids)).float(), torch.arange(12) % 3 > 0
+    rollout = replace(rollout, rewards=rewards, is_used=is_used)
+    stays = torch.tensor([True, False, True, False] + [False] * 4 + [True] * 4)
+    part, rows = rollout.take(stays), stays.nonzero().squeeze(1)
+    tokens = stays.repeat_interleave(rollout.lengths)
+    for name in ("token_ids", "logprobs", "values", "rewards", "loss_mask"):
+        assert torch.equal(getattr(part, name), getattr(rollout, name)[tokens])
+    for name in ("group_ids", "ended", "is_used", "lengths"):
+        assert torch.equal(getattr(part, name), getattr(rollout, name)[rows])
+    whole = rollout.completion_ids
+    assert [x.tolist() for x in part.completion_ids] == [whole[i].tolist() for i in rows]
+    assert part.batch.layout.num_segments == 6 + 2  # the second prompt has gone
 
 
 def test_seeds_are_distinct_and_belong_to_their_key():

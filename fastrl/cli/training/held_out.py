@@ -34,7 +34,7 @@ def evaluate(
         "kl": result["kl"],
         "distinct_1": distinct_n(texts, 1),
         "distinct_2": distinct_n(texts, 2),
-        "completion_length": result["completion_length"],
+        "completion_length": result["completions/mean_length"],
         "samples": [group[0] for group in result["completions"]],
     }
 

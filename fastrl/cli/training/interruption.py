@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupted(Exception):
-    """The run was asked to stop.
+class Interrupted(BaseException):
+    """The run was asked to stop. No Exception: a reward function's errors are caught and counted.
 
     Args:
         signal_number: SIGINT or SIGTERM.
@@ -23,6 +23,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._is_at_once = False
 
     def check(self) -> None:
         """Raise Interrupted if a signal came."""
@@ -31,13 +32,20 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Catch signals; a second one stops at once, as it would have without us."""
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Catch signals; a second Ctrl-C stops at once, as it would have without us.
+
+        A second SIGTERM does not: whatever sends it may send it to the whole group of processes as
+        well, and it means the same.
+        """
+        numbers = (int(signal.SIGINT), int(signal.SIGTERM))
+        previous = {number: signal.getsignal(number) for number in numbers}
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             self.signal_number = number
-            for each, handler in previous.items():
-                signal.signal(each, handler)
+            if number == signal.SIGINT:
+                signal.signal(number, previous[number])
+            if self._is_at_once:
+                raise Interrupted(number)
 
         for number in previous:
             signal.signal(number, on_signal)
@@ -46,3 +54,13 @@ class StopRequest:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, a signal raises Interrupted where it comes: for work that nothing depends on."""
+        self.check()
+        self._is_at_once = True
+        try:
+            yield
+        finally:
+            self._is_at_once = False

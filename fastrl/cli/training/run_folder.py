@@ -8,12 +8,15 @@ learning_curve.png
 
 import fcntl
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
+
+from fastrl.trainers.loggers import finite, json_line
+
+Folder = TypeVar("Folder", bound="RunFolder")
 
 
 class RunFolderError(ValueError):
@@ -42,44 +45,50 @@ class RunFolder:
         path: the folder; `create` or `open` gives one that is ready.
     """
 
+    FIRST: ClassVar[str] = "config.json"  # the document that makes a folder that of a run
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.json"
+        self.config = path / self.FIRST
         self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
         self.results = path / "results.json"
         self.curve = path / "learning_curve.png"
 
     @classmethod
-    def create(cls, path: Path) -> "RunFolder":
+    def create(cls: type[Folder], path: Path) -> Folder:
         """Make a new folder, or take an empty one.
 
         Raises:
             RunFolderError: it holds a run or anything else, or cannot be made.
         """
-        folder = cls(path)
-        if folder.config.exists():
+        cls.check_new(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_be_made(path, error) from error
+        return cls(path)
+
+    @classmethod
+    def check_new(cls, path: Path) -> None:
+        """Raise a RunFolderError where `create` would for what stands there; writes nothing."""
+        if cls(path).config.exists():
             raise RunFolderError(
                 f"train: expected --output a new folder, got {path}, which already holds a run. "
                 f"Go on with it: fastrl train --resume {path}, or choose another folder."
             )
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            holds_files = any(path.iterdir())
+            holds_files = path.exists() and any(path.iterdir())
         except OSError as error:
-            raise RunFolderError(
-                f"train: expected --output a folder that can be made, got {path}: "
-                f"{error.strerror}. Choose another folder."
-            ) from error
+            raise _cannot_be_made(path, error) from error
         if holds_files:
             raise RunFolderError(
                 f"train: expected --output a new or empty folder, got {path} with files in it. "
                 "Choose another folder."
             )
-        return folder
 
     @classmethod
-    def open(cls, path: Path) -> "RunFolder":
+    def open(cls: type[Folder], path: Path) -> Folder:
         """The folder of a run that was begun.
 
         Raises:
@@ -88,7 +97,7 @@ class RunFolder:
         folder = cls(path)
         if not folder.config.is_file():
             raise RunFolderError(
-                f"train: expected --resume the folder of a run, got {path} without a config.json. "
+                f"train: expected --resume the folder of a run, got {path} without a {cls.FIRST}. "
                 "Pass the folder that `fastrl train` named when it started."
             )
         return folder
@@ -107,7 +116,7 @@ class RunFolder:
             yield
 
     def write_json(self, path: Path, document: dict[str, Any]) -> None:
-        text = json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(path, (text + "\n").encode())
 
     def read_json(self, path: Path) -> dict[str, Any]:
@@ -129,6 +138,13 @@ class RunFolder:
                 "Restore the file, or start a new run with another --output."
             )
         return document
+
+
+def _cannot_be_made(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"train: expected --output a folder that can be made, got {path}: "
+        f"{error.strerror}. Choose another folder."
+    )
 
 
 class MetricsLog:
@@ -155,16 +171,16 @@ class MetricsLog:
 
     def add(self, stage: str, record: dict[str, Any]) -> None:
         """Append a record; it is in the file when this returns."""
-        record = _finite({"stage": stage, **record})
+        record = finite({"stage": stage, **record})
         self.records.append(record)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_line(record))
+            file.write(json_line(record))
 
     def of_stage(self, stage: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record["stage"] == stage]
 
     def _rewrite(self) -> None:
-        write_atomically(self.path, "".join(map(_line, self.records)).encode())
+        write_atomically(self.path, "".join(map(json_line, self.records)).encode())
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -177,18 +193,3 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue  # cut short by an interruption
         if isinstance(record, dict) and isinstance(record.get("step"), int) and "stage" in record:
             yield record
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return value

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from fastrl.cli.training.held_out import evaluate
 from fastrl.cli.training.interruption import Interrupted, StopRequest
-from fastrl.cli.training.progress import StageProgress
 from fastrl.cli.training.run_folder import MetricsLog, RunFolder, RunFolderError
 from fastrl.cli.training.settings import TrainSettings
 from fastrl.cli.training.step_timing import compare_steps
@@ -32,6 +31,7 @@ from fastrl.trainers import (
     PolicyGradientConfig,
     PolicyGradientTrainer,
 )
+from fastrl.trainers.loggers import ProgressBar
 from fastrl.trainers.trainer import Trainer
 
 WARM_UP, POLICY_GRADIENT, ACTOR_CRITIC = "warm_up", "policy_gradient", "actor_critic"
@@ -146,11 +146,10 @@ class Run:
         self._evaluate(stage, trainer)
 
     @contextmanager
-    def _progress(self, stage: str, total: int, done: int) -> Iterator[StageProgress]:
+    def _progress(self, stage: str, total: int, done: int) -> Iterator[ProgressBar]:
         self.stage = stage
         self.stop.check()
-        progress = StageProgress(self.console, TITLES[stage], total, done)
-        with progress.shown():
+        with ProgressBar(total, title=TITLES[stage], done=done, console=self.console) as progress:
             yield progress
 
     def _evaluate(self, stage: str, trainer: Trainer) -> None:

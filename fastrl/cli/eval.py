@@ -1,0 +1,170 @@
+"""`fastrl eval MODEL`: what a model is worth on prompts, with intervals."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastrl.cli.sample import MODEL_HELP, add_sampling
+
+PROMPTS_AT_ONCE = 16
+# Fields of a recipe's config that say how completions are sampled and rewarded.
+OF_TRAINING = (
+    "max_new_tokens", "temperature", "eos_token_id", "stop_strings", "max_prompt_tokens",
+    "chat_template_kwargs", "precision", "max_rows", "micro_batch_tokens", "reward_timeout",
+    "reward_errors",
+)  # fmt: skip
+_DESCRIPTION = """\
+Rewards, entropy and KL of a model on prompts. Rewards and prompts are those of RECIPE (data.eval,
+or else data.prompts), of the run that MODEL is, or --rewards and --data.
+
+An interval is mean ± 1.96 standard errors over prompts, each with the mean of its completions.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0; 1 where a reward function raised, 2 for bad input."""
+    from fastrl.cli.recipes.command import explains, fail
+    from fastrl.cli.recipes.toml import RecipeError
+    from fastrl.trainers import RewardFunctionError
+
+    try:
+        return _eval(parser().parse_args(argv))
+    except SystemExit as error:  # of argparse
+        return error.code if isinstance(error.code, int) else 2
+    except RewardFunctionError as error:
+        return fail(str(error), 1)
+    except (RecipeError, ValueError, TypeError) as error:
+        if not explains(error):
+            raise
+        return fail(str(error).replace("train: ", "eval: ", 1))
+    except OSError as error:
+        return fail(f"eval: expected to write the result, got {error}.", 1)
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="fastrl eval",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    result.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    result.add_argument("recipe", nargs="?", metavar="RECIPE", help="as of fastrl train")
+    result.add_argument("--rewards", action="append", metavar="NAME", help="file.py:function")
+    result.add_argument("--weights", type=float, nargs="+", help="one for each --rewards")
+    result.add_argument("--data", metavar="FILE", help="prompts, as data.prompts of a recipe")
+    result.add_argument("--column", help="of the data, that is the prompt")
+    result.add_argument("--split", help="of a dataset by name")
+    result.add_argument("--limit", type=int, help="the first so many prompts alone")
+    result.add_argument("--reference", metavar="MODEL", help="whose KL divergence is measured")
+    result.add_argument("-n", type=int, metavar="N", help="completions of each prompt; default 1")
+    add_sampling(result, max_new_tokens=None)
+    result.add_argument("--json", metavar="FILE", help="write the result there too")
+    return result
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fastrl.cli.recipes.loading import open_model
+    from fastrl.cli.recipes.measure import measure, show_measured
+    from fastrl.trainers.loggers import finite
+
+    recipe = _recipe(options)
+    functions, weights = _rewards(options, recipe)
+    config, temperature = _config(options, recipe, weights)
+    prompts = _prompts(options, recipe)
+    how = {"tokenizer": options.tokenizer, "dtype": options.dtype, "device": options.device}
+    policy, tokenizer = open_model(options.model, **how)
+    reference = None if options.reference is None else open_model(options.reference, **how)[0]
+    result = measure(
+        policy,
+        functions,
+        prompts,
+        tokenizer=tokenizer,
+        config=config,
+        reference=reference,
+        temperature=temperature,
+        seed=options.seed,
+    )
+    result = {"model": options.model, **result}
+    if options.json is not None:
+        text = json.dumps(finite(result), indent=2, ensure_ascii=False, allow_nan=False)
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    show_measured(Console(highlight=False), result)
+    return 0
+
+
+def _recipe(options: argparse.Namespace) -> Any:
+    """The recipe that is named, or that of the run that MODEL is; else None."""
+    from fastrl.cli.recipes.loading import RECIPE
+    from fastrl.cli.recipes.parse import read_recipe
+    from fastrl.cli.recipes.schema import find_recipe
+
+    if options.recipe is not None:
+        return read_recipe(find_recipe(options.recipe))
+    own = Path(options.model) / RECIPE
+    return read_recipe(own) if own.is_file() else None
+
+
+def _rewards(options: argparse.Namespace, recipe: Any) -> tuple[list[Any], list[float] | None]:
+    from fastrl.cli.recipes.rewards import load_reward_functions
+    from fastrl.cli.recipes.toml import RecipeError
+
+    if options.rewards is not None:
+        return load_reward_functions(options.rewards), options.weights
+    if recipe is None:
+        raise RecipeError("eval: expected a RECIPE or --rewards NAME, got neither. Pass one.")
+    return load_reward_functions(recipe.rewards.functions), recipe.rewards.weights
+
+
+def _prompts(options: argparse.Namespace, recipe: Any) -> Any:
+    from fastrl.cli.recipes.build import held_out_prompts, training_prompts
+    from fastrl.cli.recipes.prompts import load_prompts
+    from fastrl.cli.recipes.toml import RecipeError
+
+    if options.data is not None:
+        return load_prompts(
+            options.data,
+            key="--data",
+            column=options.column or "prompt",
+            limit=options.limit,
+            split=options.split or "train",
+        )
+    if recipe is None:
+        raise RecipeError("eval: expected a RECIPE or --data FILE, got neither. Pass one.")
+    prompts = held_out_prompts(recipe) or training_prompts(recipe)
+    return (
+        prompts
+        if options.limit is None
+        else [prompts[i] for i in range(len(prompts))][: options.limit]
+    )
+
+
+def _config(
+    options: argparse.Namespace, recipe: Any, weights: Sequence[float] | None
+) -> tuple[Any, float]:
+    """How completions are sampled, and the temperature: as options, recipe or defaults say."""
+    from fastrl.cli.recipes.schema import Eval
+    from fastrl.trainers import PolicyGradientConfig
+
+    settings = Eval() if recipe is None else recipe.eval
+    fields: dict[str, Any] = {"max_new_tokens": 128, "temperature": 1.0}
+    if recipe is not None:
+        of_training = recipe.config()
+        fields = {name: getattr(of_training, name) for name in OF_TRAINING}
+    temperature = fields["temperature"] if settings.temperature is None else settings.temperature
+    if options.temperature is not None:
+        temperature = options.temperature
+    if options.max_new_tokens is not None:
+        fields["max_new_tokens"] = options.max_new_tokens
+    count = settings.completions_per_prompt if options.n is None else options.n
+    config = PolicyGradientConfig(
+        **fields,
+        prompts_per_step=PROMPTS_AT_ONCE,
+        completions_per_prompt=count,
+        reward_weights=None if weights is None else tuple(weights),
+    )
+    return config, temperature

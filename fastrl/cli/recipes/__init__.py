@@ -1,0 +1,1 @@
+"""Runs of `fastrl train RECIPE.toml`; `fastrl.cli.recipes.schema` says what a recipe is."""

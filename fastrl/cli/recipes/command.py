@@ -1,0 +1,132 @@
+"""`fastrl train RECIPE.toml`: options, exit status, and what is said when something is wrong."""
+
+import argparse
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastrl.cli.recipes import schema
+from fastrl.cli.recipes.toml import RecipeError
+
+if TYPE_CHECKING:
+    from fastrl.cli.training.interruption import StopRequest
+
+EPILOG = """\
+The run's folder gets recipe.toml as it was resolved, metrics.jsonl, samples.jsonl, tensorboard/,
+results.json and checkpoint/, which loads in AutoModelForCausalLM where the model is one of
+transformers. SIGTERM and Ctrl-C let the step end and save; a second Ctrl-C stops at once.
+
+Exit status: 0 finished, or stopped by SIGTERM with everything saved; 130 the same by Ctrl-C;
+1 training broke down; 2 bad input.
+
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; --help says what a recipe is as well."""
+    result = argparse.ArgumentParser(
+        prog="fastrl train",
+        description="Train a language model as a recipe says.",
+        epilog=EPILOG + (schema.__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    result.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="a .toml file, or tiny_grpo or tiny_ppo"
+    )
+    result.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="in place of the recipe's: --set train.learning_rate=1e-5; as often as you like",
+    )
+    result.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="go on with the run in FOLDER, with its recipe; without FOLDER and with a RECIPE: "
+        "go on with the run in --output, or start it where there is none",
+    )
+    result.add_argument(
+        "--output", metavar="FOLDER", help="the run's, new or empty; default runs/<date and time>"
+    )
+    return result
+
+
+def main(argv: list[str]) -> int:
+    """Exit status as in EPILOG."""
+    from fastrl.cli.training.interruption import Interrupted, StopRequest
+    from fastrl.cli.training.run_folder import RunFolderError
+    from fastrl.trainers import RewardFunctionError, checkpoint
+
+    stop = StopRequest()
+    try:
+        options = parser().parse_args(argv)
+        _check(options)
+        with stop.listening():
+            return _run(options, stop)
+    except SystemExit as error:  # of argparse
+        return error.code if isinstance(error.code, int) else 2
+    except (RecipeError, RunFolderError) as error:
+        return fail(str(error))
+    except RewardFunctionError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        return fail(str(error), 1)
+    except Interrupted as error:
+        status = 0 if error.signal_number == signal.SIGTERM else 128 + error.signal_number
+        return fail(f"train: stopped by {error} before it began; nothing was changed.", status)
+    except (ValueError, TypeError, FloatingPointError) as error:  # of the trainer
+        if not explains(error):
+            raise
+        return fail(str(error), 1)
+    except checkpoint.CheckpointError as error:
+        return fail(str(error), 1)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        return fail(f"train: expected to read and write the run's files, got {error}.", 1)
+    except KeyboardInterrupt:  # the second one: the first waits for the step to end
+        return fail("train: stopped at once. The last checkpoint stands: --resume the run.", 130)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.recipe is None and not options.resume:
+        raise RecipeError(
+            "train: expected a RECIPE.toml, or --resume FOLDER, got neither. "
+            "`fastrl train tiny_grpo` is a first one."
+        )
+    if options.resume == "" and options.output is None:
+        raise RecipeError(
+            "train: expected --output FOLDER beside --resume without a folder, got none. "
+            "Name the run that may go on."
+        )
+    if options.resume and options.output is not None:
+        raise RecipeError(
+            f"train: expected --resume {options.resume} without --output, got {options.output}. "
+            "A run goes on in its own folder."
+        )
+
+
+def _run(options: argparse.Namespace, stop: "StopRequest") -> int:
+    from fastrl.cli.recipes.run import go_on, start
+
+    if options.resume:
+        return go_on(Path(options.resume), options.recipe, options.set, stop)
+    output = None if options.output is None else Path(options.output)
+    if options.resume == "" and output is not None and (output / "recipe.toml").is_file():
+        return go_on(output, options.recipe, options.set, stop)
+    return start(options.recipe, options.set, output, stop)
+
+
+def explains(error: Exception) -> bool:
+    """Whether a message is one of ours, so that nobody needs to see where it came from."""
+    return isinstance(error, FloatingPointError) or ": expected " in str(error)
+
+
+def fail(message: str, status: int = 2) -> int:
+    """Say it on stderr; returns the status."""
+    print(message, file=sys.stderr)
+    return status

@@ -1,0 +1,119 @@
+"""Prompts from files, lists and datasets."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastrl.cli.recipes.toml import RecipeError
+
+
+def load_prompts(
+    source: str | list[str],
+    *,
+    key: str,
+    column: str = "prompt",
+    limit: int | None = None,
+    split: str = "train",
+    subset: str | None = None,
+) -> Any:
+    """Entries for a trainer: dicts with "prompt" and further columns, or a Dataset of them.
+
+    Args:
+        source: texts; a file .jsonl (objects, or texts), .json (a list of these) or .txt (a
+            prompt a line, empty lines left out); else a name for datasets.load_dataset.
+        key: what the source is called in a message.
+        column: which column is the prompt.
+        limit: the first so many alone.
+        split, subset: of a dataset by name.
+    Raises:
+        RecipeError: not there, damaged, empty, or without the column; with file and line.
+    """
+    if isinstance(source, list):
+        return [{"prompt": text} for text in source[:limit]]
+    path = Path(source)
+    readers = {".jsonl": _json_lines, ".json": _json, ".txt": _lines}
+    if path.suffix not in readers:
+        return _dataset(source, key, column, limit, split, subset)
+    try:
+        entries = readers[path.suffix](path.read_text(encoding="utf-8"), f"{key} {path}")
+    except OSError as error:
+        raise _bad(key, f"to be a file that can be read, got {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        got = f"byte {error.object[error.start]:#04x} at offset {error.start}"
+        raise _bad(f"{key} {path}", f"to be text in UTF-8, got {got}") from error
+    if not entries:
+        raise _bad(f"{key} {path}", "to hold at least one prompt, got none")
+    return [_entry(entry, place, column) for place, entry in entries[:limit]]
+
+
+def _json_lines(text: str, what: str) -> list[tuple[str, Any]]:
+    entries = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                entries.append((f"{what}, line {number},", json.loads(line)))
+            except ValueError as error:
+                raise _bad(f"{what}, line {number},", f"to be JSON, got {error}") from error
+    return entries
+
+
+def _json(text: str, what: str) -> list[tuple[str, Any]]:
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise _bad(what, f"to be JSON, got {error}") from error
+    if not isinstance(document, list):
+        raise _bad(what, f"to be a list of prompts, got {type(document).__name__}")
+    return [(f"{what}, entry {index},", entry) for index, entry in enumerate(document)]
+
+
+def _lines(text: str, what: str) -> list[tuple[str, Any]]:
+    lines = enumerate(text.splitlines(), 1)
+    return [(f"{what}, line {number},", line) for number, line in lines if line.strip()]
+
+
+def _entry(entry: Any, place: str, column: str) -> dict[str, Any]:
+    if isinstance(entry, str) and entry:
+        return {"prompt": entry}
+    if not isinstance(entry, dict):
+        raise _bad(place, f"to be a text or an object, got {entry!r}")
+    if column not in entry:
+        raise _bad(place, f'to have "{column}", got {_listed(entry)}', "data.column names it")
+    columns = {name: value for name, value in entry.items() if name != column}
+    return {**columns, "prompt": entry[column]}
+
+
+def _dataset(
+    name: str, key: str, column: str, limit: int | None, split: str, subset: str | None
+) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise _bad(
+            key,
+            f"to be a file .jsonl, .json or .txt, got {name}",
+            "A dataset by name needs `pip install datasets`",
+        ) from error
+    try:
+        dataset = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # of the network, of the hub, of the dataset's own files
+        raise _bad(
+            key, f"a dataset that can be loaded, got {name} (split {split}): {error}"
+        ) from error
+    if column not in dataset.column_names:
+        columns = _listed(dataset.column_names)
+        raise _bad(f"{key} {name}", f'to have "{column}", got {columns}', "data.column names it")
+    if column != "prompt":
+        if "prompt" in dataset.column_names:
+            dataset = dataset.remove_columns("prompt")
+        dataset = dataset.rename_column(column, "prompt")
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def _listed(names: Sequence[str] | dict[str, Any]) -> str:
+    return ", ".join(f'"{name}"' for name in names) or "nothing"
+
+
+def _bad(what: str, expected: str, remedy: str = "") -> RecipeError:
+    return RecipeError(f"train: expected {what} {expected}. {remedy or 'Correct it'}.")

@@ -1,0 +1,223 @@
+"""One run of a recipe: its folder, its trainer and loggers, from wherever it stands."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from fastrl.cli.recipes.build import build_trainer, check_prompts, held_out_prompts
+from fastrl.cli.recipes.parse import read_recipe
+from fastrl.cli.recipes.result import show_result
+from fastrl.cli.recipes.schema import Recipe, find_recipe
+from fastrl.cli.recipes.toml import RecipeError, write_toml
+from fastrl.cli.training.interruption import Interrupted, StopRequest
+from fastrl.cli.training.run_folder import RunFolder, RunFolderError, write_atomically
+from fastrl.trainers import checkpoint
+from fastrl.trainers.loggers import JsonLines, ProgressBar, SampleTable, TensorBoard
+from fastrl.trainers.prompts import PromptDataset
+
+BEFORE, AFTER = "before", "after"  # the entries of results.json
+EVALUATION_SEED = 12345  # the same at every step, so that differences are paired
+
+
+class RecipeFolder(RunFolder):
+    """The folder of a run that a recipe describes.
+
+    recipe.toml  metrics.jsonl  samples.jsonl  tensorboard/  results.json  checkpoint/
+    """
+
+    FIRST: ClassVar[str] = "recipe.toml"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.samples = path / "samples.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoint = path / "checkpoint"
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        write_atomically(self.config, write_toml(recipe.to_dict()).encode())
+
+
+def start(name: str, sets: Sequence[str], output: Path | None, stop: StopRequest) -> int:
+    """A new run; nothing is written before its recipe, data and model are known to be good."""
+    recipe = read_recipe(find_recipe(name), sets)
+    path = output or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    RecipeFolder.check_new(path)
+    with stop.at_once():
+        trainer = build_trainer(recipe, path)
+        held_out = _held_out(recipe, trainer)
+    folder = RecipeFolder.create(path)
+    with folder.lock():
+        folder.write_recipe(recipe)
+        return Run(recipe, folder, trainer, held_out, stop).go_on()
+
+
+def go_on(path: Path, name: str | None, sets: Sequence[str], stop: StopRequest) -> int:
+    """A run that was begun, from its last checkpoint, or from its start where it has none.
+
+    Args:
+        path: its folder.
+        name: a recipe, which has to be the run's own but for what a run may change; None: that.
+        sets: as for `start`.
+    """
+    folder = RecipeFolder.open(path)
+    with folder.lock():
+        saved = read_recipe(folder.config)
+        recipe = read_recipe(folder.config if name is None else find_recipe(name), sets)
+        different = recipe.differences(saved)
+        if different:
+            raise RecipeError(
+                f"train: expected the recipe of the run in {path}, got another "
+                f"{', '.join(different)}. A run goes on with its own; start a new one for others."
+            )
+        with stop.at_once():
+            trainer = build_trainer(recipe, path)
+            held_out = _held_out(recipe, trainer)
+            _resume(trainer, folder)
+        if recipe.to_dict() != saved.to_dict():
+            folder.write_recipe(recipe)
+        return Run(recipe, folder, trainer, held_out, stop).go_on()
+
+
+def _resume(trainer: Any, folder: RecipeFolder) -> None:
+    """From the last checkpoint; a run that was stopped before its first one begins again."""
+    if not checkpoint.exists(folder.checkpoint):
+        return
+    try:
+        trainer.resume(folder.checkpoint)
+    except ValueError as error:
+        raise RunFolderError(
+            f"{error} Or delete {folder.checkpoint} to begin again, and resume."
+        ) from error
+
+
+def _held_out(recipe: Recipe, trainer: Any) -> Any:
+    entries = held_out_prompts(recipe)
+    if entries is not None:
+        dataset = PromptDataset(
+            entries,
+            trainer.policy.vocab_size,
+            trainer.tokenizer,
+            max_prompt_tokens=trainer.config.max_prompt_tokens,
+            chat_template_kwargs=trainer.config.chat_template_kwargs,
+        )
+        check_prompts(dataset, "data.eval")
+    return entries
+
+
+@dataclass
+class Run:
+    """A trainer that stands where the run stands, in a folder that is locked."""
+
+    recipe: Recipe
+    folder: RecipeFolder
+    trainer: Any
+    held_out: list[Any] | None
+    stop: StopRequest
+
+    def __post_init__(self) -> None:
+        self.console = Console(highlight=False)
+        exists = self.folder.results.exists()
+        self.results = self.folder.read_json(self.folder.results) if exists else {}
+
+    def go_on(self) -> int:
+        """Train to the end; the exit status."""
+        transformers_logging.disable_progress_bar()  # of each checkpoint, across ours
+        self._say(
+            f"{self.recipe.algorithm}: {len(self.trainer.dataset)} prompts, "
+            f"{len(self.held_out or ())} held out; run folder {self.folder.path}"
+        )
+        try:
+            with ExitStack() as stack:
+                self.stop.check()
+                self._train(stack)
+        except Interrupted as error:
+            self.trainer.save(self.folder.checkpoint)
+            print(
+                f"\nStopped by {error} after step {self.trainer.step}. Everything is saved; go on "
+                f"with: fastrl train --resume {self.folder.path}",
+                file=sys.stderr,
+            )
+            return 0 if error.signal_number == signal.SIGTERM else 128 + error.signal_number
+        show_result(self.console, self.folder.metrics, self.results, self.recipe)
+        self._say(f"\nThe run and its checkpoint are in {self.folder.path}")
+        return 0
+
+    def _train(self, stack: ExitStack) -> None:
+        trainer, step = self.trainer, self.trainer.step
+        # The bar comes last, so that it is the first to go when something fails.
+        loggers = [stack.enter_context(logger) for logger in self._loggers(step)]
+        if step == 0 and BEFORE not in self.results:
+            self._evaluate(BEFORE)
+        every, last = self.recipe.eval.every, trainer.config.max_steps
+
+        def on_step(record: dict[str, float]) -> None:
+            figures: dict[str, float] = {}
+            try:
+                if every and trainer.step % every == 0 and trainer.step < last:
+                    figures = self._evaluation()[0]
+            finally:  # a step that was taken is logged, whatever becomes of its evaluation
+                for logger in loggers:
+                    logger({**record, **figures})
+            self.stop.check()
+
+        trainer.train(on_step=on_step)
+        if self.results.get(AFTER, {}).get("step") != trainer.step:
+            self._evaluate(AFTER)
+
+    def _loggers(self, step: int) -> list[Any]:
+        log, folder, trainer = self.recipe.log, self.folder, self.trainer
+        loggers: list[Any] = [JsonLines(folder.metrics, step=step)]
+        if log.tensorboard:
+            loggers.append(TensorBoard(folder.tensorboard, step=step))
+        if log.samples_every:
+            loggers.append(
+                SampleTable(
+                    trainer.samples,
+                    folder.samples,
+                    every=log.samples_every,
+                    rows=log.samples_shown,
+                    console=self.console,
+                    step=step,
+                )
+            )
+        total = trainer.config.max_steps
+        loggers.append(
+            ProgressBar(total, title=self.recipe.algorithm, done=step, console=self.console)
+        )
+        return loggers
+
+    def _evaluate(self, entry: str) -> None:
+        """Put an evaluation of the held-out prompts into results.json."""
+        figures, prompt_rewards = self._evaluation() if self.held_out else ({}, [])
+        self.results[entry] = {
+            "step": self.trainer.step,
+            **figures,
+            "prompt_rewards": prompt_rewards,
+        }
+        self.folder.write_json(self.folder.results, self.results)
+
+    def _evaluation(self) -> tuple[dict[str, float], list[float]]:
+        """The figures as "eval/<name>", and each prompt's mean reward; a signal ends it at once."""
+        if not self.held_out:
+            return {}, []
+        settings = self.recipe.eval
+        with self.stop.at_once():
+            result = self.trainer.evaluate(
+                self.held_out,
+                completions_per_prompt=settings.completions_per_prompt,
+                temperature=settings.temperature,
+                seed=EVALUATION_SEED,
+            )
+        numbers = {f"eval/{k}": v for k, v in result.items() if isinstance(v, int | float)}
+        return numbers, result["prompt_rewards"]
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)

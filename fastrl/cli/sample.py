@@ -1,0 +1,149 @@
+"""`fastrl sample MODEL`: completions, with their log-probabilities."""
+
+import argparse
+import json
+import math
+import sys
+from typing import Any
+
+MODEL_HELP = "a run's folder, a checkpoint's, or a name or folder for AutoModelForCausalLM"
+_SAMPLE = 3  # a stream of random numbers apart from those of training and evaluation
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0; 2 for bad input."""
+    from fastrl.cli.recipes.command import explains, fail
+    from fastrl.cli.recipes.toml import RecipeError
+
+    try:
+        return _sample(parser().parse_args(argv))
+    except SystemExit as error:  # of argparse
+        return error.code if isinstance(error.code, int) else 2
+    except (RecipeError, ValueError, TypeError) as error:
+        if not explains(error):
+            raise
+        return fail(str(error).replace("train: ", "sample: ", 1))
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="fastrl sample", description="Sample completions of prompts.", allow_abbrev=False
+    )
+    result.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    result.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
+    result.add_argument("--file", metavar="FILE", help="of prompts: .txt, .jsonl or .json")
+    result.add_argument("--column", default="prompt", help="of the file, that is the prompt")
+    result.add_argument("--limit", type=int, help="the file's first so many prompts alone")
+    result.add_argument("--chat", action="store_true", help="prompts are a user's messages")
+    result.add_argument("-n", type=int, default=1, metavar="N", help="completions of each prompt")
+    add_sampling(result, max_new_tokens=128)
+    result.add_argument("--top-k", type=int, help="from the k likeliest tokens")
+    result.add_argument("--top-p", type=float, help="from the likeliest tokens of this share")
+    result.add_argument("--json", action="store_true", help="a JSON object a line, on stdout")
+    return result
+
+
+def add_sampling(result: argparse.ArgumentParser, max_new_tokens: int | None) -> None:
+    """The options that `fastrl sample` and `fastrl eval` share."""
+    result.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    result.add_argument("--temperature", type=float, help="0: the likeliest tokens; default 1")
+    result.add_argument("--seed", type=int, default=0, help="the same seed, the same completions")
+    result.add_argument("--tokenizer", help='in place of the model\'s own; "bytes" for bytes')
+    result.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    result.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def _sample(options: argparse.Namespace) -> int:
+    import torch
+
+    from fastrl.cli.recipes.loading import open_model
+    from fastrl.cli.recipes.models import end_ids
+    from fastrl.rollout import completion_seeds, generate
+    from fastrl.trainers.prompts import PromptDataset
+
+    entries = _prompts(options)
+    policy, tokenizer = open_model(
+        options.model, tokenizer=options.tokenizer, dtype=options.dtype, device=options.device
+    )
+    dataset = PromptDataset(entries, policy.vocab_size, tokenizer)
+    device = policy.head.weight.device
+    ends = end_ids(policy, tokenizer)
+    examples = [dataset[index] for index in range(len(dataset))]
+    rollout = generate(
+        policy,
+        [example.token_ids.to(device) for example in examples],
+        completions_per_prompt=options.n,
+        max_new_tokens=options.max_new_tokens,
+        seeds=completion_seeds(options.seed, _SAMPLE, torch.arange(len(examples)), options.n),
+        temperature=1.0 if options.temperature is None else options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        eos_token_id=ends or None,
+        max_rows=64,
+    )
+    logprobs = rollout.logprobs.cpu().split(rollout.lengths.tolist())
+    completions = [ids.tolist() for ids in rollout.completion_ids]
+    groups, ended = rollout.group_ids.tolist(), rollout.ended.tolist()
+    found = [
+        {
+            "prompt": examples[group].prompt,
+            "completion": dataset.decode(ids, ends),
+            "logprob": math.fsum(row.tolist()) / max(1, row.numel()),
+            "ended": end,
+            "token_ids": ids,
+            "logprobs": row.tolist(),
+        }
+        for group, ids, end, row in zip(groups, completions, ended, logprobs, strict=True)
+    ]
+    _show(found, options)
+    return 0
+
+
+def _prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from fastrl.cli.recipes.prompts import load_prompts
+    from fastrl.cli.recipes.toml import RecipeError
+
+    for name in ("n", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            option = "-n" if name == "n" else "--max-new-tokens"
+            raise RecipeError(f"sample: expected {option} >= 1, got {getattr(options, name)}.")
+    entries = [{"prompt": text} for text in options.prompt]
+    if options.file is not None:
+        entries += load_prompts(
+            options.file, key="--file", column=options.column, limit=options.limit
+        )
+    if not entries:
+        raise RecipeError("sample: expected --prompt TEXT or --file FILE, got neither. Pass one.")
+    if options.chat:
+        entries = [{"prompt": [{"role": "user", "content": e["prompt"]}]} for e in entries]
+    return entries
+
+
+def _show(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    if options.json:
+        for entry in found:
+            print(json.dumps(entry, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, file=sys.stdout)
+    temperature = 1.0 if options.temperature is None else options.temperature
+    for index, entry in enumerate(found):
+        if index % options.n == 0:
+            prompt = entry["prompt"]
+            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            console.print(f"\n[bold]{escape(text)}[/bold]", soft_wrap=True)
+        tokens, end = len(entry["token_ids"]), "ended" if entry["ended"] else "cut"
+        console.print(
+            f"[dim]{index % options.n + 1}. log-prob {entry['logprob']:.3f} a token, "
+            f"{tokens} tokens, {end}[/dim]",
+            soft_wrap=True,
+        )
+        console.print(entry["completion"], markup=False, soft_wrap=True)
+    scale = (
+        "of greedy sampling at temperature 1"
+        if temperature == 0
+        else f"at temperature {temperature:g}"
+    )
+    console.print(f"\n[dim]Log-probabilities {scale}, in nats.[/dim]", soft_wrap=True)

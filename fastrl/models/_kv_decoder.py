@@ -1,0 +1,270 @@
+"""Decoding with the layers of a transformers model: a prompt is read once, for all its rows.
+
+A finished row leaves every matrix product at once. In the cache it stays, as a row without keys of
+its own, until a fifth of the rows are such or their room is needed: to move is dear, to skip is
+not.
+"""
+
+from bisect import bisect_left
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrl import ops
+from fastrl.layout import PackedLayout
+from fastrl.models._kv_cache import KVCache
+from fastrl.ops._checks import fail
+
+_TOKENS_AT_A_TIME = 16384  # of prompts that are read together; bounds the layers' activations
+_OTHER_MODEL = "Its caches cannot be kept by layer: take another model."
+
+
+class KVDecoder:
+    """`fastrl.models.Decoder` of a transformers model on fastrl's attention.
+
+    It is also what the attention function calls in each layer (`fastrl.hf._attention.Decoding`).
+
+    Args:
+        trunk: the model below its head.
+        max_rows: most rows at a time.
+        max_new_tokens: each row reads fewer than these.
+    Raises:
+        ValueError: layers of the model share caches, or do not say which layer they are.
+    """
+
+    def __init__(self, trunk: nn.Module, max_rows: int, max_new_tokens: int) -> None:
+        config: Any = trunk.config
+        if getattr(config, "num_kv_shared_layers", 0):
+            got = f"num_kv_shared_layers {config.num_kv_shared_layers}"
+            raise fail("decoder", "a cache of its own in each layer", got, _OTHER_MODEL)
+        self._trunk, self._num_layers = trunk, config.num_hidden_layers
+        self._cache = KVCache(max_rows, max(max_new_tokens - 1, 1))
+        self._device = next(trunk.parameters()).device
+        self._prompts = _Prompts()
+        self._where: tuple[Tensor, Tensor] | None = None  # place and position of what is being read
+        self._stored: list[int] = []  # the layers that have stored it
+
+        self._owners: list[int] = []  # the prompt of each row of the cache
+        none = torch.zeros(0, dtype=torch.int64, device=self._device)
+        # Of the rows that run: where they stand, how much they have read, and behind how much.
+        self._rows = self._num_read = self._prompt_length = none
+        self._runs = self._key_end = none.int()  # of each row of the cache: 1 or 0, and its keys
+        self._most_read = 0  # bound of all _num_read
+        self._prefixes: dict[str, Any] | None = None  # of the rows; None where they have changed
+        self._in_use: dict[int, tuple[Tensor, ...]] = {}  # what of each layer's buffers
+        self._written = none  # where, of the rows' buffers, this step writes
+        self._no_mask = none.view(1, 1, 1, 0)  # transformers makes none beside one of four axes
+
+    @property
+    def most_keys(self) -> int:
+        return self._cache.length + self._cache.max_tokens
+
+    @torch.no_grad()
+    def read(self, prompts: list[Tensor]) -> Tensor:
+        lengths = [len(prompt) for prompt in prompts]
+        if self._prompts.are_full(lengths, self._cache.places, self._cache.length):
+            kept = self._prompts.move_to_the_start(self._owners)
+            self._cache.resize_prompts(*self._prompts.sizes(lengths, self._cache.places), kept)
+        place = self._prompts.add(lengths)
+        self._prefixes = None
+        hidden, begin = [], 0
+        while begin < len(prompts):
+            end, num_tokens = begin + 1, lengths[begin]
+            while end < len(prompts) and num_tokens + lengths[end] <= _TOKENS_AT_A_TIME:
+                num_tokens, end = num_tokens + lengths[end], end + 1
+            hidden.append(self._read_packed(prompts[begin:end], place + begin))
+            begin = end
+        return torch.cat(hidden)
+
+    def _read_packed(self, prompts: list[Tensor], place: int) -> Tensor:
+        bounds = torch.tensor([0] + [len(prompt) for prompt in prompts]).cumsum(0)
+        roots = torch.full((len(prompts),), -1, dtype=torch.int32)
+        layout = PackedLayout(bounds.int(), roots).to(self._device)
+        self._where = layout.segment_ids + place, layout.position_ids
+        self._stored.clear()
+        output = self._trunk(
+            input_ids=torch.cat(prompts)[None],
+            position_ids=layout.position_ids[None],
+            use_cache=False,
+            layout=layout,
+            decoding=self,
+        )
+        self._where = None
+        if sorted(self._stored) != list(range(self._num_layers)):
+            expected = f"keys from each of {self._num_layers} layers, once"
+            raise fail("decoder", expected, f"those of layers {self._stored}", _OTHER_MODEL)
+        return output.last_hidden_state[0, (bounds[1:] - 1).to(self._device)]
+
+    def store(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
+        """Of the attention function: keys and values [1, Hkv, N, D] of the prompts being read."""
+        index = getattr(module, "layer_idx", None)
+        if index is None:
+            where = type(module).__name__
+            raise fail("decoder", f"layer_idx in {where}", "none", _OTHER_MODEL)
+        self._stored.append(index)
+        layer = self._cache.layer(index, key)
+        assert self._where is not None
+        place, position = self._where
+        for cache, x in ((layer.prompt_key, key), (layer.prompt_value, value)):
+            cache[place, :, position] = x[0].transpose(0, 1).to(cache.dtype)
+
+    @torch.no_grad()
+    def open(self, prompts: list[int]) -> None:
+        if not prompts:
+            return
+        if len(self._owners) + len(prompts) > self._cache.max_rows:
+            self._compact()
+        begin, count = len(self._owners), len(prompts)
+        if begin + count > self._cache.max_rows:
+            limit = f"at most max_rows = {self._cache.max_rows} rows"
+            raise fail("decoder", limit, begin + count, "Open fewer.")
+        self._owners += prompts
+        lengths = self._on_device([self._prompts.length_of(prompt) for prompt in prompts])
+        new = torch.arange(begin, begin + count, device=self._device)
+        self._prompts.last_opened = prompts[-1]
+        self._rows = torch.cat([self._rows, new])
+        self._num_read = torch.cat([self._num_read, torch.zeros_like(new)])
+        self._prompt_length = torch.cat([self._prompt_length, lengths])
+        self._key_end = torch.cat([self._key_end, torch.zeros_like(new).int()])
+        self._runs = torch.cat([self._runs, torch.ones_like(new).int()])
+        self._prefixes = None
+
+    @torch.no_grad()
+    def step(self, token_ids: Tensor) -> Tensor:
+        if self._prefixes is None:
+            self._settle()
+        self._key_end += self._runs
+        self._written = self._rows * self._cache.max_tokens + self._num_read
+        self._most_read += 1
+        output = self._trunk(
+            input_ids=token_ids[:, None],
+            position_ids=(self._prompt_length + self._num_read)[:, None],
+            attention_mask=self._no_mask,
+            use_cache=False,
+            decoding=self,
+        )
+        self._num_read += 1
+        return output.last_hidden_state[:, 0]
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **numbers: Any
+    ) -> Tensor:
+        """Of the attention function: one token a row, [R, H, 1, D] each, into the cache."""
+        flat_key, flat_value, own_key, own_value, *prompts = self._in_use[module.layer_idx]  # type: ignore[index]
+        dtype = own_key.dtype
+        for cache, x in ((flat_key, key), (flat_value, value)):
+            cache.index_copy_(0, self._written, x.reshape(len(x), -1).to(dtype))
+        query = query.to(dtype)
+        all_run = len(query) == len(own_key)
+        if not all_run:
+            some = query.new_zeros((len(own_key), *query.shape[1:]))
+            query = some.index_copy_(0, self._rows, query)
+        assert self._prefixes is not None
+        output = ops.decode_attention(
+            query,
+            own_key,
+            own_value,
+            key_end=self._key_end,
+            prefix_key=prompts[0],
+            prefix_value=prompts[1],
+            **self._prefixes,
+            **numbers,
+        )
+        assert isinstance(output, Tensor)
+        return output if all_run else output.index_select(0, self._rows)
+
+    @torch.no_grad()
+    def keep(self, rows: Tensor) -> None:
+        self._rows = self._rows[rows]
+        self._num_read, self._prompt_length = self._num_read[rows], self._prompt_length[rows]
+        if len(self._rows) < 0.8 * len(self._owners):
+            self._compact()
+        else:
+            self._runs = torch.zeros_like(self._runs).index_fill_(0, self._rows, 1)
+            self._key_end *= self._runs
+
+    def _compact(self) -> None:
+        """Close the gaps that finished rows have left."""
+        rows = self._rows.tolist()
+        begin = next((i for i, row in enumerate(rows) if i != row), len(rows))
+        most = min(self._most_read, self._cache.max_tokens)
+        self._cache.move_rows(self._rows[begin:], begin, most)
+        self._owners = [self._owners[row] for row in rows]
+        self._rows = torch.arange(len(rows), device=self._device)
+        self._key_end, self._runs = self._num_read.int(), torch.ones_like(self._rows).int()
+        self._most_read = 0 if not rows else self._most_read
+        self._prefixes = None
+
+    def _settle(self) -> None:
+        """What attention is told of the prompts, once after a change of rows or prompts."""
+        self._prompts.forget_leading(self._owners)
+        places, lengths, bounds = self._prompts.in_use(self._owners)
+        self._prefixes = {
+            "prefix_end": self._on_device(lengths).int(),
+            "prefix_cu_rows": self._on_device(bounds).int(),
+        }
+        rows = slice(len(self._owners))
+        for index, x in self._cache.layers.items():
+            flat = (x.key.flatten(0, 1).flatten(1), x.value.flatten(0, 1).flatten(1))
+            own = (x.key[rows].transpose(1, 2), x.value[rows].transpose(1, 2))
+            self._in_use[index] = *flat, *own, x.prompt_key[places], x.prompt_value[places]
+
+    def _on_device(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, device=self._device)
+
+
+class _Prompts:
+    """Which prompts stand in the cache, and where: rising numbers at rising places."""
+
+    def __init__(self) -> None:
+        self.last_opened = 0
+        self._num_read = 0
+        self._first = 0  # places before it are free
+        self._numbers: list[int] = []  # at each place from the first on
+        self._lengths: list[int] = []
+
+    def length_of(self, number: int) -> int:
+        return self._lengths[bisect_left(self._numbers, number)]
+
+    def forget_leading(self, owners: list[int]) -> None:
+        """Those at the start that no row continues, nor ever will."""
+        needed = min(owners[0], self.last_opened) if owners else self.last_opened
+        gone = bisect_left(self._numbers, needed)
+        del self._numbers[:gone], self._lengths[:gone]
+        self._first += gone
+
+    def are_full(self, lengths: list[int], places: int, length: int) -> bool:
+        """Whether more prompts of these lengths need other places than there are."""
+        return max(lengths) > length or self._first + len(self._numbers) + len(lengths) > places
+
+    def move_to_the_start(self, owners: list[int]) -> list[int]:
+        """Forget all that no row continues, nor ever will; the places where the others stood."""
+        continued = set(owners)
+        stay = [i for i, x in enumerate(self._numbers) if x in continued or x >= self.last_opened]
+        places = [self._first + i for i in stay]
+        self._numbers = [self._numbers[i] for i in stay]
+        self._lengths = [self._lengths[i] for i in stay]
+        self._first = 0
+        return places
+
+    def sizes(self, lengths: list[int], places: int) -> tuple[int, int]:
+        """(places, length) of a buffer for what is here and for more prompts of these lengths."""
+        needed = len(self._numbers) + len(lengths)
+        # The first buffer fits; later ones leave room, so that few reads move what is there.
+        places = max(places, needed + needed // 2) if places else needed
+        return places, max([*lengths, *self._lengths])
+
+    def add(self, lengths: list[int]) -> int:
+        """More prompts; returns the place of the first of them."""
+        place = self._first + len(self._numbers)
+        self._numbers += range(self._num_read, self._num_read + len(lengths))
+        self._lengths += lengths
+        self._num_read += len(lengths)
+        return place
+
+    def in_use(self, owners: list[int]) -> tuple[slice, list[int], list[int]]:
+        """The places, the length of each one's prompt, and [P + 1] where the rows of each begin."""
+        places = slice(self._first, self._first + len(self._numbers))
+        bounds = [bisect_left(owners, number) for number in self._numbers]
+        return places, self._lengths, [*bounds, len(owners)]

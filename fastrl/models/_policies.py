@@ -1,0 +1,257 @@
+"""Policies from what people have: models, names, folders. Public in storage.py."""
+
+import copy
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrl.layout import PackedBatch
+from fastrl.models.hugging_face import HuggingFacePolicy, evaluating
+from fastrl.models.lstm import LSTMLanguageModel
+from fastrl.models.protocol import Decoder, Head, PolicyModel
+from fastrl.ops._checks import fail, wrong_type
+
+_CONFIG, _WEIGHTS, _ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
+
+
+def as_policy(model: Any) -> Any:
+    """A policy of what people have.
+
+    Args:
+        model: a policy, which comes back as it is; a causal language model of transformers, bare
+            or in a PeftModel, which is wrapped and from then on uses fastrl's attention; or the
+            name or folder of one, or a folder of `save_model`, which is loaded.
+    Returns:
+        An nn.Module with the methods of `fastrl.models.PolicyModel`.
+    Raises:
+        ValueError: transformers' model is not one that `fastrl.hf` supports; a broken folder.
+        TypeError: something else.
+    """
+    if isinstance(model, (str, Path)):
+        return load_policy(model)
+    if isinstance(model, nn.Module):
+        if isinstance(model, PolicyModel):
+            return model
+        if hasattr(model, "peft_config") or _is_of_transformers(model):
+            return HuggingFacePolicy(model)
+    expected = "model with the methods of fastrl.models.PolicyModel or one of transformers"
+    remedy = "Pass an LSTMLanguageModel, a ...ForCausalLM, a PeftModel, or a name."
+    raise wrong_type("as_policy", expected, type(model).__name__, remedy)
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    return any(cls.__module__.partition(".")[0] == "transformers" for cls in type(model).__mro__)
+
+
+def reference_policy(policy: Any) -> PolicyModel:
+    """The policy as it is now, frozen and in evaluation mode: what training may not stray from.
+
+    With a PEFT adapter it is the model without the adapter, and shares its weights; of another
+    policy it is a copy.
+    """
+    if isinstance(policy, HuggingFacePolicy) and policy.adapter is not None:
+        return _WithoutAdapter(policy)
+    return copy.deepcopy(policy).requires_grad_(False).eval()
+
+
+class _WithoutAdapter:
+    """A policy with its adapter off for as long as it computes."""
+
+    def __init__(self, policy: HuggingFacePolicy) -> None:
+        self._policy = policy
+        self.vocab_size, self.hidden_dim = policy.vocab_size, policy.hidden_dim
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._policy.config
+
+    @property
+    def head(self) -> Head:
+        head = self._policy.head
+        bias = None if head.bias is None else head.bias.detach()
+        return Head(head.weight.detach(), bias, head.softcap, head.scale)
+
+    def hidden_states(self, token_ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        with self.computing():
+            return self._policy.hidden_states(token_ids, state)
+
+    def packed_hidden(self, batch: PackedBatch) -> Tensor:
+        with self.computing():
+            return self._policy.packed_hidden(batch)
+
+    def decoder(self, max_rows: int, max_new_tokens: int) -> Decoder:
+        return _DecoderWithoutAdapter(self, self._policy.decoder(max_rows, max_new_tokens))
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        adapter: Any = self._policy.adapter
+        # PEFT's context makes all weights of the adapter trainable when it ends.
+        trained = [(x, x.requires_grad) for x in adapter.parameters()]
+        try:
+            with torch.no_grad(), evaluating(adapter), adapter.disable_adapter():
+                yield
+        finally:
+            for weight, is_trained in trained:
+                weight.requires_grad_(is_trained)
+
+
+class _DecoderWithoutAdapter:
+    def __init__(self, policy: _WithoutAdapter, decoder: Decoder) -> None:
+        self._policy, self._decoder = policy, decoder
+        self.open, self.keep = decoder.open, decoder.keep
+
+    def read(self, prompts: list[Tensor]) -> Tensor:
+        with self._policy.computing():
+            return self._decoder.read(prompts)
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        with self._policy.computing():
+            return self._decoder.step(token_ids)
+
+
+def save_policy(policy: Any, folder: Path) -> None:
+    """See `fastrl.models.save_model`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(policy, LSTMLanguageModel):
+        document = json.dumps(policy.config, indent=2) + "\n"
+        (folder / _CONFIG).write_text(document, encoding="utf-8")
+        write_tensors(policy.state_dict(), folder / _WEIGHTS)
+    elif isinstance(policy, HuggingFacePolicy):
+        with _without_progress_bars():  # a training run has one of its own
+            if policy.adapter is None:
+                policy.model.save_pretrained(folder)  # type: ignore[operator]
+            else:
+                _save_adapter(policy, folder)
+    else:
+        expected = "an LSTMLanguageModel, a HuggingFacePolicy or an ActorCritic of these"
+        remedy = "Save its state_dict yourself."
+        raise wrong_type("save_model", expected, type(policy).__name__, remedy)
+
+
+def _save_adapter(policy: HuggingFacePolicy, folder: Path) -> None:
+    """The adapter; and where it does not say whose it is, the model below it too."""
+    adapter: Any = policy.adapter
+    if list(adapter.peft_config) != ["default"]:
+        got, remedy = ", ".join(adapter.peft_config), "Use its own save_pretrained."
+        raise fail("save_model", 'one adapter, named "default"', got, remedy)
+    if not adapter.peft_config["default"].base_model_name_or_path:
+        prefix = adapter.base_model.prefix  # of the adapter's own weights
+        weights = {
+            name.replace(".base_layer.", ".").replace(".original_module.", "."): weight
+            for name, weight in policy.causal.state_dict().items()
+            if prefix not in name and ".modules_to_save." not in name
+        }
+        policy.causal.save_pretrained(folder, state_dict=weights)
+    adapter.save_pretrained(folder)
+
+
+def load_policy(name_or_folder: str | Path) -> Any:
+    """See `as_policy`."""
+    folder = Path(name_or_folder)
+    if (folder / _ADAPTER).exists():
+        return HuggingFacePolicy(_load_adapter(folder))
+    if folder.is_dir():
+        config = read_json(folder / _CONFIG)
+        if config.get("model_type") == "lstm":
+            arguments = {name: size for name, size in config.items() if name != "model_type"}
+            model = LSTMLanguageModel(**arguments)
+            load_tensors(model, folder / _WEIGHTS)
+            return model
+    return HuggingFacePolicy(_from_pretrained(name_or_folder))
+
+
+def _from_pretrained(name_or_folder: str | Path) -> Any:
+    import fastrl.hf
+
+    fastrl.hf.register()
+    from transformers import AutoModelForCausalLM
+
+    if not Path(name_or_folder).is_dir():  # is perhaps downloaded, which people want to see
+        return AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation="fastrl")
+    with _without_progress_bars():
+        return AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation="fastrl")
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def _load_adapter(folder: Path) -> Any:
+    from peft import PeftModel
+
+    base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
+    if base:
+        return PeftModel.from_pretrained(_from_pretrained(base), folder, is_trainable=True)
+    # transformers would find the adapter here, and put it in where PEFT no longer sees it.
+    with tempfile.TemporaryDirectory() as without_adapter:
+        for path in folder.iterdir():
+            if path.is_file() and not path.name.startswith("adapter_"):
+                (Path(without_adapter) / path.name).symlink_to(path.resolve())
+        model = _from_pretrained(without_adapter)
+    model.config.name_or_path = model.name_or_path = ""
+    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    # A copy each: weights may share memory, which the format does not know.
+    copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    _safetensors().torch.save_file(copies, path, metadata={"format": "pt"})
+
+
+def load_tensors(model: nn.Module, path: Path) -> None:
+    """A module's weights, which must be those of the file, in shape and dtype."""
+    safetensors = _safetensors()
+    try:
+        got = safetensors.torch.load_file(path)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise _unreadable(path, error) from error
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | got.keys()):
+        wanted, found = (
+            f"{x[name].dtype} {tuple(x[name].shape)}" if name in x else "nothing"
+            for x in (expected, got)
+        )
+        if wanted != found:
+            remedy = "Load the folder that the model was saved to."
+            raise fail("load_model", f"{name} {wanted} in {path}", found, remedy)
+    model.load_state_dict(got)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(document, dict):
+        raise _unreadable(path, f"a {type(document).__name__}")
+    return document
+
+
+def _unreadable(path: Path, why: object) -> ValueError:
+    return fail("load_model", f"{path} of a saved model", why, "Pass a folder of save_model.")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            'Saved models need safetensors. Install it with: pip install "fastrl[train]"'
+        ) from error
+    return safetensors

@@ -1,0 +1,135 @@
+import json
+
+import pytest
+import torch
+
+for package in ("rich", "safetensors", "tensorboard", "transformers"):
+    pytest.importorskip(package)
+
+from fastrl.cli import main as cli  # noqa: E402
+from fastrl.cli import sample, train  # noqa: E402
+from fastrl.cli.recipes.models import load_tokenizer  # noqa: E402
+from fastrl.trainers import load_model  # noqa: E402
+
+RECIPE = """
+algorithm = "grpo"
+[model]
+lstm = {embed_dim = 8, hidden_dim = 16}
+tokenizer = "bytes"
+[data]
+prompts = ["one", "two words"]
+[rewards]
+functions = ["fastrl.cli.recipes.toy_rewards:vowels"]
+[train]
+max_steps = 2
+prompts_per_step = 2
+completions_per_prompt = 2
+max_new_tokens = 4
+learning_rate = 0.1
+[log]
+tensorboard = false
+samples_every = 0
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    (folder / "recipe.toml").write_text(RECIPE)
+    assert train.main([str(folder / "recipe.toml"), "--output", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def sampled(capsys, *options):
+    capsys.readouterr()
+    assert sample.main([*map(str, options), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_log_probs_are_those_of_the_model(run, capsys):
+    found = sampled(
+        capsys, run, "--prompt", "ab", "--prompt", "xyz é", "-n", 3, "--max-new-tokens", 6,
+        "--temperature", 0.7,
+    )  # fmt: skip
+    assert [entry["prompt"] for entry in found] == ["ab"] * 3 + ["xyz é"] * 3
+    assert len({entry["completion"] for entry in found}) > 1
+    model, tokenizer = load_model(run / "checkpoint"), load_tokenizer("bytes")
+    for entry in found:
+        prompt, ids = tokenizer.encode(entry["prompt"]), entry["token_ids"]
+        logits = model(torch.tensor([prompt + ids]))[0].detach()
+        rows = (logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
+        expected = rows[torch.arange(len(ids)), ids]
+        assert entry["logprobs"] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert entry["logprob"] == pytest.approx(float(expected.mean()), abs=1e-5)
+        assert entry["ended"] == (ids[-1] == tokenizer.eos_token_id)
+        assert entry["completion"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_seed_and_the_filters_decide(run, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("ab\ncd\nef\n")
+    options = (run, "--file", tmp_path / "prompts.txt", "--limit", 2, "--max-new-tokens", 8)
+    first = sampled(capsys, *options, "--seed", 1)
+    assert [entry["prompt"] for entry in first] == ["ab", "cd"]
+    assert sampled(capsys, *options, "--seed", 1) == first
+    assert sampled(capsys, *options, "--seed", 2) != first
+    greedy = sampled(capsys, *options, "--temperature", 0)
+    assert sampled(capsys, *options, "--top-k", 1) == greedy
+    assert sampled(capsys, *options, "--top-p", 1e-6) == greedy
+    assert sampled(capsys, run / "checkpoint", *options[1:], "--temperature", 0) == greedy
+
+
+def test_a_save_that_was_interrupted_leaves_a_model(run, capsys):
+    options = ("--prompt", "ab", "--max-new-tokens", 8)
+    before = sampled(capsys, run, *options)
+    place, previous = run / "checkpoint", run / ".checkpoint.previous"
+    place.rename(previous)
+    try:
+        assert sampled(capsys, run, *options) == before
+    finally:
+        previous.rename(place)
+
+
+def test_what_a_person_reads(run, capsys):
+    options = [str(run), "--prompt", "[b]ab", "-n", "2", "--max-new-tokens", "5"]
+    assert cli.main(["sample", *options]) == 0
+    shown = capsys.readouterr().out
+    assert "[b]ab" in shown and "\x1b" not in shown
+    for words in ("1. log-prob -", "2. log-prob -", "5 tokens, cut", "at temperature 1, in nats"):
+        assert words in shown
+
+
+def test_a_model_of_transformers(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    tokenizer = load_tokenizer("bytes")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, bos_token_id=None, eos_token_id=0, initializer_range=0.5,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompt = torch.tensor([tokenizer.encode("hello")])
+    ids = model.generate(prompt, do_sample=False, max_new_tokens=12, eos_token_id=0)
+    (entry,) = sampled(
+        capsys, tmp_path, "--prompt", "hello", "--temperature", 0, "--max-new-tokens", 12
+    )
+    assert entry["token_ids"] == ids[0, prompt.shape[1] :].tolist()
+
+
+def test_mistakes(run, tmp_path, capsys):
+    for options, message in {
+        (str(run),): "--prompt TEXT or --file FILE, got neither",
+        (str(run), "--prompt", ""): "expected a prompt [P] with P >= 1",
+        (str(run), "--prompt", "a", "-n", "0"): "expected -n >= 1, got 0",
+        (str(run), "--prompt", "a", "--temperature", "-1"): "temperature",
+        (str(run), "--file", "none.txt"): "none.txt: No such file",
+        (str(run), "--prompt", "a", "--chat"): "chat template",
+        (str(tmp_path / "none"), "--prompt", "a"): "AutoModelForCausalLM loads, got",
+        (str(run), "--prompt", "a", "--top", "1"): "unrecognized arguments",
+    }.items():
+        assert sample.main(list(options)) == 2, options
+        assert message in (error := capsys.readouterr().err) and "Traceback" not in error, error
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    assert sample.main([str(tmp_path), "--prompt", "a"]) == 2
+    assert "which has none yet" in capsys.readouterr().err

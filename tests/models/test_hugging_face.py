@@ -1,0 +1,201 @@
+"""HuggingFacePolicy: what transformers computes, from packed batches; heads and adapters."""
+
+import pytest
+import torch
+from hf_models import VOCAB, assert_equal_gradients, build, build_pair, gradients
+from torch import nn
+
+from fastrl.layout import PackedBatch, pack_groups
+from fastrl.models import HuggingFacePolicy, PolicyModel, as_policy, reference_policy
+
+MODELS = ["llama", "mistral", "gemma2", "gpt2", "gpt_neox", "opt"]
+LORA = {"target_modules": ["q_proj", "v_proj"], "r": 4}
+
+
+def some_ids(*lengths):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, VOCAB, (length,), generator=generator) for length in lengths]
+
+
+def groups():
+    a, b, c, d, e, f = some_ids(5, 1, 3, 2, 4, 0)
+    return [a, b], [[c, d], [e, f]]
+
+
+def with_lora(**options):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build("llama"), LoraConfig(**{**LORA, **options}))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:  # else they are zero
+                weight.normal_(std=0.3, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_hidden_is_that_of_each_completion_alone(name):
+    ours, theirs = build_pair(name)
+    policy = HuggingFacePolicy(ours)
+    assert isinstance(policy, PolicyModel)
+    prompts, completions = groups()
+    batch = pack_groups(prompts, completions)
+    logits = batch.unpack(policy.head.logits(policy.packed_hidden(batch)))
+    owners = [(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
+    for got, (prompt, completion) in zip(logits, owners, strict=True):
+        if len(completion):
+            whole = theirs(torch.cat([prompt, completion])[None], use_cache=False).logits[0]
+            torch.testing.assert_close(got, whole[len(prompt) - 1 : -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_without_tokens_has_no_hidden_states():
+    policy = HuggingFacePolicy(build("llama"))
+    batch = PackedBatch.from_segments([], [])
+    assert policy.packed_hidden(batch).shape == (0, 32)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_hidden_states_go_on_from_a_state(name):
+    policy = HuggingFacePolicy(build(name))
+    token_ids = torch.stack(some_ids(6, 6))
+    whole, _ = policy(token_ids)
+    first, state = policy(token_ids[:, :4])
+    second, _ = policy(token_ids[:, 4:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("phi", {}),  # a bias
+    ],
+)
+def test_the_head_is_the_models(name, options):
+    widths = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    policy = HuggingFacePolicy(build(name, **widths, **options))
+    (token_ids,) = some_ids(6)
+    hidden, _ = policy.hidden_states(token_ids[None])
+    expected = policy.causal(token_ids[None]).logits
+    torch.testing.assert_close(policy.head.logits(hidden), expected)
+    assert (policy.vocab_size, policy.hidden_dim) == (VOCAB, 32)
+
+
+def test_a_head_of_another_kind_is_refused():
+    model = build("llama")
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits * 1.01)
+    with pytest.raises(ValueError, match="expected LlamaForCausalLM to end in weight, bias"):
+        HuggingFacePolicy(model)
+
+
+def test_models_without_a_head_and_other_modules_are_refused():
+    with pytest.raises(ValueError, match="expected a model with a head on its vocabulary"):
+        HuggingFacePolicy(build("llama").model)
+    with pytest.raises(TypeError, match="expected a model of transformers.*got Linear"):
+        HuggingFacePolicy(nn.Linear(2, 2))
+
+
+def test_another_attention_is_replaced():
+    model = build("llama", "sdpa")
+    policy = HuggingFacePolicy(model)
+    assert model.config._attn_implementation == "fastrl"
+    prompts, completions = groups()
+    policy.packed_hidden(pack_groups(prompts, completions))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3_text"])
+@pytest.mark.parametrize("training", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(name, training):
+    policy = HuggingFacePolicy(build(name)).train(training)
+    batch = pack_groups(*groups())
+    calls = []
+    norm = next(x for n, x in policy.named_modules() if n.endswith(("layers.0", "h.0")))
+    next(norm.children()).register_forward_hook(lambda *_: calls.append(1))
+
+    def loss():
+        hidden = policy.packed_hidden(batch)
+        return (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum()
+
+    plain = gradients(policy, loss())
+    assert len(calls) == 1
+    policy.gradient_checkpointing(True)
+    assert_equal_gradients(gradients(policy, loss()), plain, atol=0)
+    assert len(calls) == 3  # once more in the backward pass
+    assert all(module.training == training for module in policy.modules())
+    policy.gradient_checkpointing(False)
+    policy.packed_hidden(batch)
+    assert len(calls) == 4
+
+
+def test_gradient_checkpointing_leaves_dropout_off():
+    policy = HuggingFacePolicy(build("opt", dropout=0.5)).eval()
+    batch = pack_groups(*groups())
+    expected = policy.packed_hidden(batch)
+    plain = gradients(policy, expected.square().sum())
+    policy.gradient_checkpointing(True)
+    hidden = policy.packed_hidden(batch)
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=0)
+    assert_equal_gradients(gradients(policy, hidden.square().sum()), plain, atol=0)
+
+
+def test_only_the_adapter_has_gradients():
+    policy = HuggingFacePolicy(with_lora())
+    policy.packed_hidden(pack_groups(*groups())).square().sum().backward()
+    got = {name for name, x in policy.named_parameters() if x.grad is not None}
+    assert got == {name for name, _ in policy.named_parameters() if "lora_" in name}
+    assert len(got) == 8  # A and B of two modules in two layers
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it():
+    base, policy = HuggingFacePolicy(build("llama")), HuggingFacePolicy(with_lora())
+    batch = pack_groups(*groups())
+    frozen = next(x for name, x in policy.named_parameters() if "lora_A" in name)
+    frozen.requires_grad_(False)
+    trained = [x.requires_grad for x in policy.parameters()]
+    reference = reference_policy(policy.train())
+    hidden = policy.packed_hidden(batch)
+    assert isinstance(reference, PolicyModel)
+    assert torch.equal(reference.packed_hidden(batch), base.packed_hidden(batch))
+    assert torch.equal(policy.packed_hidden(batch), hidden)  # the adapter is on again
+    assert (hidden - base.packed_hidden(batch)).abs().max() > 0.1
+    assert [x.requires_grad for x in policy.parameters()] == trained
+    assert not reference.packed_hidden(batch).requires_grad and policy.training
+    decoders = [x.decoder(1, 4) for x in (reference, base)]
+    for decoder in decoders:
+        decoder.open([0] if len(decoder.read(some_ids(5))) else [])
+    steps = [decoder.step(torch.tensor([3])) for decoder in decoders]
+    assert torch.equal(*steps)
+
+
+def test_the_reference_of_another_model_is_a_copy():
+    policy = HuggingFacePolicy(build("llama"))
+    batch = pack_groups(*groups())
+    reference, before = reference_policy(policy), policy.packed_hidden(batch)
+    with torch.no_grad():
+        policy.model.model.embed_tokens.weight.mul_(2)
+    assert torch.equal(reference.packed_hidden(batch), before)
+    assert not torch.equal(policy.packed_hidden(batch), before)
+    assert not any(x.requires_grad for x in reference.parameters())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"target_modules": ["lm_head"]}, "expected no adapter on the output head, got Linear"),
+        ({"modules_to_save": ["lm_head"]}, "on the output head, got ModulesToSaveWrapper"),
+    ],
+)
+def test_adapters_on_the_head_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        as_policy(with_lora(**options))
+
+
+def test_adapters_that_add_tokens_are_refused():
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="got one that adds tokens to the prompt"):
+        as_policy(get_peft_model(build("llama"), config))

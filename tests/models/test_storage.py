@@ -1,0 +1,167 @@
+"""Models come back from their folders, in ours and in transformers' hands."""
+
+import json
+
+import pytest
+import torch
+from hf_models import VOCAB, build
+from torch import nn
+
+from fastrl.layout import pack_groups
+from fastrl.models import (
+    ActorCritic,
+    HuggingFacePolicy,
+    LSTMLanguageModel,
+    as_policy,
+    load_model,
+    reference_policy,
+    save_model,
+)
+
+TOKEN_IDS = torch.tensor([[1, 2, 3, 4], [9, 8, 7, 6]])
+
+
+def lstm():
+    return LSTMLanguageModel(VOCAB, 4, 6, 2)
+
+
+def lora(base=None):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    return HuggingFacePolicy(get_peft_model(build("llama") if base is None else base, config))
+
+
+def with_values(model, critic=None):
+    model = ActorCritic(model, critic)
+    nn.init.normal_(model.value_head.weight)
+    nn.init.constant_(model.value_head.bias, 0.5)
+    return model
+
+
+def in_bfloat16(model):
+    for weight in model.parameters():  # model.bfloat16() would round rotary frequencies too
+        weight.data = weight.data.bfloat16()
+    return model
+
+
+KINDS = {
+    "lstm": lstm,
+    "llama": lambda: HuggingFacePolicy(build("llama")),
+    "gpt2": lambda: HuggingFacePolicy(build("gpt2")),  # whose head is its embedding
+    "lora": lora,
+    "values on an lstm": lambda: with_values(lstm()),
+    "values on llama": lambda: with_values(build("llama")),
+    "values on lora": lambda: with_values(lora()),
+    "an lstm's critic": lambda: with_values(lstm(), build("gpt2")),
+    "a critic of its own": lambda: with_values(build("llama"), lstm()),
+    "bfloat16": lambda: with_values(in_bfloat16(build("llama"))),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_model_comes_back(kind, tmp_path):
+    torch.manual_seed(0)
+    model = KINDS[kind]()
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert type(again) is type(model) and again.config == model.config
+    json.dumps(model.config)
+    trained = {name: x.requires_grad for name, x in model.named_parameters()}
+    assert {name: x.requires_grad for name, x in again.named_parameters()} == trained
+    assert {x.dtype for x in again.parameters()} == {x.dtype for x in model.parameters()}
+    for one, other in zip(again(TOKEN_IDS)[:-1], model(TOKEN_IDS)[:-1], strict=True):
+        assert torch.equal(one, other)
+    save_model(again, tmp_path)  # over itself
+    assert torch.equal(load_model(tmp_path)(TOKEN_IDS)[0], model(TOKEN_IDS)[0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "lora", "values on llama", "values on lora"])
+def test_transformers_loads_what_we_save(kind, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = KINDS[kind]()
+    save_model(model, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config._attn_implementation == "sdpa"
+    expected = model(TOKEN_IDS)[0]
+    torch.testing.assert_close(theirs(TOKEN_IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_is_saved_without_a_model_that_has_a_name(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    save_model(HuggingFacePolicy(build("llama")), tmp_path / "base")
+    model = lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    save_model(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    assert torch.equal(load_model(tmp_path / "adapter")(TOKEN_IDS)[0], model(TOKEN_IDS)[0])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(theirs(TOKEN_IDS).logits, model(TOKEN_IDS)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_policy_replaces_an_actor_critic(tmp_path):
+    model = with_values(lstm(), lstm())
+    save_model(model, tmp_path)
+    assert (tmp_path / "critic").is_dir()
+    save_model(model.language_model, tmp_path)
+    assert isinstance(load_model(tmp_path), LSTMLanguageModel)
+
+
+def test_as_policy_takes_what_people_have(tmp_path):
+    policy = HuggingFacePolicy(build("llama"))
+    assert as_policy(policy) is policy
+    own = lstm()
+    assert as_policy(own) is own
+    save_model(with_values(policy), tmp_path)
+    for model in (build("llama"), str(tmp_path), tmp_path):
+        got = as_policy(model)
+        assert isinstance(got, HuggingFacePolicy)
+        assert torch.equal(got(TOKEN_IDS)[0], policy(TOKEN_IDS)[0])
+    save_model(own, tmp_path / "lstm")
+    assert torch.equal(as_policy(tmp_path / "lstm")(TOKEN_IDS)[0], own(TOKEN_IDS)[0])
+    with pytest.raises(TypeError, match="as_policy: expected model with the methods.*got Linear"):
+        as_policy(nn.Linear(2, 2))
+
+
+def test_the_reference_of_an_lstm_is_a_frozen_copy():
+    model = lstm()
+    batch = pack_groups([TOKEN_IDS[0]], [[TOKEN_IDS[1]]])
+    reference, before = reference_policy(model), model.packed_hidden(batch)
+    with torch.no_grad():
+        model.embedding.weight.mul_(2)
+    assert torch.equal(reference.packed_hidden(batch), before)
+    assert not torch.equal(model.packed_hidden(batch), before)
+    assert not reference.packed_hidden(batch).requires_grad
+
+
+def test_several_adapters_are_refused(tmp_path):
+    from peft import LoraConfig
+
+    model = lora()
+    model.model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match='one adapter, named "default", got default, other'):
+        save_model(model, tmp_path)
+
+
+def test_other_modules_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="save_model: expected an LSTMLanguageModel.*got Linear"):
+        save_model(nn.Linear(2, 2), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "value_head.safetensors"])
+def test_a_folder_that_was_cut_short_is_an_error(name, tmp_path):
+    save_model(with_values(lstm()), tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=rf"load_model: expected .*{name} of a saved model"):
+        load_model(tmp_path)
+
+
+def test_weights_of_another_model_are_an_error(tmp_path):
+    save_model(lstm(), tmp_path)
+    save_model(LSTMLanguageModel(VOCAB, 4, 5, 2), tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").replace(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"expected lm_head.weight torch.float32 \(97, 6\).*got"):
+        load_model(tmp_path)
