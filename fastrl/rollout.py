@@ -147,6 +147,7 @@ def generate(
     completions = Completions(prompts, completions_per_prompt, max_new_tokens, stop, environment)
     limit = min(num_completions, max_rows or num_completions)
     decoder = model.decoder(limit, max_new_tokens)
+    logits_of = model.head.for_sampling(limit)
     # The logits of a prompt's first token are computed once, and sampled from by each completion.
     waiting: dict[int, Tensor] = {}  # last hidden states of prompts whose rows are not all open
     rows = torch.empty(0, dtype=torch.int64, device=device)  # the completions that are running
@@ -173,7 +174,7 @@ def generate(
             break
         assert hidden is not None
         token_ids, logprobs = ops.sample_tokens(
-            model.head.logits(hidden),
+            logits_of(hidden),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastrl import ops
 from fastrl.layout import PackedLayout
 from fastrl.models._kv_cache import KVCache
+from fastrl.models._packed_linear import PackedLayers
 from fastrl.ops._checks import fail
 
 _TOKENS_AT_A_TIME = 16384  # of prompts that are read together; bounds the layers' activations
@@ -40,6 +41,7 @@ class KVDecoder:
             raise fail("decoder", "a cache of its own in each layer", got, _OTHER_MODEL)
         self._trunk, self._num_layers = trunk, config.num_hidden_layers
         self._cache = KVCache(max_rows, max(max_new_tokens - 1, 1))
+        self._layers = PackedLayers(trunk, max_rows)
         self._device = next(trunk.parameters()).device
         self._prompts = _Prompts()
         self._where: tuple[Tensor, Tensor] | None = None  # place and position of what is being read
@@ -83,13 +85,14 @@ class KVDecoder:
         layout = PackedLayout(bounds.int(), roots).to(self._device)
         self._where = layout.segment_ids + place, layout.position_ids
         self._stored.clear()
-        output = self._trunk(
-            input_ids=torch.cat(prompts)[None],
-            position_ids=layout.position_ids[None],
-            use_cache=False,
-            layout=layout,
-            decoding=self,
-        )
+        with self._layers.in_use():
+            output = self._trunk(
+                input_ids=torch.cat(prompts)[None],
+                position_ids=layout.position_ids[None],
+                use_cache=False,
+                layout=layout,
+                decoding=self,
+            )
         self._where = None
         if sorted(self._stored) != list(range(self._num_layers)):
             expected = f"keys from each of {self._num_layers} layers, once"
@@ -137,13 +140,14 @@ class KVDecoder:
         self._key_end += self._runs
         self._written = self._rows * self._cache.max_tokens + self._num_read
         self._most_read += 1
-        output = self._trunk(
-            input_ids=token_ids[:, None],
-            position_ids=(self._prompt_length + self._num_read)[:, None],
-            attention_mask=self._no_mask,
-            use_cache=False,
-            decoding=self,
-        )
+        with self._layers.in_use():
+            output = self._trunk(
+                input_ids=token_ids[:, None],
+                position_ids=(self._prompt_length + self._num_read)[:, None],
+                attention_mask=self._no_mask,
+                use_cache=False,
+                decoding=self,
+            )
         self._num_read += 1
         return output.last_hidden_state[:, 0]
 
