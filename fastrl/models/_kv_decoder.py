@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastrl import ops
 from fastrl.layout import PackedLayout
 from fastrl.models._kv_cache import KVCache
-from fastrl.models._packed_linear import PackedLayers
+from fastrl.models._linear_layers import PackedLayers
 from fastrl.ops._checks import fail
 
 _TOKENS_AT_A_TIME = 16384  # of prompts that are read together; bounds the layers' activations

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastrl.hf
 from fastrl.layout import PackedBatch
 from fastrl.models._kv_decoder import KVDecoder
+from fastrl.models._linear_layers import quick_layers
 from fastrl.models.protocol import Head
 from fastrl.ops._checks import fail, wrong_type
 
@@ -130,7 +131,7 @@ class HuggingFacePolicy(nn.Module):
         layout = batch.layout
         if layout.num_tokens == 0:
             return self.head.weight.new_zeros(0, self.hidden_dim)
-        with _checkpointing(self._checkpointed):
+        with quick_layers(self.trunk), _checkpointing(self._checkpointed):
             output = self.trunk(
                 input_ids=batch.token_ids[None],
                 position_ids=layout.position_ids[None],
@@ -241,4 +242,9 @@ def _checkpoint(layer: nn.Module, training: bool, function: Any, *args: Any) -> 
     from torch.utils.checkpoint import checkpoint
 
     layer.training = training
-    return checkpoint(function, *args, use_reentrant=False)
+
+    def again(*args: Any) -> Any:  # in the backward pass the layer is by itself
+        with quick_layers(layer):
+            return function(*args)
+
+    return checkpoint(again, *args, use_reentrant=False)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl.layout import PackedBatch
-from fastrl.models._packed_linear import packed_linear
+from fastrl.models._linear_layers import packed_linear
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrl.ops import _binary
+from fastrl.ops._quick_product import is_quick, quick_product
 
 # Logits of a slice, or 256 columns of all rows where those are more. CPU: a slice stays in the
 # last-level cache between product and passes, and larger ones make the product no faster. GPU:
@@ -62,10 +63,13 @@ class Head:
         return self._as_factor(self.weight[columns])
 
     def logits(self, rows: slice, columns: slice, *, for_backward: bool = False) -> Tensor:
-        """[n, width] float32, in memory that the next call uses again."""
+        """[n, width] float32, perhaps in memory that the next call uses again."""
         x, w = self.hidden[rows], self.weight_of(columns)
-        out = self.buffer("logits", len(x), len(w))
-        self.product(x, w.t(), out)
+        if is_quick(x, w):
+            out = quick_product(x, w)
+        else:
+            out = self.buffer("logits", len(x), len(w))
+            self.product(x, w.t(), out)
         if self.bias is not None:
             out += self.bias[columns].float()
         if self.softcap is not None:
@@ -95,6 +99,9 @@ class Head:
         """out = a b, or out += a b; sums are float32, and so is out unless it is 16-bit."""
         if out.dtype != torch.float32:
             return out.copy_(self.product(a, b, self.buffer("product", *out.shape)))
+        if a.stride(-1) == 1 and is_quick(a, b.t()):  # rows with a weight, not a weight's gradient
+            product = quick_product(a, b.t())
+            return out.add_(product) if add else out.copy_(product)
         if self._is_narrow and add:
             return torch.addmm(out, a, b, torch.float32, out=out)
         if self._is_narrow:
