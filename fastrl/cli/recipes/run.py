@@ -30,13 +30,16 @@ EVALUATION_SEED = 12345  # the same at every step, so that differences are paire
 class RecipeFolder(RunFolder):
     """The folder of a run that a recipe describes.
 
-    recipe.toml  metrics.jsonl  samples.jsonl  tensorboard/  results.json  checkpoint/
+    recipe.toml  config.json  metrics.jsonl  samples.jsonl  tensorboard/  results.json  checkpoint/
+
+    The recipe has what was asked for, config.json each field of the trainer's config, defaults too.
     """
 
     FIRST: ClassVar[str] = "recipe.toml"
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        self.trainer_config = path / "config.json"
         self.samples = path / "samples.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoint = path / "checkpoint"
@@ -130,6 +133,7 @@ class Run:
     def go_on(self) -> int:
         """Train to the end; the exit status."""
         transformers_logging.disable_progress_bar()  # of each checkpoint, across ours
+        self.folder.write_json(self.folder.trainer_config, self.trainer.config.to_dict())
         self._say(
             f"{self.recipe.algorithm}: {len(self.trainer.dataset)} prompts, "
             f"{len(self.held_out or ())} held out; run folder {self.folder.path}"
