@@ -77,7 +77,9 @@ def test_who_has_too_few_quiet_turns_waits_for_some_but_not_for_ever():
 
 def test_the_probe_sees_work_beside_it():
     probe = Probe(CPU)
-    calm = min(probe.slowness(probe()) for _ in range(20))
+    calm, deadline = probe.slowness(probe()), time.monotonic() + 10
+    while calm >= DISTURBED and time.monotonic() < deadline:  # the machine may be slow just now
+        calm = min(calm, probe.slowness(probe()))
     assert 1.0 <= calm < DISTURBED
     stop = threading.Event()
 

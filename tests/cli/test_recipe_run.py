@@ -88,8 +88,8 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 def test_a_run_leaves_what_it_promises(finished, recipe):
     assert {path.name for path in finished.iterdir()} == {
-        ".lock", "recipe.toml", "config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "results.json",
-        "checkpoint",
+        ".lock", "recipe.toml", "config.json", "metrics.jsonl", "samples.jsonl", "tensorboard",
+        "results.json", "checkpoint",
     }  # fmt: skip
     lines = records(finished)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
