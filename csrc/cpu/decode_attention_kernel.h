@@ -9,28 +9,28 @@ constexpr Num kFloor = -3.0e38f;  // finite: before a query's first key, floor -
 
 template <class Vec, class Num>
 struct DecodeQuery {
-  Num max = kFloor<Num>;
-  Vec sum = {};  // of exp(s_j - max), a part in each lane
+  Num max;
+  Vec sum;  // of exp(s_j - max), a part in each lane
 
-  // Scores of a tile become weights; gives what the sums so far shrink by.
+  // The first `limit` scores of a tile become weights; gives what the sums so far shrink by.
   template <int N>
-  FASTRL_INLINE Num weigh(Num* scores, int64_t from, int64_t to, Num scale, Num softcap,
-                          const DecodeExp& exp) {
+  FASTRL_INLINE Num weigh(Num* scores, int64_t limit, int64_t from, int64_t to, Num scale,
+                          Num softcap, const DecodeExp& exp) {
     Vec top = splat_like(Vec{}, max);
-    for (int64_t j = 0; j < kDecodeTile; j += N) {
+    for (int64_t j = 0; j < limit; j += N) {
       Vec s = load_wide(scores + j) * scale;
       if (softcap != 0) s = tanh_of(s / softcap, exp) * softcap;
       store_wide(scores + j, s);
     }
     const Num unseen = -__builtin_inf();
-    for (int64_t j = 0; j < from; ++j) scores[j] = unseen;
-    for (int64_t j = to; j < kDecodeTile; ++j) scores[j] = unseen;
-    for (int64_t j = 0; j < kDecodeTile; j += N) top = larger(load_wide(scores + j), top);
+    for (int64_t j = 0; j < std::min(from, limit); ++j) scores[j] = unseen;
+    for (int64_t j = to; j < limit; ++j) scores[j] = unseen;
+    for (int64_t j = 0; j < limit; j += N) top = larger(load_wide(scores + j), top);
     Num highest = top[0];
     for (int l = 1; l < N; ++l) highest = top[l] > highest ? top[l] : highest;
     const Vec shrink = exp(splat_like(Vec{}, max - highest));
     sum *= shrink;
-    for (int64_t j = 0; j < kDecodeTile; j += N) {
+    for (int64_t j = 0; j < limit; j += N) {
       const Vec w = exp(load_wide(scores + j) - highest);
       store_wide(scores + j, w);
       sum += w;
@@ -40,12 +40,41 @@ struct DecodeQuery {
   }
 };
 
+// A tile of keys, for R queries from number i on; those that do not exist are zeros.
+template <int R, class T, class Vec, int N, class Num>
+FASTRL_INLINE void attend_tile(const DecodeBlock<T>& b, int64_t i, int64_t tile, int64_t count,
+                               const Num* queries, const Num* keys, const Num* values,
+                               int64_t value_stride, const DecodeExp& exp,
+                               DecodeQuery<Vec, Num>* states, Num* scores, Num* sums) {
+  const int64_t wide = padded_width(b.width), vectors = (b.width + N - 1) / N;
+  const int64_t limit = (count + N - 1) / N * N;
+  const Num scale = static_cast<Num>(b.scale), softcap = static_cast<Num>(b.softcap);
+  multiply_keys<R, Vec, N>(queries + i * wide, wide, keys, b.width, limit, scores);
+  Num shrink[R];
+  for (int r = 0; r < R; ++r) {
+    const bool exists = i + r < b.num_queries;
+    const int64_t from = exists ? b.from[i + r] - tile : 0, to = exists ? b.to[i + r] - tile : 0;
+    shrink[r] = states[i + r].template weigh<N>(
+        scores + r * kDecodeTile, limit, std::clamp<int64_t>(from, 0, kDecodeTile),
+        std::clamp<int64_t>(to, 0, kDecodeTile), scale, softcap, exp);
+  }
+  int64_t c = 0;
+  for (; c + kVectors <= vectors; c += kVectors) {
+    add_values<R, kVectors, Vec, N>(scores, shrink, values + c * N, value_stride, count,
+                                    sums + i * wide + c * N, wide);
+  }
+  for (; c < vectors; ++c) {
+    add_values<R, 1, Vec, N>(scores, shrink, values + c * N, value_stride, count,
+                             sums + i * wide + c * N, wide);
+  }
+}
+
 template <class T>
 void attend_chunk(const DecodeBlock<T>& b, Wide<T>* scratch) {
   typedef typename DecodeVectors<T>::Vec Vec;
   typedef Wide<T> Num;
   constexpr int N = DecodeVectors<T>::kLanesOf;
-  const int64_t wide = padded_width(b.width), vectors = (b.width + N - 1) / N;
+  const int64_t wide = padded_width(b.width);
   Num* const queries = scratch;
   Num* const sums = queries + kDecodeQueries * wide;
   Num* const keys = sums + kDecodeQueries * wide;
@@ -56,6 +85,10 @@ void attend_chunk(const DecodeBlock<T>& b, Wide<T>* scratch) {
   int64_t first = b.count, last = 0;
   __builtin_memset(queries, 0, padded * wide * sizeof(Num));
   __builtin_memset(sums, 0, padded * wide * sizeof(Num));
+  for (int64_t i = 0; i < padded; ++i) {  // of the many that there may be, those that there are
+    states[i].max = kFloor<Num>;
+    states[i].sum = Vec{};
+  }
   for (int i = 0; i < b.num_queries; ++i) {
     pack_row(b.query[i], b.width, queries + i * wide);
     if (b.from[i] < b.to[i]) {
@@ -64,7 +97,6 @@ void attend_chunk(const DecodeBlock<T>& b, Wide<T>* scratch) {
     }
   }
   const DecodeExp exp;
-  const Num scale = static_cast<Num>(b.scale), softcap = static_cast<Num>(b.softcap);
   const bool in_place = std::is_same_v<T, Num> && b.width % N == 0;
   first = first / kDecodeTile * kDecodeTile;
   Ahead<T>{b, first}.fetch_all();
@@ -82,25 +114,15 @@ void attend_chunk(const DecodeBlock<T>& b, Wide<T>* scratch) {
         pack_row(b.values + (tile + j) * b.value_stride, b.width, packed + j * wide);
       }
     }
-    for (int64_t i = 0; i < padded; i += kTogether) {
-      multiply_keys<Vec, N>(queries + i * wide, wide, keys, b.width, scores);
-      Num shrink[kTogether];
-      for (int r = 0; r < kTogether; ++r) {
-        const bool exists = i + r < b.num_queries;
-        const int64_t from = exists ? b.from[i + r] - tile : 0,
-                      to = exists ? b.to[i + r] - tile : 0;
-        shrink[r] = states[i + r].template weigh<N>(
-            scores + r * kDecodeTile, std::clamp<int64_t>(from, 0, kDecodeTile),
-            std::clamp<int64_t>(to, 0, kDecodeTile), scale, softcap, exp);
-      }
-      int64_t c = 0;
-      for (; c + kVectors <= vectors; c += kVectors) {
-        add_values<kVectors, Vec, N>(scores, shrink, values + c * N, value_stride, count,
-                                     sums + i * wide + c * N, wide);
-      }
-      for (; c < vectors; ++c) {
-        add_values<1, Vec, N>(scores, shrink, values + c * N, value_stride, count,
-                              sums + i * wide + c * N, wide);
+    for (int64_t i = 0; i < b.num_queries; i += kTogether) {
+      const auto attend = [&](auto together) {
+        attend_tile<decltype(together)::value, T, Vec, N>(b, i, tile, count, queries, keys, values,
+                                                          value_stride, exp, states, scores, sums);
+      };
+      if (i + 1 == b.num_queries) {
+        attend(std::integral_constant<int, 1>());
+      } else {
+        attend(std::integral_constant<int, kTogether>());
       }
     }
   }

@@ -1,8 +1,8 @@
 // The two products of decode_attention, of queries with keys and of weights with values, over a
 // tile of keys; and exp and tanh. Included by kernels_*.cpp after simd.h and simd_doubles.h.
 //
-// Queries are taken in fours, padded with zeros, so that a query takes the same steps whoever
-// stands beside it.
+// Queries are taken in fours, padded with zeros, and one that is left over by itself; in a tile
+// only the vectors that hold a key are worked on. Either way a query takes the same steps.
 
 namespace fastrl::FASTRL_SIMD {
 
@@ -85,19 +85,27 @@ struct Ahead {
     __builtin_prefetch(block.values + (tile + row) * block.value_stride + at, 0, 2);
   }
   FASTRL_INLINE void fetch_all() const {
-    for (int64_t row = 0; row < kDecodeTile; ++row) {
+    const int64_t rows = std::min<int64_t>(kDecodeTile, block.count - tile);
+    for (int64_t row = 0; row < rows; ++row) {
       for (int64_t d = 0; d < block.width; d += 64 / sizeof(T)) fetch(row, d);
     }
   }
 };
 
-// keys [count, width] to [width, kDecodeTile], zeros behind the last one.
+// keys [count, width] to [width, kDecodeTile], zeros behind the last one up to a whole vector.
 template <class T>
 inline void pack_keys(const T* keys, int64_t stride, int64_t count, int64_t width,
                       const Ahead<T>& ahead, Wide<T>* out) {
   typedef typename DecodeVectors<T>::Vec Vec;
   constexpr int N = DecodeVectors<T>::kLanesOf;
   for (int64_t j = 0; j < kDecodeTile; j += N) {
+    if (j >= count) {
+      if (ahead.tile >= ahead.block.count) return;  // nothing to fetch either
+      for (int64_t d = 0; d < width; d += N) {
+        for (int i = 0; i < N; ++i) ahead.fetch(j + i, d);
+      }
+      continue;
+    }
     for (int64_t d = 0; d < width; d += N) {
       Vec rows[N];
       for (int i = 0; i < N; ++i) {
@@ -117,48 +125,59 @@ inline void pack_row(const T* row, int64_t width, Wide<T>* out) {
   for (int64_t d = 0; d < width; d += N) store_wide(out + d, load_part(row, d, width));
 }
 
-// scores[r][j] = <query r, key j> for kTogether queries; over a great width the sums of kSummed
-// products each, added up, which rounds less than one long sum.
-template <class Vec, int N, class Num>
+// scores[r][j] = <query r, key j> of R queries with C vectors of keys.
+template <int R, int C, class Vec, int N, class Num>
+FASTRL_INLINE void multiply_vectors(const Num* query, int64_t query_stride, const Num* keys,
+                                    int64_t begin, int64_t end, Num* scores) {
+  Vec sum[R][C] = {};
+  for (int64_t d = begin; d < end; ++d) {
+    Vec k[C];
+    for (int v = 0; v < C; ++v) k[v] = load_wide(keys + d * kDecodeTile + v * N);
+    for (int r = 0; r < R; ++r) {
+      const Vec q = splat_like(Vec{}, query[r * query_stride + d]);
+      for (int v = 0; v < C; ++v) sum[r][v] += q * k[v];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < C; ++v) {
+      Num* const at = scores + r * kDecodeTile + v * N;
+      store_wide(at, begin == 0 ? sum[r][v] : load_wide(at) + sum[r][v]);
+    }
+  }
+}
+
+// The same with the first `limit` keys of a tile; over a great width the sums of kSummed products
+// each, added up, which rounds less than one long sum.
+template <int R, class Vec, int N, class Num>
 inline void multiply_keys(const Num* query, int64_t query_stride, const Num* keys, int64_t width,
-                          Num* scores) {
+                          int64_t limit, Num* scores) {
   constexpr int64_t kSummed = 64;
   for (int64_t begin = 0; begin < width; begin += kSummed) {
     const int64_t end = std::min(begin + kSummed, width);
-    for (int64_t j = 0; j < kDecodeTile; j += kVectors * N) {
-      Vec sum[kTogether][kVectors] = {};
-      for (int64_t d = begin; d < end; ++d) {
-        Vec k[kVectors];
-        for (int v = 0; v < kVectors; ++v) k[v] = load_wide(keys + d * kDecodeTile + j + v * N);
-        for (int r = 0; r < kTogether; ++r) {
-          const Vec q = splat_like(Vec{}, query[r * query_stride + d]);
-          for (int v = 0; v < kVectors; ++v) sum[r][v] += q * k[v];
-        }
-      }
-      for (int r = 0; r < kTogether; ++r) {
-        for (int v = 0; v < kVectors; ++v) {
-          Num* const at = scores + r * kDecodeTile + j + v * N;
-          store_wide(at, begin == 0 ? sum[r][v] : load_wide(at) + sum[r][v]);
-        }
-      }
+    int64_t j = 0;
+    for (; j + kVectors * N <= limit; j += kVectors * N) {
+      multiply_vectors<R, kVectors, Vec, N>(query, query_stride, keys + j, begin, end, scores + j);
+    }
+    for (; j < limit; j += N) {
+      multiply_vectors<R, 1, Vec, N>(query, query_stride, keys + j, begin, end, scores + j);
     }
   }
 }
 
 // sums[r][d] = shrink[r] sums[r][d] + sum_j weights[r][j] values[j][d], for C vectors from d.
-template <int C, class Vec, int N, class Num>
+template <int R, int C, class Vec, int N, class Num>
 FASTRL_INLINE void add_values(const Num* weights, const Num* shrink, const Num* values,
                               int64_t value_stride, int64_t count, Num* sums, int64_t sum_stride) {
-  Vec sum[kTogether][C] = {};
+  Vec sum[R][C] = {};
   for (int64_t j = 0; j < count; ++j) {
     Vec x[C];
     for (int c = 0; c < C; ++c) x[c] = load_wide(values + j * value_stride + c * N);
-    for (int r = 0; r < kTogether; ++r) {
+    for (int r = 0; r < R; ++r) {
       const Vec w = splat_like(Vec{}, weights[r * kDecodeTile + j]);
       for (int c = 0; c < C; ++c) sum[r][c] += w * x[c];
     }
   }
-  for (int r = 0; r < kTogether; ++r) {
+  for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) {
       Num* const at = sums + r * sum_stride + c * N;
       store_wide(at, load_wide(at) * splat_like(Vec{}, shrink[r]) + sum[r][c]);
