@@ -26,7 +26,8 @@ def as_policy(model: Any) -> Any:
     Args:
         model: a policy, which comes back as it is; a causal language model of transformers, bare
             or in a PeftModel, which is wrapped and from then on uses fastrl's attention; or the
-            name or folder of one, or a folder of `save_model`, which is loaded.
+            name or folder of one, or a folder of `save_model`, which is loaded, in float32: small
+            steps are lost on 16-bit weights (for these, load the model yourself).
     Returns:
         An nn.Module with the methods of `fastrl.models.PolicyModel`.
     Raises:
@@ -34,7 +35,7 @@ def as_policy(model: Any) -> Any:
         TypeError: something else.
     """
     if isinstance(model, (str, Path)):
-        return load_policy(model)
+        return load_policy(model, torch.float32)
     if isinstance(model, nn.Module):
         if isinstance(model, PolicyModel):
             return model
@@ -115,31 +116,38 @@ class _DecoderWithoutAdapter:
             return self._decoder.step(token_ids)
 
 
-def save_policy(policy: Any, folder: Path) -> None:
-    """See `fastrl.models.save_model`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(policy, LSTMLanguageModel):
-        document = json.dumps(policy.config, indent=2) + "\n"
-        (folder / _CONFIG).write_text(document, encoding="utf-8")
-        write_tensors(policy.state_dict(), folder / _WEIGHTS)
-    elif isinstance(policy, HuggingFacePolicy):
-        with _without_progress_bars():  # a training run has one of its own
-            if policy.adapter is None:
-                policy.model.save_pretrained(folder)  # type: ignore[operator]
-            else:
-                _save_adapter(policy, folder)
-    else:
+def check_saveable(policy: Any) -> None:
+    """Raise what `save_policy` would, before there is anything to lose."""
+    if isinstance(policy, HuggingFacePolicy):
+        adapters = list(getattr(policy.adapter, "peft_config", ["default"]))
+        if adapters != ["default"]:
+            got, remedy = ", ".join(adapters), "Use its own save_pretrained."
+            raise fail("save_model", 'one adapter, named "default"', got, remedy)
+    elif not isinstance(policy, LSTMLanguageModel):
         expected = "an LSTMLanguageModel, a HuggingFacePolicy or an ActorCritic of these"
         remedy = "Save its state_dict yourself."
         raise wrong_type("save_model", expected, type(policy).__name__, remedy)
 
 
+def save_policy(policy: Any, folder: Path) -> None:
+    """See `fastrl.models.save_model`."""
+    check_saveable(policy)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(policy, LSTMLanguageModel):
+        document = json.dumps(policy.config, indent=2) + "\n"
+        (folder / _CONFIG).write_text(document, encoding="utf-8")
+        write_tensors(policy.state_dict(), folder / _WEIGHTS)
+    else:
+        with _without_progress_bars():  # a training run has one of its own
+            if policy.adapter is None:
+                policy.model.save_pretrained(folder)  # type: ignore[operator]
+            else:
+                _save_adapter(policy, folder)
+
+
 def _save_adapter(policy: HuggingFacePolicy, folder: Path) -> None:
     """The adapter; and where it does not say whose it is, the model below it too."""
     adapter: Any = policy.adapter
-    if list(adapter.peft_config) != ["default"]:
-        got, remedy = ", ".join(adapter.peft_config), "Use its own save_pretrained."
-        raise fail("save_model", 'one adapter, named "default"', got, remedy)
     if not adapter.peft_config["default"].base_model_name_or_path:
         prefix = adapter.base_model.prefix  # of the adapter's own weights
         weights = {
@@ -151,11 +159,11 @@ def _save_adapter(policy: HuggingFacePolicy, folder: Path) -> None:
     adapter.save_pretrained(folder)
 
 
-def load_policy(name_or_folder: str | Path) -> Any:
-    """See `as_policy`."""
+def load_policy(name_or_folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
+    """See `as_policy`; with "auto" weights have the dtype that they were saved in."""
     folder = Path(name_or_folder)
     if (folder / _ADAPTER).exists():
-        return HuggingFacePolicy(_load_adapter(folder))
+        return HuggingFacePolicy(_load_adapter(folder, dtype))
     if folder.is_dir():
         config = read_json(folder / _CONFIG)
         if config.get("model_type") == "lstm":
@@ -163,19 +171,20 @@ def load_policy(name_or_folder: str | Path) -> Any:
             model = LSTMLanguageModel(**arguments)
             load_tensors(model, folder / _WEIGHTS)
             return model
-    return HuggingFacePolicy(_from_pretrained(name_or_folder))
+    return HuggingFacePolicy(_from_pretrained(name_or_folder, dtype))
 
 
-def _from_pretrained(name_or_folder: str | Path) -> Any:
+def _from_pretrained(name_or_folder: str | Path, dtype: torch.dtype | str) -> Any:
     import fastrl.hf
 
     fastrl.hf.register()
     from transformers import AutoModelForCausalLM
 
+    options: Any = {"attn_implementation": "fastrl", "dtype": dtype}
     if not Path(name_or_folder).is_dir():  # is perhaps downloaded, which people want to see
-        return AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation="fastrl")
+        return AutoModelForCausalLM.from_pretrained(name_or_folder, **options)
     with _without_progress_bars():
-        return AutoModelForCausalLM.from_pretrained(name_or_folder, attn_implementation="fastrl")
+        return AutoModelForCausalLM.from_pretrained(name_or_folder, **options)
 
 
 @contextmanager
@@ -191,18 +200,18 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_adapter(folder: Path) -> Any:
+def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Any:
     from peft import PeftModel
 
     base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
     if base:
-        return PeftModel.from_pretrained(_from_pretrained(base), folder, is_trainable=True)
+        return PeftModel.from_pretrained(_from_pretrained(base, dtype), folder, is_trainable=True)
     # transformers would find the adapter here, and put it in where PEFT no longer sees it.
     with tempfile.TemporaryDirectory() as without_adapter:
         for path in folder.iterdir():
             if path.is_file() and not path.name.startswith("adapter_"):
                 (Path(without_adapter) / path.name).symlink_to(path.resolve())
-        model = _from_pretrained(without_adapter)
+        model = _from_pretrained(without_adapter, dtype)
     model.config.name_or_path = model.name_or_path = ""
     return PeftModel.from_pretrained(model, folder, is_trainable=True)
 

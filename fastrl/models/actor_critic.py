@@ -26,7 +26,8 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.language_model: Any = as_policy(language_model)
         self.critic: Any = None if critic is None else as_policy(critic)
-        if self.critic is not None and self.critic is self.language_model:
+        models = [getattr(x, "model", x) for x in (self.language_model, self.critic)]
+        if models[0] is models[1]:
             raise ValueError(
                 "ActorCritic: expected critic another model than language_model, got the same. "
                 "Leave it out to share the trunk."

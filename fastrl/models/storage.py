@@ -13,6 +13,7 @@ from torch import nn
 
 from fastrl.models._policies import (
     as_policy,
+    check_saveable,
     load_policy,
     load_tensors,
     reference_policy,
@@ -21,7 +22,7 @@ from fastrl.models._policies import (
 )
 from fastrl.models.actor_critic import ActorCritic
 
-__all__ = ["as_policy", "load_model", "reference_policy", "save_model"]
+__all__ = ["as_policy", "check_saveable", "load_model", "reference_policy", "save_model"]
 
 _VALUE_HEAD, _CRITIC = "value_head.safetensors", "critic"
 

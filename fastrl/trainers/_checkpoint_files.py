@@ -15,7 +15,10 @@ DESCRIPTION = "trainer.json"
 STATE, STATE_TENSORS = "state.json", "state.safetensors"
 REFERENCE = "reference.safetensors"
 # A resumed run may change these; the others make it another run.
-FREE_FIELDS = ("max_steps", "max_bad_steps", "output_dir", "save_every")
+FREE_FIELDS = (
+    "max_steps", "max_bad_steps", "output_dir", "save_every",
+    "learning_rate", "micro_batch_tokens", "max_rows", "gradient_checkpointing",
+)  # fmt: skip
 # Where a model came from, and what transformers notes in its config only when it saves it.
 _NOT_THE_MODEL = (
     "_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version",

@@ -156,7 +156,7 @@ class TrainerConfig:
             for weight in self.reward_weights:
                 self._check_number("reward_weights", weight, -math.inf, math.inf)
         stops = self.stop_strings
-        stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        stops = (stops,) if isinstance(stops, str) else tuple(stops or ())
         object.__setattr__(self, "stop_strings", stops)
         if not all(isinstance(stop, str) and stop for stop in stops):
             self._fail("stop_strings texts that are not empty", stops)

@@ -1,11 +1,14 @@
 """Scoring a model on prompts, without learning and without touching the run."""
 
 import copy
+import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from fastrl.rollout import completion_seeds
+from fastrl.trainers._random_state import keeping_random_state
 from fastrl.trainers.metrics import rollout_metrics
 from fastrl.trainers.sampling import EVALUATION, sample
 from fastrl.trainers.tokens import token_scores
@@ -50,9 +53,11 @@ def evaluate(
         kl = trainer.ops.kl_penalty(logprobs, reference, estimator="k3")
     # A reward function may draw random numbers, and remember: ours to seed, the run's to keep.
     remembered = copy.deepcopy(trainer.scorer.state_dict())
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with keeping_random_state():
         torch.manual_seed(seed)
-        scores = trainer.scorer(examples, rollout, prompts, trainer.eos_token_ids)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        scores = trainer.scored(examples, rollout, prompts)
     trainer.scorer.load_state_dict(remembered)
 
     totals = scores.totals.where(scores.is_used, torch.nan).view(len(examples), -1)

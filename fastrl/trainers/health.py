@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fastrl.models.storage import check_saveable
 from fastrl.trainers import checkpoint
 
 if TYPE_CHECKING:
@@ -55,6 +56,19 @@ def set_learning(trainer: "Trainer", learning: bool) -> None:
         for policy in (trainer.policy, getattr(trainer.model, "critic", None)):
             if policy is not None:
                 policy.gradient_checkpointing(learning)
+
+
+def check_trainable(trainer: "Trainer") -> None:
+    """Raise an error where nothing would be trained, or what is could not be saved."""
+    if not trainer.parameters:
+        raise ValueError(
+            f"{type(trainer).__name__}: expected a model with weights to train, got all of them "
+            "frozen. Set requires_grad, or load the adapter with is_trainable=True."
+        )
+    if trainer.config.output_dir is not None:  # now, and not after the last step
+        for policy in (trainer.policy, getattr(trainer.model, "critic", None)):
+            if policy is not None:
+                check_saveable(policy)
 
 
 def check_checkpointing(trainer: "Trainer") -> None:

@@ -79,13 +79,19 @@ def eos_token_ids(trainer: "Trainer") -> tuple[int, ...]:
     """What ends a completion: as the config has it, or as model and tokenizer have it.
 
     Raises:
-        ValueError: an id outside the vocabulary; mask_truncated where nothing ends.
+        ValueError: an id outside the vocabulary; stop strings without a tokenizer; mask_truncated
+            where nothing ends.
     """
     given, vocab_size = trainer.config.eos_token_id, trainer.policy.vocab_size
     if given == "auto":
         given = getattr(trainer.policy, "eos_token_id", None)
         if given is None:
             given = getattr(trainer.tokenizer, "eos_token_id", None)
+    if trainer.config.stop_strings and trainer.tokenizer is None:
+        raise ValueError(
+            f"{type(trainer).__name__}: expected tokenizer with stop_strings, got None. "
+            "Pass tokenizer=."
+        )
     ids = tuple(given) if isinstance(given, Sequence) else () if given is None else (given,)
     for token in ids:
         if token >= vocab_size:

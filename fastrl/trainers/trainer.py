@@ -24,6 +24,7 @@ from fastrl.trainers.health import (
     TrainingDivergedError,
     check_checkpointing,
     check_finite,
+    check_trainable,
     set_learning,
     without_dropout,
 )
@@ -89,6 +90,7 @@ class Trainer(ABC):
         self.policy: Any = getattr(self.model, "language_model", self.model)
         self.ops = ops
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        check_trainable(self)
         self.device = self.policy.head.weight.device
         self.tokenizer = tokenizer
         self.rollout_function, self.environment = rollout_function, environment
@@ -118,7 +120,7 @@ class Trainer(ABC):
         self.bad_steps = 0  # in a row
         self.skipped_updates = 0
         self.num_tokens = 0  # read and written by the policy so far
-        self.own_checkpoint: Path | None = None  # this run's, so free to be replaced
+        self.own_checkpoints: set[Path] = set()  # this run's, so free to be replaced
         self.last_samples: Samples | None = None
         self._order = PromptOrder(len(self.dataset), self.config.seed)
 
@@ -212,7 +214,7 @@ class Trainer(ABC):
         max_steps = self.config.max_steps if max_steps is None else max_steps
         callbacks = [on_step] if callable(on_step) else list(on_step or ())
         folder, every = self.checkpoint_folder, self.config.save_every
-        if folder is not None and folder.resolve() != self.own_checkpoint:
+        if folder is not None and folder.resolve() not in self.own_checkpoints:
             checkpoint.check_unused(folder)
         records = []
         while self.step < max_steps:
@@ -270,6 +272,15 @@ class Trainer(ABC):
             chat_template_kwargs=self.config.chat_template_kwargs,
         )
 
+    def scored(self, examples: list[Example], rollout: Rollout, dataset: PromptDataset) -> Scores:
+        """The rewards of a rollout; functions of TRL's are told where the run stands."""
+        run = SimpleNamespace(
+            global_step=self.step,
+            max_steps=self.config.max_steps,
+            epoch=self.step * self.config.prompts_per_step / len(self.dataset),
+        )
+        return self.scorer(examples, rollout, dataset, self.eos_token_ids, trainer_state=run)
+
     def samples(self) -> list[dict[str, Any]]:
         """Of the last step's completions: prompt, completion, reward, and by function."""
         return [] if self.last_samples is None else self.last_samples.rows()
@@ -286,7 +297,7 @@ class Trainer(ABC):
         """
         check_finite(self)
         checkpoint.save(self, Path(folder))
-        self.own_checkpoint = Path(folder).resolve()
+        self.own_checkpoints.add(Path(folder).resolve())
 
     def resume(self, folder: str | Path) -> "Trainer":
         """Take over a checkpoint's weights, optimizer, step and random state; returns itself.
@@ -298,7 +309,7 @@ class Trainer(ABC):
                 trainer is then unchanged.
         """
         checkpoint.resume(self, Path(folder))
-        self.own_checkpoint = Path(folder).resolve()
+        self.own_checkpoints.add(Path(folder).resolve())
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -356,12 +367,7 @@ class Trainer(ABC):
     def _score(self, examples: list[Example], rollout: Rollout) -> tuple[Scores | None, Rollout]:
         if rollout.rewards is not None:  # who made the rollout has rewarded it
             return None, sampling.with_usable_rewards(rollout)
-        run = SimpleNamespace(
-            global_step=self.step,
-            max_steps=self.config.max_steps,
-            epoch=self.step * self.config.prompts_per_step / len(self.dataset),
-        )
-        scores = self.scorer(examples, rollout, self.dataset, self.eos_token_ids, trainer_state=run)
+        scores = self.scored(examples, rollout, self.dataset)
         return scores, replace(
             rollout,
             rewards=scores.rewards.to(self.device),

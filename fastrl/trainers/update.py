@@ -69,8 +69,10 @@ def learn(trainer: "Trainer", experience: Experience) -> tuple[dict[str, float],
         for completions in _minibatches(trainer, experience, epoch):
             if problem is not None:
                 break
+            # What taught nothing has changed nothing: the first step is the first that saw tokens.
+            is_first = bool(seen.logprobs.isnan().all())
             loss, norm, problem = _gradient_step(
-                trainer, experience, completions, seen, is_first=not losses
+                trainer, experience, completions, seen, is_first=is_first
             )
             losses.append(loss)
             norms.append(norm)
@@ -115,15 +117,17 @@ def _gradient_step(
     if bool(active.any()):
         part, of_part = weighted.take(active) if not bool(active.all()) else (weighted, None)
         trainer.set_learning(True)
-        for micro, at in micro_batches(part.rollout.batch, config.micro_batch_tokens):
-            known = part.at(at)
-            passed = micro_loss(trainer, micro, known)
-            passed.loss.backward()
-            total += passed.loss.detach()
-            seen.add(at if of_part is None else of_part[at], passed, is_first=is_first)
-            bounds = micro.completion_cu_seqlens
-            seen.clipped += clip_counts(trainer, passed.logprobs, known, bounds)
-        trainer.set_learning(False)
+        try:
+            for micro, at in micro_batches(part.rollout.batch, config.micro_batch_tokens):
+                known = part.at(at)
+                passed = micro_loss(trainer, micro, known)
+                passed.loss.backward()
+                total += passed.loss.detach()
+                seen.add(at if of_part is None else of_part[at], passed, is_first=is_first)
+                bounds = micro.completion_cu_seqlens
+                seen.clipped += clip_counts(trainer, passed.logprobs, known, bounds)
+        finally:
+            trainer.set_learning(False)
     limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
     norm = nn.utils.clip_grad_norm_(trainer.parameters, limit)
     loss_number, norm_number = torch.stack([total, norm.to(total)]).tolist()

@@ -165,3 +165,17 @@ def test_weights_of_another_model_are_an_error(tmp_path):
     (tmp_path / "other" / "model.safetensors").replace(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"expected lm_head.weight torch.float32 \(97, 6\).*got"):
         load_model(tmp_path)
+
+
+def test_what_is_loaded_by_name_is_float32(tmp_path):
+    """A learning rate of 1e-5 moves few 16-bit weights."""
+    model = build("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert as_policy(str(tmp_path)).head.weight.dtype == torch.float32
+    assert load_model(tmp_path).head.weight.dtype == torch.bfloat16
+
+
+def test_a_model_cannot_be_its_own_critic():
+    model = build("llama")
+    with pytest.raises(ValueError, match="expected critic another model"):
+        ActorCritic(model, model)

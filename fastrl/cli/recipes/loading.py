@@ -30,7 +30,7 @@ def open_model(
     """
     place = find_device(device)
     folder = Path(name)
-    if (folder / RECIPE).is_file():
+    if (folder / RECIPE).is_file() or (folder / CHECKPOINT / "trainer.json").is_file():
         folder = folder / CHECKPOINT
         if not checkpoint.exists(folder):
             raise RecipeError(

@@ -64,6 +64,10 @@ SAID_ELSEWHERE = {
 FREE = ("log.", "eval.", "model.device", "data.eval", "data.eval_limit", "train.max_steps") + (
     "train.max_bad_steps",
     "train.save_every",
+    "train.learning_rate",
+    "train.micro_batch_tokens",
+    "train.max_rows",
+    "train.gradient_checkpointing",
 )
 BUILT_IN = Path(__file__).parent
 
