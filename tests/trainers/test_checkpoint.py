@@ -230,7 +230,7 @@ def test_no_checkpoint_at_all(make_trainer, tmp_path):
         ({"kind": "actor_critic"}, "expected trainer 'PolicyGradientTrainer' .*got 'ActorCritic"),
         ({"seed": 1}, "expected config seed 0 .*got 1"),
         ({"gamma": 0.5}, "expected config gamma 1.0 .*got 0.5"),
-        ({"stop_strings": ["a"]}, r"expected config stop_strings \[\] .*got \['a'\]"),
+        ({"reward_weights": [2.0]}, r"expected config reward_weights None .*got \[2.0\]"),
         ({"dataset": [[1]]}, "expected dataset size 3 .*got 1"),
         ({"reward_functions": Counting()}, r"expected the state .*functions \['Counting'\]"),
         ({"kl_every": 0}, "expected config kl_every 1 .*got 0"),
