@@ -33,6 +33,7 @@ def linear_token_logprobs_state(
     for columns in head.vocab_slices():
         logits, start = head.logits(ALL, columns), vocab_start + columns.start
         whole.add(_state(logits, rows.token_ids, temperature, ignore_index, start, return_entropy))
+        del logits  # before there are others: a slice at a time
     return rows.scatter(whole.merged())
 
 
@@ -98,6 +99,7 @@ def linear_token_logprobs_bwd(
             head.product(grad.t(), head.hidden, grad_weight[columns])
         if needs_bias:
             grad_bias[columns] = grad.sum(0, dtype=torch.float32)
+        del logits, grad
     return rows.scatter(grad_hidden) if needs_hidden else grad_hidden, grad_weight, grad_bias
 
 
@@ -126,6 +128,7 @@ def token_stats(
             state.add(_state(logits, ids, t, ignore_index, columns.start, t == temperature))
         sums += logits.sum(-1)
         highest, at = logits.max(-1)
+        del logits
         is_higher = highest > best  # the first of equals stays
         best = torch.where(is_higher, highest, best)
         top = torch.where(is_higher, at + columns.start, top)

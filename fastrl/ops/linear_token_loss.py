@@ -119,6 +119,8 @@ class _LinearTokenLoss(torch.autograd.Function):
                     numbers = (temperature, ignore_index, 0)
                     grad = head.gradient(logits, g, h, ids, *found, *numbers)
                     gradients.add(part, grad, scale)
+                    del grad
+                del logits  # before there are others: a slice at a time
             ctx.gradients = gradients.of_inputs(rows)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         logprobs, entropy = rows.scatter(logprobs), rows.scatter(entropy)

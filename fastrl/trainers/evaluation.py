@@ -53,12 +53,14 @@ def evaluate(
         kl = trainer.ops.kl_penalty(logprobs, reference, estimator="k3")
     # A reward function may draw random numbers, and remember: ours to seed, the run's to keep.
     remembered = copy.deepcopy(trainer.scorer.state_dict())
-    with keeping_random_state():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        scores = trainer.scored(examples, rollout, prompts)
-    trainer.scorer.load_state_dict(remembered)
+    try:  # also where a signal ends it: what is saved then is the run's
+        with keeping_random_state():
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            scores = trainer.scored(examples, rollout, prompts)
+    finally:
+        trainer.scorer.load_state_dict(remembered)
 
     totals = scores.totals.where(scores.is_used, torch.nan).view(len(examples), -1)
     ids = [completion.tolist() for completion in rollout.completion_ids]

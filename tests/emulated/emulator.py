@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import Library
+from torch import Tensor, library
 
 import fastrl
 
@@ -44,10 +43,10 @@ def compile_parts(compiler: str, folder: Path, parts: list, link: list[str]) -> 
         for (file, flags), to in zip(parts, objects, strict=True)
     ]
     assert not any([process.wait() for process in running])
-    library = folder / "emulated.so"
-    command = [compiler, "-shared", "-pthread", *objects, *link, "-o", str(library)]
+    shared = folder / "emulated.so"
+    command = [compiler, "-shared", "-pthread", *objects, *link, "-o", str(shared)]
     subprocess.run(command, check=True)
-    return library
+    return shared
 
 
 def build(compiler: str, folder: Path) -> Path:
@@ -56,13 +55,13 @@ def build(compiler: str, folder: Path) -> Path:
 
 
 class Emulator:
-    def __init__(self, library: Path) -> None:
-        self._schemas = Library("fastrl_emulated", "DEF")
+    def __init__(self, path: Path) -> None:
+        self._schemas = library.Library("fastrl_emulated", "DEF")
         for name in OPS:
             schema = str(getattr(torch.ops.fastrl, name).default._schema)
             self._schemas.define(schema.removeprefix("fastrl::"))
-        torch.ops.load_library(str(library))
-        self._library = ctypes.CDLL(str(library))
+        torch.ops.load_library(str(path))
+        self._library = ctypes.CDLL(str(path))
         self._library.emulator_guarded.restype = c_void_p
         self._library.emulator_guarded.argtypes = [c_size_t, c_bool]
         self._library.emulator_free.argtypes = [c_void_p, c_size_t, c_bool]

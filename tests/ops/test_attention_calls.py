@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastrl
@@ -42,7 +42,7 @@ def arguments(device, kind):
 def test_opcheck(device, kind):
     tokens, rest = arguments(device, kind)
     tensors = qkv(tokens, device)
-    opcheck(torch.ops.fastrl.attention_fwd.default, (*tensors, *rest))
+    library.opcheck(torch.ops.fastrl.attention_fwd.default, (*tensors, *rest))
     with torch.no_grad():
         output, lse = torch.ops.fastrl.attention_fwd(*tensors, *rest)
         for grads, needs in (
@@ -50,7 +50,7 @@ def test_opcheck(device, kind):
             ((None, torch.randn_like(lse)), (False, True, False)),
         ):
             saved = (*grads, *(x.detach() for x in tensors), output, lse)
-            opcheck(
+            library.opcheck(
                 torch.ops.fastrl.attention_bwd.default, (*saved, *rest, *needs),
                 test_utils=("test_schema", "test_faketensor"),
             )  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from decode_inputs import BOUNDS, NAN, inputs
-from torch.library import opcheck
+from torch import library
 
 import fastrl
 from fastrl import reference
@@ -36,7 +36,7 @@ def test_opcheck(device):
         names = ("query", "key", "value", "key_start", "key_end", "prefix_key", "prefix_value")
         tensors = [given.get(name) for name in (*names, *BOUNDS[2:])]
         op = torch.ops.fastrl.decode_attention.default
-        opcheck(op, (*tensors, 0.25, None if prefixes else 7, 3.0))
+        library.opcheck(op, (*tensors, 0.25, None if prefixes else 7, 3.0))
 
 
 def test_compiles_without_a_break_and_once_for_all_steps(device):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from budget import assert_within_budget
+from torch import library
 
 import fastrl
 from fastrl import reference
@@ -166,13 +167,13 @@ def test_opcheck(device, return_entropy):
     ids, bounds = kept_of([[1, 7], [4], [39, 0, 3]], device)
     numbers = (0.8, -100)
     arguments = (logits, token_ids, ids, bounds, *numbers, return_entropy)
-    torch.library.opcheck(torch.ops.fastrl.kept_logprobs_fwd.default, arguments)
+    library.opcheck(torch.ops.fastrl.kept_logprobs_fwd.default, arguments)
     logprobs, entropy, *rest = (x.detach() for x in torch.ops.fastrl.kept_logprobs_fwd(*arguments))
     saved = (logprobs, entropy if return_entropy else None, *rest)
     g = torch.randn(3, device=device)
     grads = (g, 2 * g if return_entropy else None)
     backward = (*grads, logits.detach(), token_ids, ids, bounds, *saved, *numbers)
-    torch.library.opcheck(torch.ops.fastrl.kept_logprobs_bwd.default, backward)
+    library.opcheck(torch.ops.fastrl.kept_logprobs_bwd.default, backward)
 
 
 def test_compiles_without_a_break_or_a_recompile(device):

@@ -7,10 +7,6 @@ import pytest
 import torch
 
 
-def zeros(completion_ids, **_):
-    return [0.0] * len(completion_ids)
-
-
 def test_a_run_that_was_saved_elsewhere_goes_on(make_trainer, tmp_path):
     trainer = make_trainer(output_dir=tmp_path / "run", max_steps=2)
     trainer.train()
@@ -53,6 +49,30 @@ def test_an_evaluation_leaves_each_generator_where_it_was(make_trainer, draw):
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert states == after
     assert first["reward"] == trainer.evaluate(trainer.dataset.dataset, seed=3)["reward"]
+
+
+def test_an_evaluation_that_is_broken_off_leaves_the_rewards_state(make_trainer):
+    class Counting:
+        calls = 0
+
+        def __call__(self, completion_ids, **_):
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return [float(self.calls)] * len(completion_ids)
+
+        def state_dict(self):
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state):
+            self.calls = state["calls"]
+
+    reward = Counting()
+    trainer = make_trainer(reward_functions=reward)
+    trainer.train(max_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate(trainer.dataset.dataset)
+    assert reward.calls == 1
 
 
 def test_the_gap_is_that_before_the_first_step_that_changes_weights(make_trainer):
