@@ -43,6 +43,13 @@ def set_random_state(state: Tree) -> None:
             torch.cuda.set_rng_state(generator, device)
 
 
+def seed_generators(seed: int) -> None:
+    """What a reward function may draw from, at a start of its own: Python's, numpy's, torch's."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def keeping_random_state() -> Iterator[None]:
     """Whatever is drawn meanwhile, the generators come back to where they were."""

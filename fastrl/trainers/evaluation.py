@@ -1,14 +1,12 @@
 """Scoring a model on prompts, without learning and without touching the run."""
 
 import copy
-import random
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from fastrl.rollout import completion_seeds
-from fastrl.trainers._random_state import keeping_random_state
+from fastrl.trainers._random_state import keeping_random_state, seed_generators
 from fastrl.trainers.metrics import rollout_metrics
 from fastrl.trainers.sampling import EVALUATION, sample
 from fastrl.trainers.tokens import token_scores
@@ -55,9 +53,7 @@ def evaluate(
     remembered = copy.deepcopy(trainer.scorer.state_dict())
     try:  # also where a signal ends it: what is saved then is the run's
         with keeping_random_state():
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
+            seed_generators(seed)
             scores = trainer.scored(examples, rollout, prompts)
     finally:
         trainer.scorer.load_state_dict(remembered)

@@ -1,12 +1,14 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +86,20 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert all(torch.equal(weights[key], others[key]) for key in weights)
     mine, theirs = (json.loads((f / "results.json").read_text()) for f in (folder, other))
     assert mine == theirs
+    for name in ("state.json", "state.safetensors"):  # each generator's state too
+        mine, theirs = ((f / "checkpoint" / name).read_bytes() for f in (folder, other))
+        assert mine == theirs, name
+
+
+def test_a_run_depends_on_its_seed_and_on_nothing_that_was_drawn_before(recipe, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for number, folder in enumerate(folders):
+        random.seed(number)
+        np.random.seed(number)
+        torch.manual_seed(number)
+        options = ["--set", "train.max_steps=1", "--output", str(folder)]
+        assert cli.main(["train", str(recipe), *options]) == 0
+    assert_same_run(*folders)
 
 
 def test_a_run_leaves_what_it_promises(finished, recipe):

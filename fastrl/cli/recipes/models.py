@@ -11,6 +11,7 @@ from fastrl.cli.recipes.schema import Model, Recipe
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.models import ActorCritic, LSTMLanguageModel
 from fastrl.models.storage import as_policy
+from fastrl.trainers._random_state import seed_generators
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -23,7 +24,7 @@ def build_model(recipe: Recipe, tokenizer: Any, seed: int) -> nn.Module:
     """
     model = recipe.model
     device = find_device(model.device)
-    torch.manual_seed(seed)
+    seed_generators(seed)
     policy: Any = _language_model(model, tokenizer, lora=True)
     size = policy.vocab_size
     if len(tokenizer) > size:
