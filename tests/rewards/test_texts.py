@@ -1,0 +1,16 @@
+import pytest
+
+from fastrl.rewards._texts import prompt_text, text_of
+
+
+def test_text_is_taken_as_it_is_and_out_of_messages():
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert text_of("a b") == prompt_text("a b") == "a b"
+    assert text_of(chat[1:]) == "b"
+    assert prompt_text(chat) == "a\nb"
+
+
+@pytest.mark.parametrize("given", [[1, 2], 3, None, [{"role": "user"}], [{"content": None}]])
+def test_what_has_no_text_is_refused(given):
+    with pytest.raises(TypeError, match="expected completions of text"):
+        text_of(given)
