@@ -2,9 +2,11 @@
 
 While weights stay, as in a rollout, each one can also be laid out once in oneDNN's own way: for 64
 rows on two cores 200 GFLOP/s, against 154 with the weight as it lies and 111 with torch's product.
-The layout is a copy of the weight, which lives as long as the rollout.
+The layout is a copy of the weight, which lives as long as the rollout. Layers that read one input
+are then one product: queries, keys and values of 64 rows of 256 take 157 us, and one by one 202.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastrl.models._norms import quick_norms
 from fastrl.ops._quick_product import is_quick, quick_product
 
 Linear = Callable[[Tensor], Tensor]
+_uncounted = itertools.count(1)
+# Names of layers of one module that read the same input.
+_SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @contextmanager
@@ -27,7 +33,8 @@ def quick_layers(module: nn.Module) -> Iterator[None]:
 
 
 class PackedLayers:
-    """Linear layers of a module, packed for products with few rows; without gradients.
+    """Linear layers of a module, packed for products with few rows, and quick norms; without
+    gradients.
 
     Args:
         module: with nn.Linear and transformers' Conv1D in it, at any depth. What is written to
@@ -36,8 +43,13 @@ class PackedLayers:
     """
 
     def __init__(self, module: nn.Module, rows: int) -> None:
-        self._packed = {}
-        for layer in _layers(module):
+        self._packed = quick_norms(module)
+        layers = _layers(module)
+        for group in _sharing(module, layers):
+            self._packed.update(_packed_together(group, rows))
+        for layer in layers:
+            if layer in self._packed:
+                continue
             packed = packed_linear(_weight(layer), layer.bias, rows)
             if packed is not None:
                 self._packed[layer] = packed
@@ -66,6 +78,63 @@ def packed_linear(weight: Tensor, bias: Tensor | None, rows: int) -> Linear | No
         return quick_product(x, packed, bias)
 
     return linear
+
+
+class _OneInput:
+    """The parts of one product of x, for the layers that read x one after the other.
+
+    Any other order of calls, and an x that was written to in between, is computed anew.
+    """
+
+    def __init__(self, product: Linear, sizes: list[int]) -> None:
+        self._product, self._sizes = product, sizes
+        self._x: Tensor | None = None
+        self._version = 0
+        self._parts: dict[int, Tensor] = {}  # those that no layer has taken
+
+    def part(self, i: int) -> Linear:
+        """The i-th layer's forward."""
+
+        def linear(x: Tensor) -> Tensor:
+            if self._x is not x or i not in self._parts or self._version != _version(x):
+                parts = self._product(x).split(self._sizes, -1)
+                self._x, self._version, self._parts = x, _version(x), dict(enumerate(parts))
+            part = self._parts.pop(i)
+            if not self._parts:  # of long prompts they are large
+                self._x = None
+            return part
+
+        return linear
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written to; below 0, equal to no earlier one, where that is not counted."""
+    return -next(_uncounted) if x.is_inference() else x._version
+
+
+def _sharing(module: nn.Module, layers: list[Any]) -> list[list[Any]]:
+    """Groups of layers that read one input."""
+    ours, groups = set(layers), []
+    for parent in module.modules():
+        for names in _SHARING:
+            group = [getattr(parent, name, None) for name in names]
+            if ours.issuperset(group) and len(set(group)) == len(group):
+                groups.append(group)
+    return groups
+
+
+def _packed_together(group: list[Any], rows: int) -> dict[Any, Linear]:
+    """By layer, its part of one product; nothing where they must be computed one by one."""
+    weights, biases = [_weight(layer) for layer in group], [layer.bias for layer in group]
+    kinds = {(weight.shape[1], weight.dtype) for weight in weights}
+    if len(kinds) > 1 or len({bias is None for bias in biases}) > 1:
+        return {}
+    bias = None if biases[0] is None else torch.cat(biases)
+    product = packed_linear(torch.cat(weights), bias, rows)
+    if product is None:
+        return {}
+    together = _OneInput(product, [len(weight) for weight in weights])
+    return {layer: together.part(i) for i, layer in enumerate(group)}
 
 
 class _QuickLinear(torch.autograd.Function):

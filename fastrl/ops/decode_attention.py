@@ -60,6 +60,28 @@ decode_attention.__doc__ = f"""{reference.decode_attention.__doc__}
     """
 
 
+def decode_known(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_end: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_end: Tensor,
+    prefix_cu_rows: Tensor,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`decode_attention` of caches that it has once accepted, the keys' number apart: the checks,
+    and copies of what is not dense, take 40 us, a tenth of a small call."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    caches, prefixes = (key, value, None, key_end), (prefix_key, prefix_value)
+    of_prefixes = (prefix_end, prefix_cu_rows)
+    query = _dense_along_width(query)
+    return _decode(query, *caches, *prefixes, *of_prefixes, scale, window, softcap)[0]
+
+
 def _dense_along_width(x: Tensor | None) -> Any:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
