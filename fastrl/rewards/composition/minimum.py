@@ -54,15 +54,16 @@ class Minimum(Composition):
         found: list[Entry] = []
         worst = Counter[str]()
         for i in range(len(batch.lengths)):
-            opinions = {k: entries[i] for k, entries in given.items() if entries[i] is not None}
+            row = ((part, entries[i]) for part, entries in given.items())
+            opinions = {part: entry for part, entry in row if entry is not None}
             if not opinions:
                 found.append(None)
             elif not all(is_usable(magnitude(entry)) for entry in opinions.values()):
                 found.append(math.nan)
             else:
-                part = min(opinions, key=lambda k: total(opinions[k]))
+                part, entry = min(opinions.items(), key=lambda opinion: total(opinion[1]))
                 worst[part] += 1
-                found.append(opinions[part])
+                found.append(entry)
         for part in given:
             share = worst[part] / worst.total() if worst else math.nan
             batch.log(part, "share", share)
