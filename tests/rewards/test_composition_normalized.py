@@ -110,6 +110,13 @@ def test_what_does_not_differ_adds_nothing(over, equal):
     assert close(totals, [-expected, expected, -expected, expected])
 
 
+def test_rounding_is_known_in_later_calls():
+    rounding = [[0.1, 0.2, -0.3], [0.0], [0.0, 0.0], [0.0, 0.0]]
+    reward = NormalizedSum([giving(rounding, [0.0] * 4)], over="running")
+    call(reward)
+    assert call(reward) == [0] * 4
+
+
 def test_small_differences_count_as_large_ones_do():
     numbers = [0.0, 1.0, 5.0, 2.0]
     expected = call(NormalizedSum([giving(numbers)]))
