@@ -1,7 +1,6 @@
 """What reward functions are called with, as TRL calls them, and what they log on the way."""
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastrl.rollout import Rollout
@@ -75,22 +74,3 @@ def reward_arguments(
     ]
     arguments["completion_ids"] = completion_ids
     return arguments
-
-
-def parameters_of(function: Callable[..., Any]) -> set[str] | None:
-    """The names that it may be called with; None: any."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some that are written in C do not say
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {parameter.name for parameter in parameters if parameter.kind in kinds}
-
-
-def accepted(arguments: dict[str, Any], names: set[str] | None) -> dict[str, Any]:
-    """Those of the arguments that have one of the names."""
-    if names is None:
-        return dict(arguments)
-    return {name: value for name, value in arguments.items() if name in names}

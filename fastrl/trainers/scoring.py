@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrl.rollout import Rollout
-from fastrl.trainers._calling import Call, Caller, unwrapped
-from fastrl.trainers._given_rewards import CompletionTokens
-from fastrl.trainers._reward_arguments import (
-    RewardLog,
+from fastrl.rewards._calling import (
+    Call,
+    Caller,
     accepted,
+    distinct_names,
     parameters_of,
-    reward_arguments,
+    unwrapped,
 )
+from fastrl.rollout import Rollout
+from fastrl.trainers._given_rewards import CompletionTokens
+from fastrl.trainers._reward_arguments import RewardLog, reward_arguments
 from fastrl.trainers.prompts import Example, PromptDataset
 
 RewardFunction = Callable[..., Any]
@@ -97,7 +99,7 @@ class RewardScorer:
         _check(self.functions, weights, timeout, errors)
         self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
         self.timeout, self.errors = timeout, errors
-        self.names = _distinct_names(self.functions)
+        self.names = distinct_names(self.functions)
         self._parameters = [parameters_of(function) for function in self.functions]
         self._caller = Caller(self.functions, timeout)
 
@@ -252,17 +254,3 @@ def _mean_and_std(values: Tensor) -> tuple[float, float]:
     """Of the finite values; NaN for the mean of none, and the deviation of fewer than two."""
     values = values[values.isfinite()].double()
     return float(values.mean()), float(values.std()) if len(values) > 1 else math.nan
-
-
-def _distinct_names(functions: Sequence[RewardFunction]) -> list[str]:
-    """What a function is called, or its class; numbered where several are called the same."""
-    plain = [unwrapped(function) for function in functions]
-    names = [getattr(f, "__name__", type(f).__name__).strip("<>") for f in plain]
-    distinct: list[str] = []
-    for name in names:
-        number = 1
-        new = name
-        while new in distinct or (names.count(name) > 1 and new in names):
-            new, number = f"{name}_{number}", number + 1
-        distinct.append(new)
-    return distinct

@@ -1,4 +1,5 @@
-"""Calls of reward functions: async ones beside each other, and none waited for too long."""
+"""Calls of reward functions: their names and arguments, async ones beside each other, and none
+waited for too long."""
 
 import asyncio
 import functools
@@ -150,6 +151,39 @@ def is_async(function: Callable[..., Any]) -> bool:
     function = unwrapped(function)
     declared = inspect.iscoroutinefunction(function)
     return declared or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def parameters_of(function: Callable[..., Any]) -> set[str] | None:
+    """The names that it may be called with; None: any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some that are written in C do not say
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {parameter.name for parameter in parameters if parameter.kind in kinds}
+
+
+def accepted(arguments: dict[str, Any], names: set[str] | None) -> dict[str, Any]:
+    """Those of the arguments that have one of the names."""
+    if names is None:
+        return dict(arguments)
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def distinct_names(functions: Sequence[Callable[..., Any]]) -> list[str]:
+    """What a function is called, or its class; numbered where several are called the same."""
+    plain = [unwrapped(function) for function in functions]
+    names = [getattr(f, "__name__", type(f).__name__).strip("<>") for f in plain]
+    distinct: list[str] = []
+    for name in names:
+        number = 1
+        new = name
+        while new in distinct or (names.count(name) > 1 and new in names):
+            new, number = f"{name}_{number}", number + 1
+        distinct.append(new)
+    return distinct
 
 
 def _raise_interrupt(call: Call) -> None:
