@@ -109,7 +109,10 @@ class CompletionTokens:
 
 def _sum(row: list[float]) -> float:
     """Its sum; inf or NaN as IEEE has it."""
-    return math.fsum(row) if all(map(math.isfinite, row)) else sum(row)
+    try:
+        return math.fsum(row) if all(map(math.isfinite, row)) else sum(row)
+    except OverflowError:  # of finite numbers
+        return sum(row)
 
 
 def _float64(numbers: list[float]) -> Tensor:

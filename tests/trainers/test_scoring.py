@@ -211,6 +211,12 @@ def test_what_float32_cannot_hold_is_bad():
     assert scores.metrics["rewards/bad"] == 3
 
 
+def test_a_sum_that_no_float_can_hold_is_bad():
+    scores = score(giving([[1e308] * 3, 1.0, [2.0, 2.0], [1e308, -1e308]]))
+    assert scores.is_used.tolist() == [False, True, True, False]
+    assert scores.metrics["rewards/bad"] == 2
+
+
 class Judge:
     def __call__(self, completions, **_):
         return [0.0] * len(completions)
