@@ -10,7 +10,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from gamed_runs import HELD_OUT, make_run, share, share_and_noise, up_to_a_half
+from gamed_runs import (
+    HELD_OUT,
+    half_of_it_and_noise,
+    make_run,
+    share,
+    share_and_noise,
+    up_to_a_half,
+)
 
 from fastrl.rollout import completion_seeds
 from fastrl.trainers import PolicyGradientTrainer, StopTraining
@@ -58,16 +65,19 @@ def test_a_gamed_reward_is_caught_and_the_best_checkpoint_kept(tmp_path, seed):
     assert gold_of(best) > gold_of(start) + 0.05
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_an_honest_reward_is_not_stopped(seed):
-    """Gold is the proxy but for noise, which is larger than all there is to gain in the end."""
-    trainer, monitor = make_run(share_and_noise, seed=seed, monitor={"action": "stop"})
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("gold, end", [(share_and_noise, 0.8), (half_of_it_and_noise, 0.45)])
+def test_an_honest_reward_is_not_stopped(gold, end, seed):
+    """Gold is the proxy, or comes to rest where the proxy goes on, but for noise."""
+    trainer, monitor = make_run(gold, seed=seed, monitor={"action": "stop"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Reward stalled")  # as the second gold does
         records = trainer.train()
     assert len(records) == 60 and len(monitor.evaluations) == 21
-    assert not any(evaluation["gold/alarm"] for evaluation in monitor.evaluations)
-    assert monitor.evaluations[-1]["gold/gold"] > 0.8
+    assert not any(e["gold/alarm"] or e["gold/falling"] for e in monitor.evaluations)
+    assert monitor.evaluations[-1]["gold/gold"] > end
+    assert monitor.evaluations[-1]["gold/proxy"] > 0.9
 
 
 def test_each_alarm_warns_and_the_run_goes_on():

@@ -39,10 +39,10 @@ class OverOptimizationMonitor:
     and what it rests on stand in `fastrl.trainers.over_optimization.sequential_test`; nothing in
     it is tuned. After an alarm it begins anew.
 
-    Two weaker findings, each with the same chance of being wrong but for the second half of its
-    condition, only warn, once a run: "falling", gold falls though the proxy is not shown to rise;
-    and "stalled", in the second half of the run the proxy has risen since the middle of the
-    evaluations, and gold has not.
+    Two weaker findings only warn, once a run, each with its own error rate of at most `alpha`:
+    "falling", gold falls though the proxy is not shown to rise; and "stalled", in the second half
+    of the run, gold has not risen since the middle of the evaluations and the proxy has, which
+    would have been worth more gold before.
 
     **What an alarm does.** Each warns (RuntimeWarning), and stands in the record. "lower" also
     doubles `trainer.kl.coef`, or sets it to `kl_start` where it was 0, and halves the weights of
