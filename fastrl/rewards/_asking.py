@@ -75,7 +75,6 @@ class Interview:
     ) -> None:
         self.file, self.answers, self.annotator = file, answers, annotator
         self.keys, self.screen = keys, screen
-        self.count = 0  # answers that were given now and not taken back
 
     def run(self, questions: Iterable[Question], end: float = math.inf) -> None:
         """Ask what this person has not answered, in order, until `end` of time.monotonic().
@@ -112,7 +111,6 @@ class Interview:
                 return UNDO
             if wish in question.answers:
                 self._write(question.id, question.answers[wish])
-                self.count += 1
                 return ANSWERED
             self.screen.say(f"Expected {question.hint}, s, u or q, got {typed!r}.")
 
@@ -139,7 +137,6 @@ class Interview:
             self.screen.say("There is nothing to undo.")
             return
         self._write(last, {"retracted": True})
-        self.count -= 1
         waiting.appendleft(known[last])
 
     @staticmethod

@@ -175,14 +175,16 @@ class Answers:
     def __init__(self) -> None:
         self.by_item: dict[str, dict[str, Record]] = {}
         self.by_annotator: dict[str, dict[str, Record]] = {}
+        self._kind: str | None = None
 
     def add(self, record: Record) -> None:
         """Take a line into account.
 
         Raises:
-            ValueError: it is neither a judgement, nor a rating, nor a retraction.
+            ValueError: it is neither a judgement, nor a rating, nor a retraction; or it is of
+                another kind than those before.
         """
-        _check(record)
+        self._check_kind(_kind_of(record))
         item, annotator = str(record["id"]), record["annotator"]
         of_item = self.by_item.setdefault(item, {})
         of_annotator = self.by_annotator.setdefault(annotator, {})
@@ -191,9 +193,24 @@ class Answers:
         if not record.get("retracted"):
             of_item[annotator] = of_annotator[item] = record
 
+    @property
+    def is_rating(self) -> bool:
+        """Whether these are ratings; False for choices, and as long as there is nothing."""
+        return self._kind == "rating"
+
     def of(self, annotator: str) -> dict[str, Record]:
         """This annotator's records by id, the latest last."""
         return self.by_annotator.get(annotator, {})
+
+    def _check_kind(self, kind: str) -> None:
+        if kind == "retracted":
+            return
+        if self._kind not in (None, kind):
+            raise ValueError(
+                "judgements: expected either choices or ratings, got both. "
+                "Keep them in files of their own."
+            )
+        self._kind = kind
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -251,18 +268,24 @@ def lock(descriptor: int, path: Path, *, wait: bool) -> None:
         ) from error
 
 
-def _check(record: Record) -> None:
+def _kind_of(record: Record) -> str:
+    """ "choice", "rating" or "retracted"; an error for anything else."""
     is_whole = isinstance(record.get("annotator"), str) and isinstance(record.get("id"), str | int)
-    has_choice = "choice" in record and record["choice"] in CHOICES
     rating = record.get("rating", math.nan)
     is_number = isinstance(rating, int | float) and not isinstance(rating, bool)
-    has_rating = rating is None or (is_number and math.isfinite(rating))
-    if not (is_whole and (has_choice or has_rating or record.get("retracted") is True)):
+    kinds = {
+        "choice": record.get("choice") in CHOICES,
+        "rating": rating is None or (is_number and math.isfinite(rating)),
+        "retracted": record.get("retracted") is True,
+    }
+    found = [kind for kind, is_it in kinds.items() if is_it and is_whole]
+    if len(found) != 1:
         shown = json.dumps(record)[:120]
         raise ValueError(
             'judgements: expected "id", "annotator" and a "choice" of a, b, tie or skip, or a '
             f'"rating" that is a number or null, got {shown}. Pass a file of judgements.'
         )
+    return found[0]
 
 
 def _parsed(line: bytes, path: Path, number: int) -> Record:

@@ -1,6 +1,7 @@
 """Asking a person in a terminal: keys as they are pressed, and texts that may hold anything."""
 
 import errno
+import math
 import os
 import select
 import sys
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 SIDE_BY_SIDE = 80  # columns of a terminal that has room for two texts
+SIGNAL_SECONDS = 0.5  # the longest wait for a key in one go
 _END, _ESCAPE = b"\x04", b"\x1b"
 _TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of writing
 
@@ -51,10 +53,12 @@ class Keys:
                 return found
             if self._has_ended:
                 raise EOFError("the end of standard input")
-            left = None if end is None else max(0.0, end - time.monotonic())
-            if not select.select([self._descriptor], [], [], left)[0]:
+            left = math.inf if end is None else max(0.0, end - time.monotonic())
+            # Not for long: a Ctrl-C just before the wait is noticed after it.
+            if select.select([self._descriptor], [], [], min(left, SIGNAL_SECONDS))[0]:
+                self._fill()
+            elif left <= SIGNAL_SECONDS:
                 return None
-            self._fill()
 
     def put_back(self, line: str) -> None:
         """Let a line be the next answer again."""

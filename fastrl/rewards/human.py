@@ -34,7 +34,8 @@ class HumanReward:
     another terminal. A rating of null is someone who skipped the completion and is not waited
     for. The id is that of prompt, completion, step and number in the batch: a run that is resumed
     asks nothing that was answered before. What is no longer waited for gets a line {"id",
-    "closed": true}.
+    "closed": true}. Evaluations ask too. A run that shall stop after its step waits for the step's
+    ratings first, unless there is a timeout.
 
     Args:
         folder: made if it is not there.

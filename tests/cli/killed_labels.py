@@ -21,7 +21,8 @@ from fastrl.cli import label
 from fastrl.cli.labelling import session  # noqa: F401
 from fastrl.cli.recipes import command  # noqa: F401
 
-NUM_KILLS, NUM_ITEMS = 60, 2000
+NUM_KILLS, NUM_ITEMS = 60, 500
+LIFETIME = 0.06  # seconds after the first question, some ten answers
 QUESTION = re.compile(r"item-(\d+)(?:(?!item-).)*?(first|second)(?:(?!item-).)*?q\(uit\)\?", re.S)
 
 
@@ -108,35 +109,47 @@ def written(path):
     return [(r["id"], "retracted" if r.get("retracted") else r["choice"]) for r in rows]
 
 
-def attempt(arguments, person, lifetime):
-    """Label until the time is over, and die; what was shown before death counts."""
+def attempt(arguments, person, after_start, seconds):
+    """Label, and die so long after the start or the first question.
+
+    What was shown before death counts. Returns the seconds to the first question, if it came.
+    """
     person.at_a_new_process()
     pid, terminal = start(arguments)
-    end = time.monotonic() + lifetime
+    started = time.monotonic()
+    end = started + (seconds if after_start else 60)
+    to_first = None
     is_alive = True
     while (data := read(terminal, end - time.monotonic() if is_alive else 10)) is not None:
         if is_alive and time.monotonic() >= end:
             os.kill(pid, signal.SIGKILL)
             is_alive = False
         if person.sees(data) and is_alive:
+            if to_first is None:
+                to_first = time.monotonic() - started
+                end = end if after_start else time.monotonic() + seconds
             os.write(terminal, person.key().encode())
     os.close(terminal)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert code == -signal.SIGKILL, (code, person.shown)
+    return to_first
 
 
 def kill_at_random_moments(arguments, output):
     """The file's lines are always the acknowledged events, and at most the one in flight more."""
     person, draw = Person(1), random.Random(2)
-    report = {"kills": 0, "kept": 0, "lost": 0, "torn": 0, "at_start": 0}
-    for _ in range(NUM_KILLS):
-        attempt(arguments, person, draw.uniform(0, 0.12))
+    report = {"kills": 0, "kept": 0, "lost": 0, "torn": 0, "before_any": 0}
+    to_first = 0.0
+    for number in range(NUM_KILLS):
+        at_start = number % 5 == 4
+        seconds = draw.uniform(0, to_first if at_start else LIFETIME)
+        to_first = attempt(arguments, person, at_start, seconds) or to_first
         found = written(output)
         more = found[len(person.events) :]
         assert found[: len(person.events)] == person.events
         assert more in ([], [person.in_flight]), (more, person.in_flight)
         report["kills"] += 1
-        report["at_start"] += person.num_seen == 0
+        report["before_any"] += person.num_seen == 0
         if person.in_flight is not None:
             report["kept" if more else "lost"] += 1
         if more:
@@ -160,6 +173,7 @@ def leave(arguments, key):
     shown = b""
     while (data := read(terminal, 10)) is not None:
         if not data:
+            os.kill(pid, signal.SIGKILL)
             raise SystemExit(f"no end after {key!r}: {shown!r}")
         if b"q(uit)?" not in shown and b"q(uit)?" in shown + data:
             os.write(terminal, key)

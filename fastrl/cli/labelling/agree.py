@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
-from fastrl.rewards._judgements import Answers, choices_of, ratings_of, read_answers
+from fastrl.rewards._judgements import choices_of, ratings_of, read_answers
 from fastrl.rewards.agreement import (
     Estimate,
     Table,
@@ -18,12 +18,11 @@ def report(paths: Sequence[Path]) -> str:
     """What people read: all annotators together, and each two of them.
 
     Raises:
-        ValueError: choices and ratings are mixed, or there is nothing that two annotators judged.
+        ValueError: choices and ratings are mixed, or no item was judged by two annotators.
     """
     answers = read_answers(*paths)
-    is_rating = _has_ratings(answers)
-    level = "interval" if is_rating else "nominal"
-    judged = ratings_of(answers) if is_rating else choices_of(answers)
+    level = "interval" if answers.is_rating else "nominal"
+    judged = ratings_of(answers) if answers.is_rating else choices_of(answers)
     table: Table = [dict(row) for _, row in judged]
     names = sorted({name for row in table for name in row})
     if not any(len(row) > 1 for row in table):
@@ -51,17 +50,6 @@ def report(paths: Sequence[Path]) -> str:
         )
     lines.append("Intervals of 95 %: bootstrap over items.")
     return "\n".join(lines)
-
-
-def _has_ratings(answers: Answers) -> bool:
-    records = [record for row in answers.by_item.values() for record in row.values()]
-    kinds = {"rating" in record for record in records}
-    if len(kinds) > 1:
-        raise ValueError(
-            "label: expected --agreement either choices or ratings, got both. "
-            "Pass the files of one kind."
-        )
-    return kinds == {True}
 
 
 def _shown(estimate: Estimate) -> str:

@@ -73,7 +73,7 @@ def rate_live(folder: Path, annotator: str) -> None:
         screen, requests = Screen(), Requests(folder, annotator)
         person = Interview(file, requests.answers, annotator, keys, screen)
         leave_cleanly(lambda: _run(person, requests), screen)
-        screen.say(f"{person.count} rated now.")
+        screen.say(f"{len(requests.answers.of(annotator))} rated in all.")
 
 
 def _run(person: Interview, requests: Requests) -> None:
@@ -82,7 +82,8 @@ def _run(person: Interview, requests: Requests) -> None:
         requests.refresh()
         if requests.waiting:
             is_idle = False
-            head = f"{person.count} rated now, {len(requests.waiting)} waiting"
+            done = len(requests.answers.of(requests.annotator))
+            head = f"{done} rated, {len(requests.waiting)} waiting"
             if person.ask(requests.waiting[0], head) == UNDO:
                 _undo(person, requests)
             else:

@@ -47,7 +47,7 @@ def judge(questions: Sequence[Question], output: Path, annotator: str) -> None:
         leave_cleanly(lambda: person.run(questions), screen)
         done = sum(question.id in answers.of(annotator) for question in questions)
         rest = "" if done == len(questions) else " The same command goes on here."
-        screen.say(f"{person.count} judged now, {done} of {len(questions)} in all.{rest}")
+        screen.say(f"{done} of {len(questions)} judged.{rest}")
 
 
 def leave_cleanly(run: Callable[[], None], screen: Screen) -> None:
