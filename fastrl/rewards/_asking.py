@@ -98,6 +98,7 @@ class Interview:
 
     def ask(self, question: Question, head: str, timeout: float | None = None) -> str:
         """Show a question and write its answer; ANSWERED, UNDO, or LATE after `timeout` seconds."""
+        self.keys.listen(single=question.is_single)
         self.screen.show(head, question.prompt, question.texts)
         while True:
             self.screen.ask(f"{question.hint}, s(kip), u(ndo), q(uit)?")

@@ -60,6 +60,10 @@ class Keys:
             elif left <= SIGNAL_SECONDS:
                 return None
 
+    def listen(self, *, single: bool) -> None:
+        """Take keys one by one from now on, before a question invites any: Ctrl-D is one too."""
+        self._take_keys(single and self.is_terminal)
+
     def put_back(self, line: str) -> None:
         """Let a line be the next answer again."""
         self._read = line.encode() + b"\n" + self._read

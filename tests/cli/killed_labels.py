@@ -21,7 +21,7 @@ from fastrl.cli import label
 from fastrl.cli.labelling import session  # noqa: F401
 from fastrl.cli.recipes import command  # noqa: F401
 
-NUM_KILLS, NUM_ITEMS = 60, 500
+NUM_KILLS, NUM_ITEMS = 45, 500
 LIFETIME = 0.06  # seconds after the first question, some ten answers
 QUESTION = re.compile(r"item-(\d+)(?:(?!item-).)*?(first|second)(?:(?!item-).)*?q\(uit\)\?", re.S)
 
