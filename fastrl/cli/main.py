@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train a language model as a recipe says, or on a text (the demo)",
     "sample": "completions of a model, with their log-probabilities",
     "eval": "rewards, entropy and KL of a model on prompts, with intervals",
+    "label": "people's judgements of completions: pairs, ratings, live; agreement and export",
     "bench": "time the ops beside other libraries, correctness first",
 }
 
