@@ -79,7 +79,8 @@ def test_the_temperature_is_the_best_of_all():
     margins = 3 * torch.randn(200, generator=generator, dtype=torch.float64) + 1
     is_tie = torch.rand(200, generator=generator) < 0.1
     count = int((~is_tie).sum())
-    targets = torch.where(is_tie, 0.5, (count + 1) / (count + 2)).double()
+    right = torch.tensor((count + 1) / (count + 2), dtype=torch.float64)
+    targets = torch.where(is_tie, 0.5, right)
 
     def loss(factor):
         z = factor * margins
@@ -117,13 +118,13 @@ def test_calibration_takes_an_over_confident_model_back(tmp_path):
     model = made()
     config = PreferenceConfig(learning_rate=0.03, epochs=12, pairs_per_step=30)
     train_preference_model(model, noisy(90, 1), config)  # learns the wrong judgements by heart
-    held_out, test = noisy(200, 2), noisy(300, 3)
+    held_out, test = noisy(200, 2), noisy(1000, 3)
     before = evaluate_preferences(model, test)
     calibration = calibrate(model, held_out)
     after = evaluate_preferences(model, test)
     assert calibration.temperature > 1.5 and calibration.pairs == 200
     assert after["accuracy"] == before["accuracy"] > 0.6
-    assert before["ece"] > 0.12 > 0.08 > after["ece"]
+    assert before["ece"] > 0.12 > 0.06 > after["ece"]
     assert after["log_loss"] < before["log_loss"]
     scores = model.score(
         [p["prompt"] for p in held_out] * 2,
@@ -217,7 +218,7 @@ def test_the_fold_models_can_be_calibrated_on_their_own_folds():
     got = cross_validate(lambda: made(next(seeds)), noisy(180, 4), config, folds=3)
     assert 0.6 < got.evaluation["accuracy_low"] < 0.75 < got.evaluation["accuracy_high"] < 0.85
     models = got.ensemble(calibrated=True).models
-    assert [m.calibration.pairs for m in models] == [60, 60, 60]
+    assert [m.calibration.pairs for m in models] == [got.folds.count(k) for k in range(3)]
     for fold, model in enumerate(models):
         own = [p for p, of in zip(got.pairs, got.folds, strict=True) if of == fold]
         assert calibrate(model, own).temperature == pytest.approx(

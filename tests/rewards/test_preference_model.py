@@ -76,7 +76,7 @@ def test_values_are_those_of_each_sequence_by_itself(kind):
         scores = model.score(PROMPTS, COMPLETIONS, max_tokens=max_tokens)
         for score, value in zip(scores.tolist(), values, strict=True):
             assert math.fsum(value.diff().tolist()) == score  # exactly
-    assert scores[4] == 0 and scores.abs().max() > 0.1
+    assert scores[4] == 0 and scores.abs().max() > 0.05
 
 
 def test_a_prompt_and_a_completion_are_read_once(monkeypatch):

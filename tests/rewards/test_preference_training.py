@@ -38,10 +38,10 @@ def more_of_one(count, seed):
     return pairs
 
 
-def trained(pairs, *, values=0.0, steps=200, **config):
+def trained(pairs, *, values=0.0, steps=100, **config):
     """Scores of each pair, chosen and rejected, at what is all but the optimum."""
     model = made(values=values)
-    config = {"learning_rate": 0.05, "lr_schedule": "linear", "max_grad_norm": None} | config
+    config = {"learning_rate": 0.1, "lr_schedule": "linear", "max_grad_norm": None} | config
     train_preference_model(model, pairs, PreferenceConfig(max_steps=steps, **config))
     scores = model.score(
         [pair["prompt"] for pair in pairs] * 2,
@@ -106,7 +106,7 @@ def test_all_prefixes_teach_early_tokens():
     for token_loss in ("last", "mean"):
         model = made()
         config = PreferenceConfig(
-            learning_rate=0.01, max_steps=40, token_loss=token_loss, label_smoothing=0.1
+            learning_rate=0.03, max_steps=40, token_loss=token_loss, label_smoothing=0.1
         )
         train_preference_model(model, pairs, config)
         liked, other = model.score([[0], [0]], [[LIKED], [4]]).tolist()
@@ -195,7 +195,7 @@ def test_steps_that_are_not_finite_are_left_out_and_several_in_a_row_raise():
     assert [record["skipped"] for record in calls] == [1, 1]
     for one, other in zip(model.model.parameters(), before, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-    config = PreferenceConfig(epochs=4, pairs_per_step=1, max_bad_steps=2 * 4)
+    config = PreferenceConfig(epochs=4, pairs_per_step=1, max_bad_steps=2 * 4, learning_rate=0.05)
     result = train_preference_model(model, [bad, A], config)
     assert result.skipped == 4 and len(result.records) == 8
     assert evaluate_preferences(model, [A])["accuracy"] == 1

@@ -150,10 +150,10 @@ def fold_numbers(groups: Sequence[Hashable], folds: int, seed: int) -> list[int]
     order = list(members.values())
     random.Random(f"{seed}").shuffle(order)
     numbers, sizes = [0] * len(groups), [0] * folds
-    for group in order:
+    for indices in order:
         fold = sizes.index(min(sizes))
-        sizes[fold] += len(group)
-        for index in group:
+        sizes[fold] += len(indices)
+        for index in indices:
             numbers[index] = fold
     return numbers
 

@@ -37,15 +37,13 @@ class Encoder:
         TypeError: something else than a text, messages or ids.
         """
         if isinstance(prompt, str):
-            encoded = self._encode(prompt, name)
+            given = self._encode(prompt, name)
             bos = getattr(self.tokenizer, "bos_token_id", None)
             # Of a text that has the template's BOS already.
-            ids = encoded[1:] if bos is not None and encoded[:2] == [bos, bos] else encoded
-        elif is_chat(prompt):
-            ids = self._templated(prompt, name)
+            given = given[1:] if bos is not None and given[:2] == [bos, bos] else given
         else:
-            ids = prompt
-        ids = self._checked(ids, name)
+            given = self._templated(prompt, name) if is_chat(prompt) else prompt
+        ids = self._checked(given, name)
         if not ids:
             remedy = "Start an empty prompt with a BOS token, or drop it."
             raise fail(_OP, f"{name} of at least one token", "none", remedy)
@@ -57,9 +55,9 @@ class Encoder:
             if not isinstance(completion, str) and len(completion) != 1:
                 got, remedy = f"{len(completion)} messages", "Move the others into the prompt."
                 raise fail(_OP, f"{name} of one message each", got, remedy)
-            ids = self._encode(text_of(completion), name, add_special_tokens=False)
+            text = self._encode(text_of(completion), name, add_special_tokens=False)
             end = [] if self.eos_token_id is None else [self.eos_token_id]
-            return self._checked([*ids, *end], name)
+            return self._checked([*text, *end], name)
         return self._checked(completion, name)
 
     def _encode(self, text: str, name: str, **options: Any) -> list[int]:
