@@ -174,9 +174,14 @@ def test_a_broken_folder_is_an_error(tmp_path):
     (tmp_path / "value_head.safetensors").unlink()
     with pytest.raises(ValueError, match="expected a value head in .* got none"):
         PreferenceModel.load(tmp_path)
-    (tmp_path / "preference.json").write_text(json.dumps({"calibration": {}}))
-    with pytest.raises(ValueError, match="got another document"):
-        PreferenceModel.load(tmp_path)
+    for document, why in (
+        ({"calibration": {}}, "KeyError: 'eos_token_id'"),
+        ({"calibration": {"warmth": 1}}, "TypeError: .*'warmth'"),
+        ([], "TypeError"),
+    ):
+        (tmp_path / "preference.json").write_text(json.dumps(document))
+        with pytest.raises(ValueError, match=f"saved preference model, got {why}"):
+            PreferenceModel.load(tmp_path)
 
 
 def test_what_cannot_be_scored_is_an_error(tokenizer):

@@ -182,6 +182,21 @@ def test_a_language_model_is_wrapped_and_an_actor_critic_is_trained_in_place():
     assert len(result.records) == 1 and result.accuracy is None
 
 
+def test_of_an_adapter_its_own_weights_alone_are_trained():
+    from hf_models import build
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    model = PreferenceModel(get_peft_model(build("llama"), lora))
+    before = {n: x.clone() for n, x in model.model.state_dict().items()}
+    config = PreferenceConfig(max_steps=20, learning_rate=0.03, token_loss="mean")
+    result = train_preference_model(model, [A, B], config, eval_pairs=[A, B])
+    changed = {n for n, x in model.model.state_dict().items() if not torch.equal(x, before[n])}
+    assert "value_head.weight" in changed and len(changed) == 1 + 2 * 2 * 2
+    assert all("lora_" in name for name in changed - {"value_head.weight"})
+    assert result.accuracy == 1 and result.evaluation["margin"] > 1
+
+
 def test_steps_that_are_not_finite_are_left_out_and_several_in_a_row_raise():
     model, calls = made(values=1.0), []
     with torch.no_grad():

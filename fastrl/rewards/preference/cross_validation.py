@@ -108,7 +108,8 @@ def cross_validate(
     Folds are of about the same number of pairs, and all pairs of a group are in one.
 
     Args:
-        make_model: makes a fresh model for each fold, as `train_preference_model` takes it.
+        make_model: makes a fresh model for each fold, as `train_preference_model` takes it; what
+            it draws at random is its own affair.
         pairs, config, tokenizer: as there.
         folds: how many, >= 2.
         seed: decides which groups are in which fold.

@@ -4,8 +4,6 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from fastrl.ops._checks import fail, wrong_type
 from fastrl.rewards._texts import text_of
 
@@ -80,7 +78,7 @@ class Encoder:
         return list(encoded["input_ids"])
 
     def _checked(self, ids: Any, name: str) -> Ids:
-        ids = ids.tolist() if isinstance(ids, Tensor) or hasattr(ids, "tolist") else ids
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
         is_list = isinstance(ids, Sequence) and not isinstance(ids, str)
         if not is_list or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             got = type(ids).__name__
