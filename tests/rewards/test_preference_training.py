@@ -210,7 +210,7 @@ def test_steps_that_are_not_finite_are_left_out_and_several_in_a_row_raise():
     assert [record["skipped"] for record in calls] == [1, 1]
     for one, other in zip(model.model.parameters(), before, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-    config = PreferenceConfig(epochs=4, pairs_per_step=1, max_bad_steps=2 * 4, learning_rate=0.05)
+    config = PreferenceConfig(epochs=4, pairs_per_step=1, max_bad_steps=3, learning_rate=0.05)
     result = train_preference_model(model, [bad, A], config)
     assert result.skipped == 4 and len(result.records) == 8
     assert evaluate_preferences(model, [A])["accuracy"] == 1
