@@ -94,27 +94,33 @@ def train_preference_model(
     config = config or PreferenceConfig()
     model = as_preference_model(_OP, model, tokenizer)
     held_out = None if eval_pairs is None else checked_pairs(_OP, eval_pairs)
-    encoded = encoded_pairs(_OP, pairs, model.encoder)
-    if config.ties == "drop":
-        encoded = [pair for pair in encoded if not pair.is_tie]
-        if not encoded:
-            raise fail(_OP, 'pairs beside ties with ties="drop"', "none", 'Set ties="half".')
+    learned = _learned(encoded_pairs(_OP, pairs, model.encoder), config)
     steps = config.max_steps
     if steps is None:
-        steps = config.epochs * math.ceil(len(encoded) / config.pairs_per_step)
+        steps = config.epochs * math.ceil(len(learned) / config.pairs_per_step)
     model.calibration = Calibration()
     learner = _Learner(model, config)
     records: list[dict[str, float]] = []
-    batches = _batches(encoded, config)
+    batches = _batches(learned, config)
     with without_dropout(model.model):
         for step in range(steps):
             rate = config.learning_rate_at(step, steps)
-            records.append({"step": step, **learner.step(next(batches), rate)})
-            learner.check(records[-1])
+            record = {"step": step, **learner.step(next(batches), rate)}
+            records.append(record)
+            learner.check(record)
             if on_step is not None:
-                on_step(records[-1])
+                on_step(record)
     evaluation = None if held_out is None else evaluate_preferences(model, held_out)
     return PreferenceResult(model, records, evaluation)
+
+
+def _learned(pairs: list[Pair], config: PreferenceConfig) -> list[Pair]:
+    if config.ties == "half":
+        return pairs
+    judged = [pair for pair in pairs if not pair.is_tie]
+    if not judged:
+        raise fail(_OP, 'pairs beside ties with ties="drop"', "none", 'Set ties="half".')
+    return judged
 
 
 class _Learner:
