@@ -62,25 +62,26 @@ class TokenPieces:
         """Pieces of a decoder that looks at one token after the other; None: it does not."""
         pieces = [""] * len(ids)
         before: list[int] = []  # the last token of what is cut off already
-        pending: list[int] = []  # tokens whose text is not complete
+        pending: list[int] = []  # tokens behind it that end within a character
+        given = ""  # their text, what is complete of it
         last = 0
         for i, token_id in enumerate(ids):
             if token_id in self._special:
                 continue
             last = i
-            piece = self._alone(token_id, before) if not pending else None
-            if piece is None:
+            text = self._alone(token_id, before) if not pending else None
+            if text is None:
                 pending.append(token_id)
-                piece = self._behind(pending, before)
-                if piece is None:
-                    return None
-                if piece.endswith(_UNFINISHED):
-                    continue
-                pending = []
-            pieces[i] = piece
-            before = [token_id]
+                text = self._behind(pending, before)
+            complete = None if text is None else text.rstrip(_UNFINISHED)
+            if complete is None or not complete.startswith(given):
+                return None
+            pieces[i] = complete[len(given) :]
+            given = complete
+            if complete == text:
+                before, pending, given = [token_id], [], ""
         if pending:
-            pieces[last] = self._behind(pending, before) or ""
+            pieces[last] += (self._behind(pending, before) or "")[len(given) :]
         return pieces
 
     def _alone(self, token_id: int, before: list[int]) -> str | None:
