@@ -9,6 +9,7 @@ from fastrl.rewards._texts import text_of
 from fastrl.rewards.token_pieces import TokenPieces
 
 References = tuple[str, ...]
+_NO_COLUMNS = {"trainer_state", "log_metric", "log_extra"}  # what trainers pass besides
 
 
 class Reading(Protocol):
@@ -206,9 +207,10 @@ class MetricReward:
         if self.reference is not None:
             given = columns.get(self.reference)
             if given is None:
+                names = sorted(columns.keys() - _NO_COLUMNS)
                 raise ValueError(
                     f"{self._op}: expected a column {self.reference!r} with references, got "
-                    f"columns {sorted(columns)}. Add it to the dataset, or name it: reference=."
+                    f"columns {names}. Add it to the dataset, or name it: reference=."
                 )
             references = [self._checked(entry, index) for index, entry in enumerate(given)]
         if not len(completions) == len(completion_ids) == len(references):

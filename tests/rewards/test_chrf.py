@@ -79,7 +79,7 @@ def test_prefixes_cost_far_less_than_by_the_library():
             times.append(time.perf_counter() - began)
         return min(times)
 
-    # About 15 times at this length, and more for longer texts.
+    # About 12 times at this length, and more for longer texts.
     assert seconds(theirs) > 4 * seconds(ours)
 
 

@@ -119,7 +119,10 @@ def test_many_small_rises_still_sum_to_the_score():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"target": ["a"]}, r"expected a column 'reference' .*, got columns \['target'\]"),
+        (
+            {"target": ["a"], "log_metric": print},
+            r"expected a column 'reference' .*, got columns \['target'\]",
+        ),
         ({}, "expected a column 'reference'"),
         ({"reference": ["a", "b"]}, "of the same length, got 1, 1 and 2"),
         ({"reference": [3]}, "expected column 'reference' of texts, .*, got 3 for completion 0"),

@@ -66,7 +66,7 @@ def test_prefixes_cost_far_less_than_by_the_library():
             times.append(time.perf_counter() - began)
         return min(times)
 
-    # About 30 times at this length, and more for longer texts.
+    # About 20 times at this length, and more for longer texts.
     assert seconds(theirs) > 5 * seconds(ours)
 
 
