@@ -69,6 +69,8 @@ def test_scores_and_references_are_computed_once():
     assert (metric.num_targets, metric.num_readings) == (2, 4)
     reward(["p"], ["a"], [[1]], reference=[["r", "s"]])  # forgotten: two are remembered
     assert (metric.num_targets, metric.num_readings) == (2, 5)
+    reward(["p"] * 5, ["ab", "b", "ab", "c", "ab"], [[1]] * 5, reference=["r"] * 5)
+    assert metric.num_readings == 7  # "b" was forgotten for "c", not "ab", asked for after it
 
 
 def test_cached_rewards_are_not_shared(tokenizer):

@@ -33,6 +33,7 @@ def test_by_hand():
     assert ROUGE().score("a c b d", ["a b d e"]) == pytest.approx(0.75)
     assert ROUGE("rouge2", measure="recall").score("A b. c", ["a b d b c"]) == pytest.approx(2 / 4)
     assert ROUGE("rouge1", use_stemmer=True).score("running", ["runs"]) == 1.0
+    assert ROUGE("rouge1", use_stemmer=True).score("was", ["wa"]) == 0.0  # short words stay
 
 
 def test_references_of_many_words():
