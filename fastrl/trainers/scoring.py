@@ -226,8 +226,9 @@ def _check(
         if isinstance(function, str | nn.Module):
             got = repr(function) if isinstance(function, str) else type(function).__name__
             raise TypeError(
-                f"Trainer: expected reward_functions to be functions, got {got}. Reward models "
-                "are not loaded or called yet: wrap the model in a function that calls it."
+                f"Trainer: expected reward_functions to be functions, got {got}. A preference "
+                "model becomes one as fastrl.rewards.PreferenceReward(model or folder); wrap any "
+                "other in a function that calls it."
             )
         if not callable(function):
             raise TypeError(
