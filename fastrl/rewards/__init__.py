@@ -29,6 +29,7 @@ from fastrl.rewards.file_ratings import FileRatings
 from fastrl.rewards.format import FormatReward
 from fastrl.rewards.human import HumanReward
 from fastrl.rewards.length import LengthReward
+from fastrl.rewards.metric import Metric, MetricReward
 from fastrl.rewards.preference import (
     Calibration,
     CrossValidation,
@@ -60,6 +61,8 @@ __all__ = [
     "FormatReward",
     "HumanReward",
     "LengthReward",
+    "Metric",
+    "MetricReward",
     "Minimum",
     "NormalizedSum",
     "PotentialShaping",

@@ -1,10 +1,10 @@
 """Potential-based shaping: reward that comes earlier, with the same best policy."""
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fastrl.rewards._calling import accepted, is_async, parameters_of
 from fastrl.rewards.metric import MetricReward
 from fastrl.rewards.token_pieces import TokenPieces
 
@@ -50,9 +50,9 @@ class PotentialShaping:
         name: str | None = None,
     ) -> None:
         for argument, value in (("reward_function", reward_function), ("potential", potential)):
-            is_async = callable(value) and _is_async(value)
-            if not callable(value) or is_async:
-                got = "an asynchronous one" if is_async else type(value).__name__
+            has_to_wait = callable(value) and is_async(value)
+            if not callable(value) or has_to_wait:
+                got = "an asynchronous one" if has_to_wait else type(value).__name__
                 raise TypeError(
                     f"PotentialShaping: expected {argument} a function, got {got}. "
                     "Pass one that gives its result when it is called."
@@ -66,6 +66,7 @@ class PotentialShaping:
         inner = getattr(reward_function, "__name__", type(reward_function).__name__)
         self.__name__ = f"shaped_{inner}" if name is None else name
         self._pieces = None if tokenizer is None else TokenPieces(tokenizer)
+        self._parameters = parameters_of(reward_function)
 
     def __call__(
         self,
@@ -84,7 +85,7 @@ class PotentialShaping:
             what the reward function and the potential raise.
         """
         given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        rewards = self.reward_function(**_accepted(self.reward_function, {**given, **columns}))
+        rewards = self.reward_function(**accepted({**given, **columns}, self._parameters))
         rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
         if len(rewards) != len(completion_ids):
             raise ValueError(
@@ -169,19 +170,3 @@ class PotentialShaping:
             )
         steps = zip(row, phi, phi[1:], strict=False)
         return [r + self.gamma * after - before for r, before, after in steps]
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    return any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
-
-
-def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that it takes."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some that are written in C do not say
-        return arguments
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return arguments
-    names = {parameter.name for parameter in parameters}
-    return {name: value for name, value in arguments.items() if name in names}

@@ -320,9 +320,9 @@ def test_an_exception_may_mask_the_completions():
     [
         ([], {}, ValueError, "at least one function, got none"),
         ([3], {}, TypeError, "to be callable, got 3"),
-        (["judge"], {}, TypeError, "got 'judge'. Reward models are not"),
-        ("judge", {}, TypeError, "got 'judge'. Reward models are not"),
-        (torch.nn.Linear(1, 1), {}, TypeError, "got Linear. Reward models are not"),
+        (["judge"], {}, TypeError, "got 'judge'. A preference model becomes"),
+        ("judge", {}, TypeError, "got 'judge'. A preference model becomes"),
+        (torch.nn.Linear(1, 1), {}, TypeError, "got Linear. A preference model becomes"),
         (
             [len, len],
             {"weights": [1.0]},
