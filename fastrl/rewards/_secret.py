@@ -4,10 +4,12 @@ import base64
 import json
 import os
 import re
+import string
 import urllib.parse
 
 _NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _KEY = re.compile(r"[!-~]+")  # what may stand in a header
+_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)  # keeps the length
 _FRAGMENT = 8  # a part of a key of this length is hidden too
 
 
@@ -57,13 +59,11 @@ def without_key(text: str, key: str | None) -> str:
         json.dumps(key)[1:-1],
         base64.b64encode(key.encode()).decode().rstrip("="),
     }
-    lowered = text.lower()
-    if len(lowered) != len(text):  # a few letters have a lower case of two characters
-        lowered = text
+    lowered = text.translate(_LOWER)
     is_key = [False] * len(text)
     for form in forms:
         width = min(len(form), _FRAGMENT)
-        parts = {form[i : i + width].lower() for i in range(len(form) - width + 1)}
+        parts = {form[i : i + width].translate(_LOWER) for i in range(len(form) - width + 1)}
         for start in range(len(text) - width + 1):
             if lowered[start : start + width] in parts:
                 is_key[start : start + width] = [True] * width
