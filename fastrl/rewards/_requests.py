@@ -14,7 +14,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +64,7 @@ class JSONClient:
         self.address = self._parts._replace(query="", fragment="").geturl()
         self.jitter = random.Random().random
 
-    def post(self, bodies: Sequence[Any]) -> Iterator[tuple[int, Reply]]:
+    def post(self, bodies: Sequence[Any]) -> Generator[tuple[int, Reply], None, None]:
         """Send all; each one's index and reply, as they come.
 
         Where the iterator is closed early, no further request is made.
@@ -166,7 +166,8 @@ class _Run:
     def _exchange(self, body: bytes, end: float) -> bytes | RequestError:
         connection = self.client.connection(_left(end))
         connection.response_class = lambda sock, **options: http.client.HTTPResponse(  # type: ignore
-            _TimedSocket(sock, end), **options
+            _TimedSocket(sock, end),  # type: ignore[arg-type]
+            **options,
         )
         try:
             connection.connect()
