@@ -102,18 +102,10 @@ class ChatJudge:
         body = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
         self._settings = {k: v for k, v in body.items() if v is not None} | dict(extra or {})
         self._system = system_message(rubric, self.scale)
-        waits: dict[str, Any] = {
-            "timeout": timeout,
-            "backoff": backoff,
-            "max_wait": max_wait,
-            "deadline": deadline,
-        }
-        limits: dict[str, Any] = {
-            "concurrency": concurrency,
-            "retries": retries,
-            "max_bytes": max_bytes,
-        }
-        transport = Transport(**waits, **limits, headers=headers, key_variable=key_variable)
+        transport = Transport(
+            concurrency, timeout, retries, backoff, max_wait, deadline, max_bytes, headers,
+            key_variable,
+        )  # fmt: skip
         self._asker = Asker(
             JSONClient("ChatJudge", _endpoint(base_url), transport),
             AnswerCache("ChatJudge", cache_size, cache_file),
