@@ -89,7 +89,8 @@ def test_the_core_imports_without_extras_and_without_triton(path):
 def test_files_are_short_and_read_no_environment(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 400
-    if part_of(path) != "cli":
+    # Keys of services are taken from the environment alone, and by one file.
+    if part_of(path) != "cli" and path != PACKAGE / "rewards" / "_secret.py":
         assert "os.environ" not in text and "os.getenv" not in text
 
 

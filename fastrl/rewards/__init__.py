@@ -10,7 +10,9 @@ Made of others: WeightedSum, NormalizedSum, Minimum, Product, Clipped, Scaled, R
 """
 
 from fastrl.rewards.agreement import agreement_share, cohens_kappa, krippendorffs_alpha
+from fastrl.rewards.bert_score import BERTScore
 from fastrl.rewards.bleu import BLEU
+from fastrl.rewards.chat_judge import ChatJudge
 from fastrl.rewards.chrf import ChrF
 from fastrl.rewards.composition import (
     Clipped,
@@ -27,9 +29,12 @@ from fastrl.rewards.continuation import ContinuationReward
 from fastrl.rewards.diversity import DistinctN, Repetition
 from fastrl.rewards.file_ratings import FileRatings
 from fastrl.rewards.format import FormatReward
+from fastrl.rewards.http_reward import HTTPReward
 from fastrl.rewards.human import HumanReward
 from fastrl.rewards.length import LengthReward
 from fastrl.rewards.metric import Metric, MetricReward
+from fastrl.rewards.novelty import CountNovelty
+from fastrl.rewards.prediction_error import PredictionError
 from fastrl.rewards.preference import (
     Calibration,
     CrossValidation,
@@ -50,15 +55,19 @@ from fastrl.rewards.token_bytes import byte_level_token_bytes
 from fastrl.rewards.token_pieces import TokenPieces
 
 __all__ = [
+    "BERTScore",
     "BLEU",
     "Calibration",
+    "ChatJudge",
     "ChrF",
     "Clipped",
     "ContinuationReward",
+    "CountNovelty",
     "CrossValidation",
     "DistinctN",
     "FileRatings",
     "FormatReward",
+    "HTTPReward",
     "HumanReward",
     "LengthReward",
     "Metric",
@@ -66,6 +75,7 @@ __all__ = [
     "Minimum",
     "NormalizedSum",
     "PotentialShaping",
+    "PredictionError",
     "PreferenceConfig",
     "PreferenceEnsemble",
     "PreferenceModel",
