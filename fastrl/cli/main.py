@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train a language model as a recipe says, or on a text (the demo)",
     "sample": "completions of a model, with their log-probabilities",
     "eval": "rewards, entropy and KL of a model on prompts, with intervals",
+    "report": "one HTML page with a run's curves, samples and settings",
     "bench": "time the ops beside other libraries, correctness first",
 }
 
