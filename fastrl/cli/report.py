@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     except (RecipeError, RunFolderError) as error:
         return fail(str(error).replace("train: ", "report: ", 1))
     except OSError as error:
-        return fail(f"report: expected to write the page, got {error}.", 1)
+        return fail(f"report: expected to read the runs and write the page, got {error}.", 1)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("runs", nargs="+", metavar="RUN", help="a folder that fastrl train made")
     result.add_argument(
-        "--output", metavar="FILE", help="the page; default report.html in the first RUN"
+        "--output", metavar="FILE", help="the page; default: report.html in the first RUN"
     )
     result.add_argument("--open", action="store_true", help="show it in the browser")
     return result
@@ -48,8 +48,10 @@ def _report(options: argparse.Namespace) -> int:
     from fastrl.cli.training.run_folder import write_atomically
 
     folders = [Path(name) for name in options.runs]
-    runs = [run for folder in folders for run in read_runs(folder)]
-    output = folders[0] / "report.html" if options.output is None else Path(options.output)
+    runs = read_runs(folders)
+    output = folders[0] if options.output is None else Path(options.output)
+    if output.is_dir():
+        output /= "report.html"
     write_atomically(output, page(runs).encode())
     print(f"The report is in {output}")
     if options.open:

@@ -11,6 +11,7 @@ WIDTH, HEIGHT = 400, 230  # of the picture; text is about as large as the page's
 TOP, BOTTOM, RIGHT = 16, 192, 388
 CHARACTER = 6.4  # pixels, at most, of a digit on an axis
 LABEL_HEIGHT = 12
+ROOM = 6  # between the labels' axis and the first point, for its mark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,9 @@ def draw(chart: Chart) -> str:
     low, high = limits(_heights(chart.lines))
     y_ticks = ticks(low, high, 5)
     labels = tick_labels(y_ticks)
-    left = 12 + CHARACTER * max([3, *map(len, labels)])
+    left = 8 + CHARACTER * max([3, *map(len, labels)])
     longest = max(len(line.label) for line in chart.lines)
-    x_axis = Axis(*_x_limits(chart, xs), left, RIGHT - (CHARACTER + 1) * longest)
+    x_axis = Axis(*_x_limits(chart, xs), left + ROOM, RIGHT - (CHARACTER + 1) * longest)
     y_axis = Axis(low, high, BOTTOM, TOP)
     body = [
         *_y_grid(y_axis, x_axis, y_ticks, labels),
@@ -90,15 +91,16 @@ def _x_limits(chart: Chart, xs: list[float]) -> tuple[float, float]:
 
 
 def _y_grid(y_axis: Axis, x_axis: Axis, values: list[float], labels: list[str]) -> Iterator[str]:
+    left = x_axis.start - ROOM
     for value, label in zip(values, labels, strict=True):
         y = y_axis.at(value)
         kind = "axis" if value == 0 else "grid"
-        yield f'<path class="{kind}" d="M{x_axis.start:g},{y:g}H{x_axis.end:g}"/>'
-        yield f'<text class="tick end" x="{x_axis.start - 6:g}" y="{y + 4:g}">{label}</text>'
+        yield f'<path class="{kind}" d="M{left:g},{y:g}H{x_axis.end:g}"/>'
+        yield f'<text class="tick end" x="{left - 5:g}" y="{y + 4:g}">{label}</text>'
 
 
 def _x_grid(chart: Chart, x_axis: Axis) -> Iterator[str]:
-    yield f'<path class="axis" d="M{x_axis.start:g},{BOTTOM}H{x_axis.end:g}"/>'
+    yield f'<path class="axis" d="M{x_axis.start - ROOM:g},{BOTTOM}H{x_axis.end:g}"/>'
     values = ticks(x_axis.low, x_axis.high, 6, whole=chart.is_by_step)
     for value, label in zip(values, tick_labels(values), strict=True):
         x = x_axis.at(value)

@@ -30,6 +30,7 @@ KNOWN: dict[str, tuple[str, str, str]] = {
 GROUPS = ("Reward", "Over-optimisation", "Policy", "Optimisation", "Time", "More")
 # Counters, and what the other charts show.
 NOT_CHARTED = {"step", "epoch", "num_tokens", "gold/gold", "gold/proxy", "gold/alarm"}
+NOT_CHARTED |= {"gold/p_value", "gold/threshold"}
 MORE_UNITS = {
     "gold/kl": "nats per completion",
     "gold/entropy": "nats per token",
@@ -52,7 +53,7 @@ def all_charts(runs: Sequence[RunData]) -> dict[str, list[Chart]]:
                 for part in _keys(runs)
                 if part.startswith("rewards/") and part.endswith("/mean")
             ]
-    found["Over-optimisation"] = [_gold_by_kl(runs), _gold_by_step(runs)]
+    found["Over-optimisation"] = [_gold_by_kl(runs), _gold_by_step(runs), _evidence(runs)]
     found["Optimisation"].append(_supervised(runs))
     charted = KNOWN.keys() | NOT_CHARTED | {k for k in _keys(runs) if k.endswith("_stderr")}
     found["More"] = [
@@ -86,7 +87,8 @@ def _by_step(runs: Sequence[RunData], key: str, title: str, unit: str) -> Chart 
     caption = ""
     if key == "reward" and any(line.has_marks for line in lines):
         caption = "Squares: held-out prompts, with 95 % intervals where they are known."
-    return _chart(runs, key, title, unit, lines, caption=caption)
+    plain = (c if c.isalnum() and c.isascii() else f"_{ord(c):x}_" for c in key)
+    return _chart(runs, "curve-" + "".join(plain), title, unit, lines, caption=caption)
 
 
 def _run_line(
@@ -125,7 +127,7 @@ def _gold_by_step(runs: Sequence[RunData]) -> Chart | None:
     lines = [line for index in range(len(runs)) for line in _gold_lines(runs, index, "step")]
     caption = "On held-out prompts, with 95 % intervals over them where they are known."
     title = "Gold and proxy reward"
-    return _chart(runs, "gold", title, "mean of a completion", lines, caption=caption)
+    return _chart(runs, "chart-gold", title, "mean of a completion", lines, caption=caption)
 
 
 def _gold_by_kl(runs: Sequence[RunData]) -> Chart | None:
@@ -137,7 +139,7 @@ def _gold_by_kl(runs: Sequence[RunData]) -> Chart | None:
     )
     return _chart(
         runs,
-        "gold-kl",
+        "chart-gold-kl",
         "Gold and proxy against √KL",
         "mean of a completion",
         lines,
@@ -174,6 +176,30 @@ def _gold_lines(runs: Sequence[RunData], index: int, x: str) -> list[Line]:
     return lines
 
 
+def _evidence(runs: Sequence[RunData]) -> Chart | None:
+    """The monitor's test on a scale on which more is worse."""
+    lines = []
+    for index, run in enumerate(runs):
+        for number, (key, name) in enumerate((("p_value", "test"), ("threshold", "level"))):
+            xs, values = values_of(run.records, f"gold/{key}")
+            # A level of 0 stands where nothing can be tested yet; a p-value of 0 is a rounded one.
+            lowest = 1e-12 if number == 0 else 0.0
+            ys = [max(lowest, v) if v is not None else None for v in values]
+            line = Line(
+                name=f"{letter(runs, index)} {name}".strip(),
+                xs=xs,
+                ys=[-math.log10(y) if y else None for y in ys],
+                color=number if len(runs) == 1 else style(index)[0],
+                dash=number,
+                label=letter(runs, index) if number == 0 else "",
+                is_smooth=False,
+            )
+            lines += _with_points(line)
+    caption = "That gold falls while the proxy rises: an alarm where the test reaches its level."
+    title = "Evidence of over-optimisation"
+    return _chart(runs, "chart-evidence", title, "−log₁₀ of the p-value", lines, caption=caption)
+
+
 def _supervised(runs: Sequence[RunData]) -> Chart | None:
     lines = []
     for index, run in enumerate(runs):
@@ -193,24 +219,27 @@ def _supervised(runs: Sequence[RunData]) -> Chart | None:
                     has_marks=number == 1,
                 )
             )
-    return _chart([], "supervised", "Supervised start", "nats per token", lines, caption=SUPERVISED)
+    return _chart(
+        [], "chart-supervised", "Supervised start", "nats per token", lines, caption=SUPERVISED
+    )
 
 
 def _chart(
-    runs: Sequence[RunData], key: str, title: str, unit: str, lines: list[Line], **more: Any
+    runs: Sequence[RunData],
+    identifier: str,
+    title: str,
+    unit: str,
+    lines: list[Line],
+    **more: Any,
 ) -> Chart | None:
     """None where there is nothing to draw; `runs`: whose alarms are marked."""
     if not lines:
         return None
-    alarms = []
-    if "x_title" not in more:
-        alarms = [
-            (float(record["step"]), letter(runs, index))
-            for index, run in enumerate(runs)
-            for record in run.alarms
-        ]
-    plain = (c if c.isalnum() and c.isascii() else f"_{ord(c):x}_" for c in key)
-    identifier = "chart-" + "".join(plain)
+    at: dict[float, list[str]] = {}
+    for index, run in enumerate(runs if "x_title" not in more else ()):
+        for record in run.alarms:
+            at.setdefault(float(record["step"]), []).append(letter(runs, index))
+    alarms = [(step, " ".join(letters)) for step, letters in at.items()]
     return Chart(id=identifier, title=title, unit=unit, lines=lines, alarms=alarms, **more)
 
 

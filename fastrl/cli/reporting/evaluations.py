@@ -56,7 +56,9 @@ def figure_rows(run: RunData) -> list[tuple[Any, ...]]:
     both = (run.before, run.after)
     keys = dict.fromkeys(key for entry in both for key in entry)
     parts = [k for k in keys if k.startswith("eval/rewards/") and k.endswith("/mean")]
-    titles = {key: (f"Reward {key.removeprefix('eval/rewards/')[:-5]}", "mean") for key in parts}
+    titles = {
+        key: (f"Reward {key.removeprefix('eval/rewards/')[:-5]}", "on average") for key in parts
+    }
     return [
         (title, unit, *(entry.get(key) for entry in both))
         for key, (title, unit) in (titles | FIGURES).items()

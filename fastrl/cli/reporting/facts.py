@@ -39,9 +39,9 @@ def model_of(run: RunData) -> str:
 
 
 def _sizes(fields: dict[str, Any]) -> str:
-    names = {"hidden_size": "width", "hidden_dim": "width", "embed_dim": "embedding"}
-    names |= {"num_hidden_layers": "layers", "num_layers": "layers"}
-    found = [f"{names[key]} {value}" for key, value in fields.items() if key in names]
+    names = {"hidden_size": "width {}", "hidden_dim": "width {}", "embed_dim": "embedding {}"}
+    names |= {"num_hidden_layers": "{} layers", "num_layers": "{} layers"}
+    found = [names[key].format(value) for key, value in fields.items() if key in names]
     return ", ".join(found) or "default sizes"
 
 

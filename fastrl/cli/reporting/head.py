@@ -35,6 +35,7 @@ def problems(runs: Sequence[RunData]) -> str:
         who = f"Run {letter(runs, index)}: " if len(runs) > 1 else ""
         for record in run.alarms:
             said.append(f'<li class="warn">{_sign()}<span>{who}{_alarm(record)}</span></li>')
+        said += [f"<li>{_sign()}<span>{who}{text}</span></li>" for text in _warnings(run)]
         if not run.is_finished:
             said.append(f"<li>{_sign('i')}<span>{who}{_unfinished(run)}</span></li>")
         if index == 0 or run.folder != runs[index - 1].folder:
@@ -53,6 +54,19 @@ def _sign(mark: str = "!") -> str:
     return f'<b class="sign" aria-hidden="true">{mark}</b>'
 
 
+def _warnings(run: RunData) -> list[str]:
+    """Weaker findings of the over-optimisation monitor, at the step of the first."""
+    found = []
+    for key, text in (
+        ("falling", "gold falls, though the proxy is not shown to rise"),
+        ("stalled", "the proxy rises, and gold has not since the middle of the run"),
+    ):
+        steps = [r["step"] for r in run.records if r.get(f"gold/{key}") and r not in run.alarms]
+        if steps:
+            found.append(f"<strong>Warning at step {steps[0]:g}</strong>: {text}.")
+    return found
+
+
 def _alarm(record: dict[str, Any]) -> str:
     parts = []
     if record.get("gold/alarm"):
@@ -64,13 +78,11 @@ def _alarm(record: dict[str, Any]) -> str:
         parts.append(f"gold falls while the proxy rises{test}")
     if record.get("gold/over_budget"):
         parts.append(f"KL is above its budget, {number(record.get('gold/kl'))} nats per completion")
-    values = ", ".join(
-        f"{name} {number(record[f'gold/{name}'])}"
-        for name in ("gold", "proxy")
-        if f"gold/{name}" in record
+    gold, proxy = (number(record.get(f"gold/{name}")) for name in ("gold", "proxy"))
+    return (
+        f"<strong>Alarm at step {record['step']:g}</strong>: {', and '.join(parts)}. "
+        f"There gold was {gold} and the proxy {proxy}."
     )
-    now = f" Now {values}." if values else ""
-    return f"<strong>Alarm at step {record['step']:g}</strong>: {', and '.join(parts)}.{now}"
 
 
 def _unfinished(run: RunData) -> str:
@@ -118,13 +130,13 @@ def _gain(gain: Gain) -> str:
     (before, _), (after, _), (mean, half) = gain.before, gain.after, gain.gain
     over = "1 prompt, so without an interval" if gain.prompts == 1 else f"{gain.prompts:,} prompts"
     if gain.prompts == 1 or abs(mean) <= half:
-        verdict = "The held-out reward is not shown to have changed"
+        verdict = f"is not shown to have changed: {interval(gain.gain, '+')}"
     else:
-        verdict = f"The held-out reward {'rose' if mean > 0 else 'fell'}"
+        verdict = f"{'rose' if mean > 0 else 'fell'} by {interval((abs(mean), half))}"
     return (
         f'<div class="hero"><p class="big"><span class="label">Reward</span> '
         f'<span class="from">{fixed(before)}</span> <span class="to">→ {fixed(after)}</span></p>'
-        f'<p class="sentence">{verdict}: {interval(gain.gain, "+")}, from {interval(gain.before)} '
+        f'<p class="sentence">The held-out reward {verdict}, from {interval(gain.before)} '
         f"to {interval(gain.after)} over {over}.</p>{_dumbbell(gain)}</div>"
     )
 
@@ -134,7 +146,8 @@ def _dumbbell(gain: Gain) -> str:
     pairs = (gain.before, gain.after)
     low = min(mean - half for mean, half in pairs)
     high = max(mean + half for mean, half in pairs)
-    span = (high - low) or 1.0
+    room = 0.05 * (high - low) or 0.5
+    low, span = low - room, high - low + 2 * room
 
     def at(value: float) -> float:
         return round(70 + 300 * (value - low) / span, 2)
@@ -154,6 +167,6 @@ def _dumbbell(gain: Gain) -> str:
 
 def _tile(title: str, unit: str, before: Any, after: Any) -> str:
     return (
-        f"<div><dt>{escape(title)} <small>{escape(unit)}</small></dt>"
-        f'<dd><span class="from">{number(before)}</span> → {number(after)}</dd></div>'
+        f'<div><dt>{escape(title)}</dt><dd><span class="from">{number(before)}</span> → '
+        f"{number(after)} <small>{escape(unit)}</small></dd></div>"
     )

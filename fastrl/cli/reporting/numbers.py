@@ -4,16 +4,14 @@ import html
 import math
 from typing import Any
 
-# Controls, which HTML does not have, as the pictures that Unicode has of them.
-_CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
-_CONTROLS |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
-# Lone surrogates, which UTF-8 does not have.
-_CONTROLS |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+# Controls, which HTML does not have, and lone surrogates, which UTF-8 does not have.
+_HIDDEN = (*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000))
+_SHOWN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _HIDDEN}
 
 
 def escape(value: Any) -> str:
     """A value's text, safe in HTML's content and in quoted attributes."""
-    return html.escape(str(value).translate(_CONTROLS))
+    return html.escape(str(value).translate(_SHOWN))
 
 
 def is_number(value: Any) -> bool:

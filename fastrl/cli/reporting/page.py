@@ -15,9 +15,12 @@ from fastrl.cli.reporting.numbers import escape, number
 from fastrl.cli.reporting.run_data import RunData
 from fastrl.cli.reporting.samples import held_out_table, training_table
 from fastrl.cli.reporting.script import SCRIPT
+from fastrl.cli.reporting.series import SHARE
 from fastrl.cli.reporting.style import STYLE
 
 FOLDED = "More"  # the group of charts that is folded away
+# Charts that have several lines of a run, and a legend also where there are several runs.
+OF_SEVERAL = ("chart-gold", "chart-evidence", "chart-supervised")
 
 
 def page(runs: Sequence[RunData]) -> str:
@@ -26,8 +29,7 @@ def page(runs: Sequence[RunData]) -> str:
     title = runs[0].name if is_one else f"{len(runs)} runs"
     body = [head(runs[0]) if is_one else comparison(runs)]
     body.append(_charts(runs))
-    for index in range(len(runs)):
-        body += [_samples(runs, index), _settings(runs, index)]
+    body += [_samples(runs), _settings(runs)]
     made = f"Made by fastrl {fastrl.__version__} on {datetime.now():%Y-%m-%d %H:%M}."
     # Nothing is loaded, and no script runs but ours, whatever stands in a completion.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_digest(SCRIPT)}'"
@@ -52,15 +54,15 @@ def _charts(runs: Sequence[RunData]) -> str:
         return (
             '<section><p class="note">No step is logged yet, so there are no charts.</p></section>'
         )
-    window = max(
-        (line.window for charts in groups.values() for c in charts for line in c.lines), default=1
+    is_averaged = any(
+        line.window > 1 for charts in groups.values() for c in charts for line in c.lines
     )
-    how = (
-        f'<p class="note">Faint: each step. Strong: a running mean, of {window} steps in the '
-        "longest line.</p>"
-        if window > 1
-        else ""
-    )
+    how = ""
+    if is_averaged:
+        how = (
+            '<p class="note">Faint lines are single steps, strong ones a running mean over a '
+            f"{SHARE}th of them.</p>"
+        )
     keys = ""
     if len(runs) > 1:
         items = "".join(
@@ -93,7 +95,7 @@ def _card(chart: Chart, is_one: bool) -> str:
         where = f"{escape(main.name)} at step {last[0]:g}"
         now = f'<span class="now" title="{where}">{number(last[1])}</span>'
     legend = ""
-    if len(chart.lines) > 1 and (is_one or chart.id.startswith(("chart-gold", "chart-supervised"))):
+    if len(chart.lines) > 1 and (is_one or chart.id.startswith(OF_SEVERAL)):
         items = "".join(
             f'<li><svg viewBox="0 0 30 10" aria-hidden="true"><g class="c{line.color} '
             f'd{line.dash}">{_sample_of(line.has_line, line.has_marks)}</g></svg>'
@@ -115,31 +117,39 @@ def _sample_of(has_line: bool, has_marks: bool) -> str:
     return line + mark
 
 
-def _samples(runs: Sequence[RunData], index: int) -> str:
-    tables = held_out_table(runs[index]) + training_table(runs[index])
-    if not tables:
-        return ""
-    if len(runs) == 1:
-        return f'<section aria-labelledby="samples"><h2 id="samples">Samples</h2>{tables}</section>'
-    name = f"{key_of_run(runs, index)} {escape(runs[index].name)}"
-    return f"<details><summary>Samples of {name}</summary>{tables}</details>"
+def _samples(runs: Sequence[RunData]) -> str:
+    tables = [held_out_table(run) + training_table(run) for run in runs]
+    parts = [_folded(runs, index, table) for index, table in enumerate(tables) if table]
+    return _section("samples", "Samples", parts)
 
 
-def _settings(runs: Sequence[RunData], index: int) -> str:
-    run = runs[index]
-    texts = "".join(
-        f"<details><summary><code>{escape(name)}</code></summary>"
-        f'<pre tabindex="0">{escape(text)}</pre></details>'
-        for name, text in run.documents.items()
-    )
-    commands = _commands(run)
-    if len(runs) == 1:
-        return (
-            f'<section aria-labelledby="settings"><h2 id="settings">Settings</h2>{texts}'
-            f"<h3>Commands</h3>{commands}</section>"
+def _settings(runs: Sequence[RunData]) -> str:
+    parts = []
+    for index, run in enumerate(runs):
+        texts = "".join(
+            f"<details><summary><code>{escape(name)}</code></summary>"
+            f'<pre tabindex="0">{escape(text)}</pre></details>'
+            for name, text in run.documents.items()
         )
-    name = f"{key_of_run(runs, index)} {escape(run.name)}"
-    return f"<details><summary>Settings of {name}</summary>{texts}{commands}</details>"
+        parts.append(_folded(runs, index, f"{texts}<h3>Commands</h3>{_commands(run)}"))
+    return _section("settings", "Settings", parts)
+
+
+def _section(identifier: str, title: str, parts: Sequence[str]) -> str:
+    if not parts:
+        return ""
+    return (
+        f'<section aria-labelledby="{identifier}"><h2 id="{identifier}">{title}</h2>'
+        f"{''.join(parts)}</section>"
+    )
+
+
+def _folded(runs: Sequence[RunData], index: int, content: str) -> str:
+    """As it is of one run; of several, a block for each that opens."""
+    if len(runs) == 1:
+        return content
+    name = f"{key_of_run(runs, index)} {escape(runs[index].name)}"
+    return f'<details class="run"><summary>{name}</summary>{content}</details>'
 
 
 def _commands(run: RunData) -> str:

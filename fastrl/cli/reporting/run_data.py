@@ -75,13 +75,22 @@ class RunData:
         ]
 
 
-def read_runs(path: Path) -> list[RunData]:
-    """The run in a folder; of the demo, one for each of its two trainers.
+def read_runs(paths: Sequence[Path]) -> list[RunData]:
+    """The runs in some folders; of the demo, one for each of its two trainers.
 
     Raises:
-        RunFolderError: the folder holds no run, or a document in it is damaged.
-        RecipeError: its recipe is damaged.
+        RunFolderError: a folder holds no run, or a document in it is damaged.
+        RecipeError: a recipe is damaged.
     """
+    runs = [run for path in paths for run in _read(path)]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:  # folders of the same name in different places
+            run.name = f"{run.folder}, {run.kind}" if run.is_demo else str(run.folder)
+    return runs
+
+
+def _read(path: Path) -> list[RunData]:
     folder = RunFolder(path)
     if (path / "recipe.toml").is_file():
         return [_recipe_run(folder)]

@@ -7,7 +7,7 @@ from fastrl.cli.reporting.evaluations import pair_samples
 from fastrl.cli.reporting.numbers import escape, is_number, number
 from fastrl.cli.reporting.run_data import RunData
 
-MOST_ROWS = 24  # of a table; evenly from all where there are more
+MOST_PAIRS, MOST_ROWS = 24, 8  # of a table; evenly from all where there are more
 LONG = 900  # characters; what comes after them is folded away
 _FIXED = ("step", "prompt", "completion", "reward", "reference")
 
@@ -17,7 +17,7 @@ def held_out_table(run: RunData) -> str:
     pairs = pair_samples(run.before.get("samples") or [], run.after.get("samples") or [])
     if not pairs:
         return ""
-    shown = _evenly(pairs)
+    shown = _evenly(pairs, MOST_PAIRS)
     rows = "".join(_pair_row(before, after) for before, after in shown)
     has_after = any(after is not None for _, after in pairs)
     return _table(
@@ -35,7 +35,7 @@ def training_table(run: RunData) -> str:
         return ""
     step = run.samples[-1]["step"]
     last = [sample for sample in run.samples if sample["step"] == step]
-    shown = _evenly(last)
+    shown = _evenly(last, MOST_ROWS)
     parts = list(dict.fromkeys(k for s in shown for k in s if k not in _FIXED))
     rows = "".join(_training_row(sample, parts) for sample in shown)
     return _table(
@@ -145,8 +145,8 @@ def _marked(lines: Sequence[str]) -> Iterator[str]:
             yield '<span class="newline" aria-hidden="true">↵</span>\n'
 
 
-def _evenly(rows: Sequence[Any]) -> list[Any]:
-    count = min(MOST_ROWS, len(rows))
+def _evenly(rows: Sequence[Any], most: int) -> list[Any]:
+    count = min(most, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]
 
 

@@ -9,6 +9,7 @@ from fastrl.cli.reporting.numbers import is_number
 
 MOST_POINTS = 600  # in a line, as wide as a chart is in pixels; more cannot be seen
 FEWEST_TO_SMOOTH = 20
+SHARE = 15  # a running mean is over this part of a line's points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Line:
     def window(self) -> int:
         """Points in a running mean; 1: none is taken."""
         count = len(self.ys)
-        return max(3, count // 15) if self.is_smooth and count >= FEWEST_TO_SMOOTH else 1
+        return max(3, count // SHARE) if self.is_smooth and count >= FEWEST_TO_SMOOTH else 1
 
 
 def values_of(

@@ -48,9 +48,10 @@ code { background: var(--code); border-radius: 4px; padding: .1em .35em; overflo
 pre { background: var(--code); border-radius: 8px; padding: 14px 16px; overflow-x: auto;
   margin: 10px 0; line-height: 1.55; white-space: pre-wrap; overflow-wrap: anywhere; }
 .facts { display: grid; gap: 10px 28px;
-  grid-template-columns: repeat(auto-fit, minmax(175px, 1fr)); }
-dt { color: var(--soft); font-size: .8rem; } dt small { font-size: .92em; opacity: .95; }
-.facts dd { font-weight: 550; overflow-wrap: anywhere; line-height: 1.35; }
+  grid-template-columns: repeat(auto-fit, minmax(185px, 1fr)); }
+dt { color: var(--soft); font-size: .8rem; }
+dd small { color: var(--soft); font-weight: 400; font-size: .8rem; white-space: nowrap; }
+.facts dd { font-size: .95rem; font-weight: 550; overflow-wrap: anywhere; line-height: 1.35; }
 .problems { margin-top: 22px; display: grid; gap: 8px; }
 .problems li { display: flex; gap: 10px; align-items: flex-start; background: var(--card);
   border: 1px solid var(--line); border-radius: 10px; padding: 10px 14px; font-size: .92rem; }
