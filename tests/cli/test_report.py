@@ -339,9 +339,9 @@ def test_several_runs_are_compared(run, tmp_path):
     other = written_run(tmp_path / "full", steps=40, algorithm="grpo", learning_rate=1e-3, seed=3)
     page = reported(run, other, "--output", tmp_path / "both.html")
     first, second = page.rows[1:3]
-    assert str(run) in first[0] and first[1] == "ppo" and first[7].startswith("+0.250 ±")
-    assert str(other) in second[0] and second[3] == "40 of 60" and second[10] == "none"
-    assert first[10] == "step 45"
+    assert str(run) in first[0] and first[1].startswith("ppo") and first[4].startswith("+0.250 ±")
+    assert str(other) in second[0] and second[7] == "40 of 60" and second[9] == "none"
+    assert first[9] == "step 45"
     assert ["train.learning_rate", "0.0002", "0.001"] in page.rows
     assert not any(row[0] == "train.max_steps" for row in page.rows)  # is the same
     said = page.descriptions["curve-entropy"]
@@ -362,7 +362,7 @@ def test_the_demo_has_a_page(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results | {"step_timing": {"time/ops": 1}}))
     page = reported(tmp_path)
     assert "A run of the demo, fastrl train without a recipe" in page.text
-    assert page.rows[1][7] == "+0.200 ± 0.000" and page.rows[2][7] == "–"
+    assert page.rows[1][4] == "+0.200 ± 0.000" and page.rows[2][4] == "–"
     assert "A validation: 3.00 at 1.00" in page.descriptions["chart-supervised"]
 
 

@@ -16,10 +16,10 @@ _NUMERIC = ' class="number"'
 def comparison(runs: Sequence[RunData]) -> str:
     """Of several runs: a table with a row for each, and what their recipes differ in."""
     rows = "".join(_comparison_row(runs, index) for index in range(len(runs)))
-    heads = ["Run", "Algorithm", "Model", "Steps", "Time"]
-    heads += ["Reward before", "Reward after", "Gain", "KL", "Length", "Alarms"]
+    heads = ["Run", "Algorithm and model", "Reward before", "Reward after", "Gain"]
+    heads += ["KL", "Length", "Steps", "Time", "Alarms"]
     cells = "".join(
-        f'<th scope="col"{"" if i < 3 else _NUMERIC}>{name}</th>' for i, name in enumerate(heads)
+        f'<th scope="col"{"" if i < 2 else _NUMERIC}>{name}</th>' for i, name in enumerate(heads)
     )
     return (
         f'<header><p class="kicker">fastrl run report</p><h1>{len(runs)} runs compared</h1>'
@@ -27,8 +27,9 @@ def comparison(runs: Sequence[RunData]) -> str:
         '<section aria-labelledby="comparison"><h2 id="comparison">Comparison</h2>'
         f'<div class="wide" tabindex="0" role="region" aria-labelledby="comparison"><table>'
         f"<thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table></div>"
-        f'<p class="note">Reward, KL (nats per token) and length (tokens) of held-out prompts. '
-        f"{INTERVAL_NOTE}</p>{_differences(runs)}</section>"
+        '<p class="note">Reward, KL (nats per token) and length (tokens) of held-out prompts; time '
+        f"in steps, those of a supervised start too. {INTERVAL_NOTE}</p>"
+        f"{_differences(runs)}</section>"
     )
 
 
@@ -49,10 +50,10 @@ def _comparison_row(runs: Sequence[RunData], index: int) -> str:
         rewards = [interval(gain.before), interval(gain.after), interval(gain.gain, "+")]
     figures = [number(run.after.get(f"eval/{k}")) for k in ("kl", "completions/mean_length")]
     alarms = ", ".join(f"step {record['step']:g}" for record in run.alarms) or "none"
-    cells = [steps_of(run), duration(time_of(run)), *rewards, *figures, alarms]
+    cells = [*rewards, *figures, steps_of(run), duration(time_of(run)), alarms]
     return (
         f'<tr><th scope="row">{key_of_run(runs, index)} {escape(run.name)}</th>'
-        f"<td>{escape(run.kind)}</td><td>{escape(model_of(run))}</td>"
+        f"<td>{escape(run.kind)}<br><small>{escape(model_of(run))}</small></td>"
         + "".join(f"<td{_NUMERIC}>{cell}</td>" for cell in cells)
         + "</tr>"
     )

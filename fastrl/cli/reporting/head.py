@@ -115,7 +115,7 @@ def _result(run: RunData) -> str:
     gain, rows = gain_of(run), figure_rows(run)
     if gain is None and not rows:
         return ""
-    parts = ['<section aria-labelledby="held-out"><h2 id="held-out">Held-out prompts</h2>']
+    parts = ['<section aria-labelledby="held-out"><h2 id="held-out">Held out</h2>']
     if gain is not None:
         parts.append(_gain(gain))
     if rows:

@@ -1,4 +1,4 @@
-"""The page's one script: values under the pointer. Without it all of the page can be read."""
+"""The page's one script: values under the pointer, and all of it on paper; it reads without."""
 
 # A chart's lines are read back from the picture: its axes stand in data-x and data-y.
 SCRIPT = r"""
@@ -36,7 +36,9 @@ for (const plot of document.querySelectorAll(".plot")) {
       Math.abs(a.at[0] - x) <= Math.abs(b.at[0] - x) ? a : b).at[0];
     const name = svg.querySelector(".name").textContent.split(" ")[0];
     tip.textContent = [`${name} ${show(value(xAxis, first))}`,
-      ...near.map((l) => `${l.name}: ${show(value(yAxis, l.at[1]))}`)].join("\n");
+      // Lines that end before have nothing to say here.
+      ...near.filter((l) => Math.abs(l.at[0] - first) < 12)
+        .map((l) => `${l.name}: ${show(value(yAxis, l.at[1]))}`)].join("\n");
     rule.setAttribute("d", `M${first},${yAxis[3]}V${yAxis[2]}`);
     tip.style.display = rule.style.display = "block";
     const left = first / scale;
@@ -48,4 +50,7 @@ for (const plot of document.querySelectorAll(".plot")) {
   svg.addEventListener("pointerdown", move);
   svg.addEventListener("pointerleave", leave);
 }
+addEventListener("beforeprint", () => {
+  for (const block of document.querySelectorAll("details")) block.open = true;
+});
 """

@@ -114,7 +114,9 @@ th { text-align: left; } thead th { color: var(--soft); font-size: .8rem; font-w
 th, td { padding: 9px 12px; vertical-align: top; border-bottom: 1px solid var(--line); }
 tbody th { font-weight: 550; } tbody tr:last-child > * { border-bottom: 0; }
 .wide { overflow-x: auto; background: var(--card); border: 1px solid var(--line);
-  border-radius: 12px; } .wide td { overflow-wrap: anywhere; }
+  border-radius: 12px; } .wide td:not(.number) { overflow-wrap: anywhere; min-width: 7.5em; }
+.wide thead th, .wide th code { white-space: nowrap; } .wide tbody th { min-width: 9em; }
+.wide small { color: var(--soft); }
 .wide .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .samples { table-layout: fixed; background: var(--card); border-radius: 12px; margin-bottom: 22px;
   border-collapse: separate; border-spacing: 0; border: 1px solid var(--line); }
@@ -153,7 +155,7 @@ td summary, th summary { font-size: .84rem; color: var(--soft); }
 @media print {
   body { font-size: 10pt; } main { padding: 0; max-width: none; } .tip, .rule { display: none; }
   .grid { grid-template-columns: 1fr 1fr; } tr, .hero, .tiles div { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
+  h2, h3, .note, .keys { break-after: avoid; }
 }
 """
 )
