@@ -330,9 +330,23 @@ def test_one_step_and_one_prompt_are_enough(tmp_path):
         entry["prompt_rewards"] = entry["prompt_rewards"][:1]
     (run / "results.json").write_text(json.dumps(results))
     page = reported(run)
-    assert "is not shown to have changed: +0.300 ± 0.000" in page.text
+    assert "is not shown to have changed: +0.300, from 0.200 to 0.500 over" in page.text
     assert "1 prompt, so without an interval" in page.text
     assert "chart-supervised" not in page.descriptions
+
+
+def test_chats_long_texts_and_several_references_are_shown(tmp_path):
+    run = written_run(tmp_path / "chat", steps=1, total=1)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    answer = [{"role": "assistant", "content": "word " * 400}]
+    sample = {"prompt": chat, "completion": answer, "reward": None, "reference": ["eins", "zwei"]}
+    results = {"before": {"step": 0, "samples": [sample]}, "after": {"step": 1, "samples": []}}
+    (run / "results.json").write_text(json.dumps(results))
+    page = reported(run)
+    row = page.rows[page.rows.index(["Prompt", "Before", "After"]) + 1]
+    assert row[0] == "systemBe brief.userHiReferenceeinszwei" and row[2] == "–"
+    assert "1,100 more characters" in row[1] and row[1].count("word ") == 400
+    assert row[1].startswith("no rewardassistantword")
 
 
 def test_several_runs_are_compared(run, tmp_path):

@@ -107,7 +107,8 @@ def _held_out(runs: Sequence[RunData], index: int) -> list[Line]:
     for entry, step in ((run.before, 0), (run.after, run.step)):
         interval = reward_intervals(entry)
         if interval is not None:
-            points[float(entry.get("step", step))] = interval
+            mean, half = interval
+            points[float(entry.get("step", step))] = mean, 0.0 if math.isnan(half) else half
     xs = sorted(points)
     color = style(index)[0] if len(runs) > 1 else 1
     line = Line(

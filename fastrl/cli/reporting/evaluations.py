@@ -1,6 +1,7 @@
 """What results.json says of the held-out prompts: intervals, gains, and what else was measured."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,10 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Gain:
-    """Means with half-widths of their 95 % intervals, over prompts; `gain` of the pairs."""
+    """Means with half-widths of their 95 % intervals, over prompts; `gain` of the pairs.
+
+    Of one prompt there is no interval, and a half-width is NaN.
+    """
 
     before: tuple[float, float]
     after: tuple[float, float]
@@ -34,9 +38,13 @@ class Gain:
 
 
 def reward_intervals(entry: dict[str, Any]) -> tuple[float, float] | None:
-    """Mean and half-width of an evaluation's rewards; None where there are none."""
+    """Mean and half-width of an evaluation's rewards, as in `Gain`; None where there are none."""
     values = [v for v in entry.get("prompt_rewards") or () if is_number(v)]
-    return mean_interval(values) if values else None
+    return _of_several(mean_interval(values), len(values)) if values else None
+
+
+def _of_several(interval: tuple[float, float], prompts: int) -> tuple[float, float]:
+    return interval if prompts > 1 else (interval[0], math.nan)
 
 
 def gain_of(run: RunData) -> Gain | None:
@@ -48,7 +56,8 @@ def gain_of(run: RunData) -> Gain | None:
     pairs = [(a, b) for a, b in zip(earlier, later, strict=True) if is_number(a) and is_number(b)]
     if not pairs:
         return None
-    return Gain(before, after, gain_interval(*zip(*pairs, strict=True)), len(pairs))
+    gain = gain_interval(*zip(*pairs, strict=True))
+    return Gain(before, after, _of_several(gain, len(pairs)), len(pairs))
 
 
 def figure_rows(run: RunData) -> list[tuple[Any, ...]]:

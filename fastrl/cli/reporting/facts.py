@@ -57,5 +57,8 @@ def data_of(run: RunData) -> str:
 
 
 def interval(mean_and_half: tuple[float, float], sign: str = "") -> str:
+    """A mean with its half-width, unless that is NaN."""
     mean, half = mean_and_half
+    if math.isnan(half):
+        return fixed(mean, sign)
     return f"{fixed(mean, sign)} ± {fixed(half)}"

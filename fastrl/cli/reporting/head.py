@@ -1,5 +1,6 @@
 """The top of a report: what was run, what it gained, and what went wrong."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,7 +144,7 @@ def _gain(gain: Gain) -> str:
 
 def _dumbbell(gain: Gain) -> str:
     """Both means with their intervals on one axis; said in words beside it."""
-    pairs = (gain.before, gain.after)
+    pairs = [(m, 0.0 if math.isnan(half) else half) for m, half in (gain.before, gain.after)]
     low = min(mean - half for mean, half in pairs)
     high = max(mean + half for mean, half in pairs)
     room = 0.05 * (high - low) or 0.5

@@ -40,7 +40,9 @@ def fixed(value: float, sign: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """For people: 4.4 s, 3 min 20 s, 2 h 5 min."""
+    """For people: 4.4 s, 3 min 20 s, 2 h 5 min; a dash where no time was logged."""
+    if seconds == 0:
+        return "–"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

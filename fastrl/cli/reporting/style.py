@@ -88,7 +88,7 @@ figcaption { display: flex; justify-content: space-between; gap: 12px; margin-bo
 .plot { position: relative; } .plot svg { display: block; width: 100%; height: auto;
   overflow: visible; touch-action: pan-y; }
 svg path { fill: none; } svg text { font-size: 11.5px; fill: var(--soft); }
-.grid .grid, path.grid { stroke: var(--grid); } path.axis { stroke: var(--axis); }
+path.grid { stroke: var(--grid); } path.axis { stroke: var(--axis); }
 .tick { font-variant-numeric: tabular-nums; } .end { text-anchor: end; }
 .mid { text-anchor: middle; }
 .line { stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
@@ -125,7 +125,7 @@ caption { text-align: left; font-weight: 600; padding: 6px 0 8px; font-size: .95
 .pairs th:first-child { width: 30%; } .training th:first-child { width: 30%; }
 .training th:last-child { width: 22%; } .samples tbody th { font-weight: 400; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
-.newline { color: var(--axis); font-size: .85em; user-select: none; }
+.newline { color: var(--soft); font-size: .85em; user-select: none; }
 .part, .reward { font-size: .8rem; color: var(--soft); font-weight: 600; }
 .text + .part { margin-top: 8px; } .reward { font-variant-numeric: tabular-nums;
   margin-bottom: 2px; }
