@@ -9,6 +9,7 @@ COMMANDS = {
     "sample": "completions of a model, with their log-probabilities",
     "eval": "rewards, entropy and KL of a model on prompts, with intervals",
     "label": "people's judgements of completions: pairs, ratings, live; agreement and export",
+    "report": "one HTML page with a run's curves, samples and settings",
     "bench": "time the ops beside other libraries, correctness first",
 }
 

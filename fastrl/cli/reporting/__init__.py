@@ -1,0 +1,1 @@
+"""`fastrl report`: what stands in a run's folder, as one page of HTML."""
