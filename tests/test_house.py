@@ -37,6 +37,7 @@ ALONE = {
 # The core's own dependencies may be imported anywhere; those of the extras not at import time.
 EXTRAS = {"tokenizers", "safetensors", "rich", "matplotlib", "tyro", "transformers", "trl"}
 EXTRAS |= {"torchrl", "tensordict", "tensorboard", "tomli", "peft"}
+EXTRAS |= {"sacrebleu", "rouge_score", "bert_score"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
