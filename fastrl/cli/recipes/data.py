@@ -59,6 +59,8 @@ def load_data(recipe: Recipe) -> TaskData:
         where = "data.prompts"
     else:
         rows = built_rows(recipe)
+        if not recipe.is_preference:
+            rows.setdefault("supervised", rows["train"])  # whole: the limit is of prompts
         rows["train"] = rows["train"][: data.limit]
         rows["held_out"] = rows.get("held_out", [])[: data.eval_limit] or None
         where = f"data.builder {data.builder}"

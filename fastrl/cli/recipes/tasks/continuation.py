@@ -36,11 +36,14 @@ def build(
     lengths = prompt_words, reference_words
     train = [row for text in paragraphs for row in _windows(text, *lengths, stride)]
     test = [row for text in _paragraphs(folder, "test") for row in _windows(text, *lengths)[:1]]
+    supervised, checked = (
+        _stretches(texts, prompt_words, stretch_words) for texts in (paragraphs, validation)
+    )
     return {
         "train": train,
-        "held_out": without(spread(test, held_out), train),
-        "supervised": _stretches(paragraphs, prompt_words, stretch_words),
-        "validation": _stretches(validation, prompt_words, stretch_words),
+        "held_out": without(spread(test, held_out), train, supervised, checked),
+        "supervised": supervised,
+        "validation": checked,
         "texts": paragraphs,
     }
 

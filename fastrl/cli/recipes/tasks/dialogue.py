@@ -44,12 +44,12 @@ def build(
     def short(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [row for row in given if len(row["reference"].split()) <= reference_words]
 
-    supervised = rows(others)
+    supervised, checked = rows(others), rows(validation)
     return {
         "train": short(supervised),
-        "held_out": without(spread(short(rows(test)), held_out), supervised),
+        "held_out": without(spread(short(rows(test)), held_out), supervised, checked),
         "supervised": supervised,
-        "validation": without(rows(validation), supervised),
+        "validation": without(checked, supervised),
     }
 
 

@@ -49,18 +49,16 @@ def spread(entries: Sequence[Entry], count: int) -> list[Entry]:
     return [entries[i * len(entries) // count] for i in range(count)]
 
 
-def split_off(
-    entries: Sequence[Entry], share: float, seed: int, most: int | None = None
-) -> tuple[list[Entry], list[Entry]]:
-    """The others, and a random share of the entries, each in their order."""
-    count = round(share * len(entries))
-    count = min(count, len(entries) if most is None else most)
+def split_off(entries: Sequence[Entry], share: float, seed: int) -> tuple[list[Entry], list[Entry]]:
+    """The others, and a random share of the entries (one at least), each in their order."""
+    count = max(1, round(share * len(entries)))
+    count = min(count, len(entries))
     chosen = set(random.Random(seed).sample(range(len(entries)), count))
     kept = [entry for i, entry in enumerate(entries) if i not in chosen]
     return kept, [entries[i] for i in sorted(chosen)]
 
 
-def without(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[Any]:
+def without(rows: Sequence[dict[str, Any]], *others: Sequence[dict[str, Any]]) -> list[Any]:
     """The rows whose prompt is that of none of the others."""
-    known = {row["prompt"] for row in others}
+    known = {row["prompt"] for part in others for row in part}
     return [row for row in rows if row["prompt"] not in known]

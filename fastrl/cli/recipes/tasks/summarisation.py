@@ -34,13 +34,16 @@ def build(
     """
     sections, validation = split_off(read_sections(folder, "valid"), VALIDATION, seed)
     test = [_rows(s, max_words)[:1] for s in read_sections(folder, "test")]
-    train = [row for section in sections for row in _rows(section, max_words)]
+    train, checked = (
+        [row for section in part for row in _rows(section, max_words)]
+        for part in (sections, validation)
+    )
     texts = [text for section in sections for text in section.paragraphs]
     return {
         "train": train,
-        "held_out": without(spread([row for rows in test for row in rows], held_out), train),
+        "held_out": without(spread([r for rows in test for r in rows], held_out), train, checked),
         "supervised": train + (_text_rows(texts, max_words) if text_rows else []),
-        "validation": [row for section in validation for row in _rows(section, max_words)],
+        "validation": checked,
         "texts": texts + [section.heading for section in sections],
     }
 

@@ -27,10 +27,12 @@ def build(
         rows with "prompt", the English sentence and a line's end, and "reference".
     """
     train = read_pairs(folder, "train", max_words)
+    checked = without(spread(read_pairs(folder, "val", max_words), validation), train)
+    tested = spread(read_pairs(folder, test, max_words), held_out)
     return {
         "train": train,
-        "held_out": without(spread(read_pairs(folder, test, max_words), held_out), train),
-        "validation": without(spread(read_pairs(folder, "val", max_words), validation), train),
+        "held_out": without(tested, train, checked),
+        "validation": checked,
     }
 
 
