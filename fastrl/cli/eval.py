@@ -76,9 +76,15 @@ def _eval(options: argparse.Namespace) -> int:
     from fastrl.cli.recipes.loading import open_model
     from fastrl.cli.recipes.measure import measure, show_measured
     from fastrl.cli.recipes.rewards import load_reward_functions
+    from fastrl.cli.recipes.toml import RecipeError
     from fastrl.trainers.loggers import finite
 
     recipe = _recipe(options)
+    if recipe is not None and recipe.is_preference:
+        raise RecipeError(
+            f"eval: expected a recipe of a policy, got {recipe.source} of a preference model. "
+            "Its results.json has what it is worth."
+        )
     entries, weights = _rewards(options, recipe)
     config, temperature = _config(options, recipe, weights)
     data = None if recipe is None else load_data(recipe)

@@ -43,7 +43,7 @@ def load_object(
     module = modules[module_name]
     value = getattr(module, attribute, None)
     if not callable(value):
-        own = [each for each in dir(module) if not each.startswith("_")]
+        own = [each for each, found in vars(module).items() if callable(found)]
         near = difflib.get_close_matches(attribute, own, 1)
         remedy = f"Did you mean {near[0]}?" if near else "Define it there."
         raise RecipeError(f"train: expected {key} to name a function, got {name}. {remedy}")
