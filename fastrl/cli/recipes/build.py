@@ -54,9 +54,14 @@ class Parts:
             need("tensorboard", "train")
         data = load_data(recipe)
         model = recipe.model
-        if not start.is_dir():
-            start = Path(model.start) if model.start is not None else start
-        has_start = start.is_dir() or model.start is not None
+        if not start.is_dir() and model.start is not None:
+            start = Path(model.start)
+            if not start.is_dir():
+                raise RecipeError(
+                    f"train: expected model.start a folder like RUN/start, got {start}, which is "
+                    "not there. A run with [supervised] writes it."
+                )
+        has_start = start.is_dir()
         if has_start:
             found = load_tokenizer(str(start))
         elif tokenizer.is_dir():

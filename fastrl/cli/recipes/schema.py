@@ -287,20 +287,24 @@ SECTIONS = {
 }
 
 
+def built_in() -> list[str]:
+    """The names of the recipes that come with fastrl."""
+    return sorted(path.stem for path in BUILT_IN.glob("*.toml"))
+
+
 def find_recipe(name: str) -> Path:
     """The file: a path, or the name of a recipe that comes with fastrl.
 
     Raises:
         RecipeError: neither.
     """
-    path, built_in = Path(name), BUILT_IN / f"{name}.toml"
+    path, own = Path(name), BUILT_IN / f"{name}.toml"
     if path.is_file() or path.suffix == ".toml" or "/" in name:
         return path
-    if built_in.is_file():
-        return built_in
-    known = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.toml")))
+    if own.is_file():
+        return own
     raise RecipeError(
-        f"train: expected a recipe: a .toml file, or one of {known}, got {name}. "
+        f"train: expected a recipe: a .toml file, or one of {', '.join(built_in())}, got {name}. "
         "Options start with --."
     )
 
