@@ -16,6 +16,7 @@ sampling/sampling_logp_difference/mean, /max; sampling/importance_sampling_ratio
 clip_ratio/low_mean, /high_mean, /region_mean: share of tokens whose ratio left its bounds
 value, value_error (mean squared), explained_variance: of a critic
 bad_steps (in a row), skipped_updates (of the run)
+gold/...: of held-out prompts, in steps after which an attached `OverOptimizationMonitor` evaluates
 tokens_per_second (that the policy wrote), time/rollout, /reward, /update, /step (s)
 """
 

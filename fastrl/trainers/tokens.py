@@ -34,7 +34,7 @@ def token_scores(
     device = batch.token_ids.device
     logprobs = torch.empty(len(batch.target_ids), dtype=torch.float32, device=device)
     entropy = torch.empty_like(logprobs)
-    for micro, at in micro_batches(batch, max_tokens or _most_at_once(batch)):
+    for micro, at in micro_batches(batch, max_tokens or most_at_once(batch)):
         with autocast(device, precision):
             hidden = policy.packed_hidden(micro)
         head = policy.head
@@ -48,7 +48,7 @@ def token_scores(
     return logprobs, entropy
 
 
-def _most_at_once(batch: PackedBatch) -> int:
+def most_at_once(batch: PackedBatch) -> int:
     """Nothing is kept for gradients, but even so not a whole dataset at a time."""
     return max([_TOKENS_AT_ONCE, *tree_sizes(batch).tolist()])
 

@@ -1,9 +1,7 @@
 """What both trainers share: sample, score, update, and what happens when numbers go bad."""
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -16,26 +14,23 @@ from fastrl.layout import PackedBatch
 from fastrl.models import reference_policy
 from fastrl.rollout import Environment, Rollout
 from fastrl.trainers import checkpoint, sampling
+from fastrl.trainers._attachments import Attachments, Part, Record
+from fastrl.trainers._steps import make_steps
 from fastrl.trainers.config import TrainerConfig
 from fastrl.trainers.engines import RolloutFunction
 from fastrl.trainers.evaluation import evaluate
-from fastrl.trainers.experience import Experience, gather
+from fastrl.trainers.experience import Experience
 from fastrl.trainers.health import (
-    TrainingDivergedError,
     check_checkpointing,
     check_finite,
     check_trainable,
     set_learning,
     without_dropout,
 )
-from fastrl.trainers.metrics import Samples, rollout_metrics
+from fastrl.trainers.metrics import Samples
 from fastrl.trainers.prompts import Example, PromptDataset, PromptOrder, Tokenizer
-from fastrl.trainers.schedules import EntropyController, KLController, learning_rate, temperature
+from fastrl.trainers.schedules import EntropyController, KLController, temperature
 from fastrl.trainers.scoring import RewardFunction, RewardScorer, Scores
-from fastrl.trainers.tokens import to_numbers
-from fastrl.trainers.update import learn
-
-Record = dict[str, float]
 
 
 class Trainer(ABC):
@@ -122,7 +117,8 @@ class Trainer(ABC):
         self.num_tokens = 0  # read and written by the policy so far
         self.own_checkpoints: set[Path] = set()  # this run's, so free to be replaced
         self.last_samples: Samples | None = None
-        self._order = PromptOrder(len(self.dataset), self.config.seed)
+        self.attachments = Attachments()
+        self.order = PromptOrder(len(self.dataset), self.config.seed)
 
     # What an algorithm is made of.
 
@@ -197,13 +193,14 @@ class Trainer(ABC):
         self,
         *,
         max_steps: int | None = None,
-        on_step: Callable[[Record], None] | Sequence[Callable[[Record], None]] | None = None,
+        on_step: Part | Sequence[Part] | None = None,
     ) -> list[Record]:
         """Train until the run has `max_steps` steps, those before a resume included.
 
         Args:
             max_steps: instead of the config's.
-            on_step: called with each record as soon as it is there; one function or several.
+            on_step: called with each record as soon as it is there, behind the attached parts;
+                one function or several. One that raises `StopTraining` ends the run here.
         Returns:
             One record for each step of this call; `fastrl.trainers.metrics` lists what is in it.
         Raises:
@@ -213,25 +210,21 @@ class Trainer(ABC):
         """
         max_steps = self.config.max_steps if max_steps is None else max_steps
         callbacks = [on_step] if callable(on_step) else list(on_step or ())
-        folder, every = self.checkpoint_folder, self.config.save_every
-        if folder is not None and folder.resolve() not in self.own_checkpoints:
-            checkpoint.check_unused(folder)
-        records = []
-        while self.step < max_steps:
-            record, problem = self._train_step()
-            records.append(record)
-            for callback in callbacks:
-                callback(record)
-            if self.bad_steps >= self.config.max_bad_steps:
-                raise TrainingDivergedError(
-                    f"{type(self).__name__}: no update in {self.bad_steps} steps in a row, the "
-                    f"last one (step {self.step}) because of {problem}. Check the reward "
-                    "functions or lower learning_rate, and resume from the last checkpoint."
-                )
-            is_due = self.step == max_steps or (every > 0 and self.step % every == 0)
-            if folder is not None and is_due:
-                self.save(folder)
-        return records
+        return make_steps(self, max_steps, callbacks)
+
+    def attach(self, name: str, part: Part) -> None:
+        """Let a part ride along: part(record) is called right after each step.
+
+        That is before the callbacks of `train` and before a checkpoint of the step is written. It
+        may add floats to the record, and end the run by raising `StopTraining`. A part with a
+        method `start` has it called when `train` is about to make steps. The state of one with
+        state_dict and load_state_dict is saved and resumed under its name; a checkpoint written
+        without any such part leaves the parts as they are.
+
+        Raises:
+            ValueError: the name is taken.  TypeError: name is no string, or part no callable.
+        """
+        self.attachments.add(name, part)
 
     def evaluate(
         self,
@@ -272,14 +265,21 @@ class Trainer(ABC):
             chat_template_kwargs=self.config.chat_template_kwargs,
         )
 
-    def scored(self, examples: list[Example], rollout: Rollout, dataset: PromptDataset) -> Scores:
+    def scored(
+        self,
+        examples: list[Example],
+        rollout: Rollout,
+        dataset: PromptDataset,
+        scorer: RewardScorer | None = None,
+    ) -> Scores:
         """The rewards of a rollout; functions of TRL's are told where the run stands."""
         run = SimpleNamespace(
             global_step=self.step,
             max_steps=self.config.max_steps,
             epoch=self.step * self.config.prompts_per_step / len(self.dataset),
         )
-        return self.scorer(examples, rollout, dataset, self.eos_token_ids, trainer_state=run)
+        scorer = self.scorer if scorer is None else scorer
+        return scorer(examples, rollout, dataset, self.eos_token_ids, trainer_state=run)
 
     def samples(self) -> list[dict[str, Any]]:
         """Of the last step's completions: prompt, completion, reward, and by function."""
@@ -314,6 +314,7 @@ class Trainer(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What a run remembers beside weights, optimizer and random state."""
+        attached = self.attachments.state_dict()
         return {
             "step": self.step,
             "bad_steps": self.bad_steps,
@@ -322,6 +323,7 @@ class Trainer(ABC):
             "kl": self.kl.state_dict(),
             "entropy": self.entropy.state_dict(),
             "scorer": self.scorer.state_dict(),
+            **({"attachments": attached} if attached else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -329,67 +331,8 @@ class Trainer(ABC):
             setattr(self, name, state[name])
         for name in ("kl", "entropy", "scorer"):
             getattr(self, name).load_state_dict(state[name])
-
-    def _train_step(self) -> tuple[Record, str | None]:
-        """One step; returns its record, and why an update was skipped if one was."""
-        started = time.perf_counter()
-        first = self.step * self.config.prompts_per_step
-        positions = range(first, first + self.config.prompts_per_step)
-        examples = [self.dataset[self._order(position)] for position in positions]
-        rollout = sampling.collect(self, examples, torch.tensor(positions))
-        sampled = time.perf_counter()
-        scores, rollout = self._score(examples, rollout)
-        scored = time.perf_counter()
-        metrics, problem = self._update(rollout)
-        ended = time.perf_counter()
-
-        self.step += 1
-        self.bad_steps = self.bad_steps + 1 if problem else 0
-        self.skipped_updates += bool(problem)
-        self.num_tokens += rollout.batch.layout.num_tokens
-        self.last_samples = Samples(self, examples, rollout, scores)
-        return {
-            "step": self.step,
-            **({} if scores is None else scores.metrics),
-            **metrics,
-            **rollout_metrics(rollout),
-            "epoch": self.step * self.config.prompts_per_step / len(self.dataset),
-            "num_tokens": self.num_tokens,
-            "bad_steps": self.bad_steps,
-            "skipped_updates": self.skipped_updates,
-            "tokens_per_second": rollout.token_ids.numel() / (ended - started),
-            "time/rollout": sampled - started,
-            "time/reward": scored - sampled,
-            "time/update": ended - scored,
-            "time/step": ended - started,
-        }, problem
-
-    def _score(self, examples: list[Example], rollout: Rollout) -> tuple[Scores | None, Rollout]:
-        if rollout.rewards is not None:  # who made the rollout has rewarded it
-            return None, sampling.with_usable_rewards(rollout)
-        scores = self.scored(examples, rollout, self.dataset)
-        return scores, replace(
-            rollout,
-            rewards=scores.rewards.to(self.device),
-            is_used=scores.is_used.to(self.device),
-        )
-
-    def _update(self, rollout: Rollout) -> tuple[Record, str | None]:
-        """Learn from a rollout; returns metrics, and why an update was skipped if one was."""
-        rate = learning_rate(self.config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        numbers: Record = {
-            "learning_rate": rate, "temperature": self.temperature, "kl_coef": self.kl.coef,
-            "entropy_coef": self.entropy.coef,
-        }  # fmt: skip
-        known, metrics = gather(self, rollout)
-        learned, problem = learn(self, known)
-        numbers |= to_numbers(metrics) | learned
-        if "kl" in numbers:
-            self.kl.update(numbers["kl"], len(rollout.ended))
-        self.entropy.update(numbers["entropy"])
-        return numbers, problem
+        if "attachments" in state:
+            self.attachments.load_state_dict(state["attachments"])
 
     def _checked_config(self, config: TrainerConfig) -> TrainerConfig:
         if not isinstance(config, self.config_class):

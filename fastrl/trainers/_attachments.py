@@ -1,0 +1,71 @@
+"""What rides along with a run: parts that see each step's record, and whose state is saved."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+Record = dict[str, float]
+Part = Callable[[Record], None]
+
+
+class StopTraining(Exception):
+    """Raised by an attached part or a callback of `train`: the run ends here, without an error.
+
+    `train` writes a checkpoint, where it writes any, and returns the records so far.
+    """
+
+
+class Attachments:
+    """Parts by name, in the order in which they were attached."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Part] = {}
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self._parts.values())
+
+    def add(self, name: str, part: Part) -> None:
+        """See `Trainer.attach`."""
+        if not isinstance(name, str) or not callable(part):
+            wanted = "a name that is a string" if callable(part) else "a part that can be called"
+            got = name if callable(part) else part
+            raise TypeError(
+                f"attach: expected {wanted}, got {got!r}. Pass attach(name, part): part(record)."
+            )
+        if name in self._parts:
+            raise ValueError(
+                f"attach: expected a name that is free, got {name!r} for the second time. "
+                "Choose another."
+            )
+        self._parts[name] = part
+
+    def start(self) -> None:
+        """Tell the parts that have a method `start` that steps are about to be made."""
+        for part in self:
+            if hasattr(part, "start"):
+                part.start()
+
+    def state_dict(self) -> dict[str, Any]:
+        """By name, the states of the parts that have state_dict and load_state_dict."""
+        return {name: part.state_dict() for name, part in self._stateful().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give the parts the states that `state_dict` had.
+
+        Raises:
+            ValueError: the parts with a state have other names.
+        """
+        parts = self._stateful()
+        if state.keys() != parts.keys():
+            raise ValueError(
+                f"attach: expected the parts {sorted(state)} of the checkpoint, got "
+                f"{sorted(parts)}. Attach the same parts under the same names before resuming."
+            )
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+
+    def _stateful(self) -> dict[str, Any]:
+        return {
+            name: part
+            for name, part in self._parts.items()
+            if hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+        }

@@ -1,0 +1,124 @@
+"""The steps of a run one after the other, and who is told of each."""
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastrl.rollout import Rollout
+from fastrl.trainers import checkpoint, sampling
+from fastrl.trainers._attachments import Part, Record, StopTraining
+from fastrl.trainers.experience import gather
+from fastrl.trainers.health import TrainingDivergedError
+from fastrl.trainers.metrics import Samples, rollout_metrics
+from fastrl.trainers.prompts import Example
+from fastrl.trainers.schedules import learning_rate
+from fastrl.trainers.scoring import Scores
+from fastrl.trainers.tokens import to_numbers
+from fastrl.trainers.update import learn
+
+if TYPE_CHECKING:
+    from fastrl.trainers.trainer import Trainer
+
+
+def make_steps(trainer: "Trainer", max_steps: int, callbacks: list[Part]) -> list[Record]:
+    """See `Trainer.train`."""
+    folder, every = trainer.checkpoint_folder, trainer.config.save_every
+    if folder is not None and folder.resolve() not in trainer.own_checkpoints:
+        checkpoint.check_unused(folder)
+    if trainer.step < max_steps:
+        trainer.attachments.start()
+    records: list[Record] = []
+    is_stopped = False
+    while trainer.step < max_steps and not is_stopped:
+        record, problem = _make_step(trainer)
+        records.append(record)
+        is_stopped = _tell([*trainer.attachments, *callbacks], record)
+        if trainer.bad_steps >= trainer.config.max_bad_steps:
+            raise TrainingDivergedError(
+                f"{type(trainer).__name__}: no update in {trainer.bad_steps} steps in a row, the "
+                f"last one (step {trainer.step}) because of {problem}. Check the reward "
+                "functions or lower learning_rate, and resume from the last checkpoint."
+            )
+        is_last = is_stopped or trainer.step == max_steps
+        if folder is not None and (is_last or (every > 0 and trainer.step % every == 0)):
+            trainer.save(folder)
+    return records
+
+
+def _tell(listeners: list[Part], record: Record) -> bool:
+    """Hand a record to all of them; whether one wants to stop."""
+    is_stopped = False
+    for listener in listeners:
+        try:
+            listener(record)
+        except StopTraining:  # those behind it are told of this step too
+            is_stopped = True
+    return is_stopped
+
+
+def _make_step(trainer: "Trainer") -> tuple[Record, str | None]:
+    """One step; returns its record, and why an update was skipped if one was."""
+    started = time.perf_counter()
+    first = trainer.step * trainer.config.prompts_per_step
+    positions = range(first, first + trainer.config.prompts_per_step)
+    examples = [trainer.dataset[trainer.order(position)] for position in positions]
+    rollout = sampling.collect(trainer, examples, torch.tensor(positions))
+    sampled = time.perf_counter()
+    scores, rollout = _score(trainer, examples, rollout)
+    scored = time.perf_counter()
+    metrics, problem = _update(trainer, rollout)
+    ended = time.perf_counter()
+
+    trainer.step += 1
+    trainer.bad_steps = trainer.bad_steps + 1 if problem else 0
+    trainer.skipped_updates += bool(problem)
+    trainer.num_tokens += rollout.batch.layout.num_tokens
+    trainer.last_samples = Samples(trainer, examples, rollout, scores)
+    return {
+        "step": trainer.step,
+        **({} if scores is None else scores.metrics),
+        **metrics,
+        **rollout_metrics(rollout),
+        "epoch": trainer.step * trainer.config.prompts_per_step / len(trainer.dataset),
+        "num_tokens": trainer.num_tokens,
+        "bad_steps": trainer.bad_steps,
+        "skipped_updates": trainer.skipped_updates,
+        "tokens_per_second": rollout.token_ids.numel() / (ended - started),
+        "time/rollout": sampled - started,
+        "time/reward": scored - sampled,
+        "time/update": ended - scored,
+        "time/step": ended - started,
+    }, problem
+
+
+def _score(
+    trainer: "Trainer", examples: list[Example], rollout: Rollout
+) -> tuple[Scores | None, Rollout]:
+    if rollout.rewards is not None:  # who made the rollout has rewarded it
+        return None, sampling.with_usable_rewards(rollout)
+    scores = trainer.scored(examples, rollout, trainer.dataset)
+    return scores, replace(
+        rollout,
+        rewards=scores.rewards.to(trainer.device),
+        is_used=scores.is_used.to(trainer.device),
+    )
+
+
+def _update(trainer: "Trainer", rollout: Rollout) -> tuple[Record, str | None]:
+    """Learn from a rollout; returns metrics, and why an update was skipped if one was."""
+    rate = learning_rate(trainer.config, trainer.step)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = rate
+    numbers: Record = {
+        "learning_rate": rate, "temperature": trainer.temperature, "kl_coef": trainer.kl.coef,
+        "entropy_coef": trainer.entropy.coef,
+    }  # fmt: skip
+    known, metrics = gather(trainer, rollout)
+    learned, problem = learn(trainer, known)
+    numbers |= to_numbers(metrics) | learned
+    if "kl" in numbers:
+        trainer.kl.update(numbers["kl"], len(rollout.ended))
+    trainer.entropy.update(numbers["entropy"])
+    return numbers, problem

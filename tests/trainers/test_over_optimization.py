@@ -1,0 +1,347 @@
+"""The monitor on whole runs: a gamed reward is caught, an honest one left alone, and what it does.
+
+The p-values have tests of their own in test_over_optimization_test.py.
+"""
+
+import random
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from gamed_runs import (
+    HELD_OUT,
+    half_of_it_and_noise,
+    make_run,
+    share,
+    share_and_noise,
+    up_to_a_half,
+)
+
+from fastrl.rollout import completion_seeds
+from fastrl.trainers import PolicyGradientTrainer, StopTraining
+from fastrl.trainers.over_optimization import OverOptimizationMonitor, measures
+
+pytestmark = pytest.mark.filterwarnings("ignore:Reward falling")
+
+
+def gold_of(trainer, gold=up_to_a_half):
+    """The mean gold reward of fresh completions."""
+    trainer.scorer = type(trainer.scorer)(gold)
+    return trainer.evaluate(HELD_OUT, completions_per_prompt=16, seed=99)["reward"]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def without_times(records):
+    return [{k: v for k, v in r.items() if "time" not in k and "second" not in k} for r in records]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gamed_reward_is_caught_and_the_best_checkpoint_kept(tmp_path, seed):
+    """Gold rises from 0.12 to 0.25 or so and would fall to -0.5."""
+    trainer, monitor = make_run(
+        up_to_a_half, seed=seed, monitor={"action": "stop"}, output_dir=tmp_path
+    )
+    with pytest.warns(RuntimeWarning, match="gold falls while the proxy rises.* Training stops."):
+        records = trainer.train()
+    assert 12 < len(records) < 30
+    assert [r["gold/alarm"] for r in records if "gold/alarm" in r].count(1) == 1
+    assert records[-1]["gold/alarm"] == 1
+    assert records[-1]["gold/p_value"] <= records[-1]["gold/threshold"] == 0.05 / 40
+
+    stopped, _ = make_run(up_to_a_half, seed=seed)
+    stopped.resume(tmp_path / "checkpoint")
+    best, watching = make_run(up_to_a_half, seed=seed)
+    best.resume(tmp_path / "best")
+    assert stopped.step == len(records) > best.step == watching.evaluations[-1]["step"]
+    golds = {e["step"]: e["gold/gold"] for e in monitor.evaluations}
+    assert golds[best.step] == max(golds.values())
+    assert gold_of(best) > gold_of(stopped) + 0.1
+    start, _ = make_run(up_to_a_half, seed=seed)
+    assert gold_of(best) > gold_of(start) + 0.05
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("gold, end", [(share_and_noise, 0.8), (half_of_it_and_noise, 0.45)])
+def test_an_honest_reward_is_not_stopped(gold, end, seed):
+    """Gold is the proxy, or comes to rest where the proxy goes on, but for noise."""
+    trainer, monitor = make_run(gold, seed=seed, monitor={"action": "stop"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Reward stalled")  # as the second gold does
+        records = trainer.train()
+    assert len(records) == 60 and len(monitor.evaluations) == 21
+    assert not any(e["gold/alarm"] or e["gold/falling"] for e in monitor.evaluations)
+    assert monitor.evaluations[-1]["gold/gold"] > end
+    assert monitor.evaluations[-1]["gold/proxy"] > 0.9
+
+
+def test_each_alarm_warns_and_the_run_goes_on():
+    trainer, monitor = make_run(up_to_a_half, max_steps=24)
+    with pytest.warns(RuntimeWarning, match="Over-optimisation") as warned:
+        records = trainer.train()
+    alarms = [record["step"] for record in records if record.get("gold/alarm")]
+    said = [str(w.message) for w in warned if "Over-optimisation" in str(w.message)]
+    assert len(records) == 24 and len(said) == len(alarms) >= 2
+    assert all(f"to {step}" in text for step, text in zip(alarms, said, strict=True))
+    assert re.search(r"from step \d+ to \d+ gold falls .* \(gold from 0\.2\d+ to", said[0])
+
+
+def test_lower_raises_the_kl_coefficient_and_halves_the_weights(tmp_path):
+    options = {"monitor": {"action": "lower", "kl_start": 0.02}, "reward_weights": (2.0,)}
+    trainer, monitor = make_run(up_to_a_half, max_steps=24, **options)
+    with pytest.warns(RuntimeWarning, match="The KL coefficient rises"):
+        records = trainer.train()
+    alarms = [record["step"] for record in records if record.get("gold/alarm")]
+    assert len(alarms) >= 2
+    coefs = [record["kl_coef"] for record in records]
+    assert coefs[alarms[0] - 1] == 0 and coefs[alarms[0]] == 0.02 and coefs[alarms[1]] == 0.04
+    assert trainer.scorer.weights == [2 * 0.5 ** len(alarms)]
+    for record in records:  # the proxy is what it was, so that it can be compared
+        if "gold/proxy" in record and record["gold/proxy"] > 0.9:
+            assert record["gold/proxy"] <= 2
+    assert records[-1]["gold/proxy"] > 1.5 > 0.6 > records[-1]["reward"]
+    trainer.save(tmp_path / "run")
+    again, _ = make_run(up_to_a_half, **options)
+    again.resume(tmp_path / "run")
+    assert again.scorer.weights == trainer.scorer.weights and again.kl.coef == trainer.kl.coef
+
+
+def test_the_kl_budget_sets_off_the_same_action():
+    trainer, monitor = make_run(share, monitor={"action": "stop", "kl_budget": 1.0})
+    with pytest.warns(RuntimeWarning, match="KL budget: .* nats per completion at step"):
+        records = trainer.train()
+    last, before = monitor.evaluations[-1], monitor.evaluations[-2]
+    assert last["gold/kl"] > 1 >= before["gold/kl"] and last["gold/over_budget"] == 1
+    assert last["gold/alarm"] == 0 and len(records) == last["step"]
+
+
+def test_a_budget_that_stays_exceeded_warns_once():
+    trainer, monitor = make_run(share, max_steps=24, monitor={"kl_budget": 1.0})
+    with pytest.warns(RuntimeWarning, match="KL budget") as warned:
+        trainer.train()
+    assert sum(e["gold/over_budget"] for e in monitor.evaluations) >= 3
+    assert sum("KL budget" in str(w.message) for w in warned) == 1
+
+
+def noisy(completion_ids, **_):
+    """Draws from every global generator."""
+    noise = random.gauss(0, 1) + np.random.randn() + float(torch.rand(()))
+    return [ids.count(3) / 8 + noise for ids in completion_ids]
+
+
+class Counting:
+    """A reward that changes from call to call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, completion_ids, **_):
+        self.calls += 1
+        return [ids.count(3) / 8 + self.calls for ids in completion_ids]
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+def seed_all(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def weights_of(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore:Over-optimisation")  # all of a call share their noise
+def test_watching_changes_nothing():
+    def run(every):
+        trainer, monitor = make_run(noisy, max_steps=6, monitor={"every": every, "alpha": 0.5})
+        trainer.scorer = type(trainer.scorer)([noisy, Counting()])
+        monitor._weights = [1.0, 1.0]
+        seed_all(4)
+        records = [
+            {k: v for k, v in record.items() if not k.startswith("gold/")}
+            for record in without_times(trainer.train())
+        ]
+        return str(records), weights_of(trainer), torch.rand(3), random.random()
+
+    often, once = run(1), run(6)
+    assert often[0] == once[0] and often[3] == once[3]
+    assert torch.equal(often[1], once[1]) and torch.equal(often[2], once[2])
+
+
+@pytest.mark.parametrize("kl_every", [1, 0])
+@pytest.mark.parametrize("stop_at", [4, 18])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, kl_every, stop_at):
+    """Before and after an alarm; without kl_every the monitor keeps a reference of its own."""
+    options = {"max_steps": 24, "kl_every": kl_every}
+    options["monitor"] = {"action": "lower" if kl_every else "warn", "kl_budget": 9.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole, watched = make_run(up_to_a_half, **options)
+        records = whole.train()
+        first, _ = make_run(up_to_a_half, **options)
+        before = first.train(max_steps=stop_at)
+        first.save(tmp_path / "run")
+        second, watching = make_run(up_to_a_half, **options)
+        with torch.no_grad():
+            for reference in (second.reference, watching._own_reference):
+                for parameter in [] if reference is None else reference.parameters():
+                    parameter.fill_(0.5)
+        after = second.resume(tmp_path / "run").train()
+    assert any(record.get("gold/alarm") for record in records)
+    assert str(without_times(before + after)) == str(without_times(records))
+    assert watching.evaluations == watched.evaluations
+    whole.save(tmp_path / "whole")
+    second.save(tmp_path / "second")
+    assert contents(tmp_path / "second") == contents(tmp_path / "whole")
+
+
+def test_a_resumed_monitor_has_to_be_the_same(tmp_path):
+    first, _ = make_run(share, max_steps=3)
+    first.train()
+    first.save(tmp_path / "run")
+    for change, message in [
+        ({"every": 2}, "expected every 3 as in the checkpoint, got 2"),
+        ({"alpha": 0.01}, "expected alpha 0.05 as in the checkpoint, got 0.01"),
+    ]:
+        second, _ = make_run(share, monitor=change)
+        with pytest.raises(ValueError, match=message):
+            second.resume(tmp_path / "run")
+        assert second.step == 0
+
+
+def test_a_checkpoint_without_a_monitor_resumes_with_one(tmp_path):
+    plain, _ = make_run(share)
+    plain = PolicyGradientTrainer(plain.model, share, plain.dataset.dataset, plain.config)
+    plain.train(max_steps=4)
+    plain.save(tmp_path / "run")
+    trainer, monitor = make_run(share, max_steps=9)
+    trainer.resume(tmp_path / "run").train()
+    assert [evaluation["step"] for evaluation in monitor.evaluations] == [4, 6, 9]
+
+
+def test_the_numbers_are_those_of_an_evaluation(tmp_path):
+    """The same prompts, policy and seeds through the trainer's own evaluation."""
+    trainer, monitor = make_run([up_to_a_half, share], max_steps=6)
+    records = trainer.train()
+    seed = int(completion_seeds(0, 5, torch.tensor([6]), 1))
+    found = trainer.evaluate(HELD_OUT, completions_per_prompt=2, seed=seed)
+    got = records[-1]
+    assert monitor.evaluations[-1]["step"] == 6 and monitor.evaluations[0]["gold/kl"] == 0
+    assert got["gold/proxy"] == pytest.approx(found["reward"], abs=1e-6)
+    prompts = torch.tensor(found["prompt_rewards"], dtype=torch.float64)
+    assert got["gold/proxy_stderr"] == pytest.approx(float(prompts.std()) / 32**0.5, abs=1e-6)
+    completions = [ids for prompt in found["completion_ids"] for ids in prompt]
+    golds = torch.tensor(up_to_a_half(completions))
+    assert got["gold/gold/up_to_a_half"] == pytest.approx(float(golds.mean()), abs=1e-6)
+    assert got["gold/gold"] == pytest.approx(float(golds.mean()) + found["reward"], abs=1e-6)
+    assert got["gold/entropy"] == pytest.approx(found["entropy"], rel=1e-5)
+    pairs = [pair for ids in completions for pair in zip(ids, ids[1:], strict=False)]
+    assert got["gold/distinct_2"] == len(set(pairs)) / len(pairs)
+    assert got["gold/length"] == 8
+
+
+def test_the_divergence_is_that_of_whole_completions():
+    """Against the sum over all 8^3 completions, from the model's own forward pass."""
+    trainer, _ = make_run(share, max_steps=12, max_new_tokens=3, learning_rate=0.02)
+    trainer.train()
+    prompt = torch.tensor([1, 2])
+    every = torch.cartesian_prod(*[torch.arange(8)] * 3)
+    ids = torch.cat([prompt.expand(512, 2), every], 1)
+
+    def logprob(model):
+        with torch.no_grad():
+            logits = model(ids[:, :-1])[0][:, 1:].double()
+        return logits.log_softmax(-1).gather(2, every[:, :, None]).sum((1, 2))
+
+    ours, theirs = logprob(trainer.policy), logprob(trainer.reference)
+    exact = float((ours.exp() * (ours - theirs)).sum())
+    drawn = measures.draw(trainer, trainer.prompts([prompt]), None, 2000, 1.0, 0)
+    got = measures.divergence(trainer, trainer.reference, drawn.rollout.batch).view(2000, 3).sum(1)
+    assert exact > 0.5
+    assert abs(float(got.mean()) - exact) < 4 * float(got.std()) / 2000**0.5
+    assert float(got.std()) / 2000**0.5 < 0.02 * exact
+
+
+def test_disagreement_is_recorded():
+    trainer, monitor = make_run(share, max_steps=3, monitor={"disagreement": up_to_a_half})
+    trainer.train()
+    last = monitor.evaluations[-1]
+    assert 0 < last["gold/disagreement"] <= last["gold/proxy"]
+
+
+def test_prompts_without_a_reward_are_left_out():
+    """The gold function has no opinion on prompts that begin with 0, and NaN for others."""
+
+    def picky(prompts, completion_ids, **_):
+        values = zip(prompts, share(completion_ids), strict=True)
+        return [None if p[0] == 0 else float("nan") if p[0] == 1 else s for p, s in values]
+
+    trainer, monitor = make_run(picky, max_steps=6)
+    trainer.train()
+    gold = torch.stack(monitor.state_dict()["test"]["gold"])
+    assert gold.shape == (3, 32)
+    assert gold.isnan().sum(1).tolist() == [16, 16, 16] and not gold[:, 16:].isnan().any()
+
+
+def test_the_best_checkpoint_of_another_run_is_not_overwritten(tmp_path):
+    first, _ = make_run(share, max_steps=1, output_dir=tmp_path)
+    first.save(tmp_path / "best")
+    before = contents(tmp_path / "best")
+    second, _ = make_run(share, max_steps=1, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="expected output_dir without a checkpoint, got .*best"):
+        second.train()
+    assert contents(tmp_path / "best") == before
+
+
+def test_by_hand_as_a_part():
+    """It stops by an exception; outside of its steps it leaves a record as it is."""
+    trainer, monitor = make_run(share, monitor={"action": "stop", "kl_budget": 1e-9})
+    record = {}
+    monitor(record)
+    assert record["gold/kl"] == 0
+    trainer.step, record = 1, {}
+    monitor(record)
+    assert record == {}
+    with torch.no_grad():
+        next(iter(trainer.model.parameters())).add_(0.1)
+    trainer.step = 3
+    with pytest.warns(RuntimeWarning, match="KL budget"), pytest.raises(StopTraining, match="KL"):
+        monitor(record)
+    assert record["gold/over_budget"] == 1
+
+
+@pytest.mark.parametrize(
+    "options, config, message",
+    [
+        ({"every": 0}, {}, "every a whole number >= 1, got 0"),
+        ({"completions_per_prompt": True}, {}, "completions_per_prompt a whole number >= 1"),
+        ({"alpha": 1.0}, {}, "alpha in (0, 1), got 1.0"),
+        ({"action": "pause"}, {}, "action one of 'warn', 'lower', 'stop', got 'pause'"),
+        ({"kl_budget": 0}, {}, "kl_budget above 0 nats, got 0"),
+        ({"kl_start": 0}, {}, "kl_start above 0, got 0"),
+        ({"action": "lower"}, {"kl_every": 0}, 'a trainer with a reference for action "lower"'),
+        ({"alpha": 1e-9}, {}, "at least 38 held-out prompts for alpha = 1e-09 over 20"),
+    ],
+)
+def test_arguments_that_do_not_fit(options, config, message):
+    with pytest.raises(
+        ValueError, match="^OverOptimizationMonitor: expected " + re.escape(message)
+    ):
+        make_run(share, monitor=options, **config)
+
+
+def test_gold_that_is_no_function_is_refused():
+    trainer, _ = make_run(share)
+    with pytest.raises(TypeError, match="expected reward_functions to be callable, got 3"):
+        OverOptimizationMonitor(trainer, [3], HELD_OUT)
