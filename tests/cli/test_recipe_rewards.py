@@ -1,17 +1,20 @@
 """Reward functions of a recipe: tables with arguments, and fields of one algorithm alone."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 
-pytest.importorskip("rich")
-pytest.importorskip("transformers")
+for package in ("rich", "safetensors", "transformers"):
+    pytest.importorskip(package)
 
-from fastrl.cli.recipes import toml
-from fastrl.cli.recipes.parse import read_recipe
-from fastrl.cli.recipes.rewards import load_reward_functions
-from fastrl.cli.recipes.toml import RecipeError
-from fastrl.rewards import ContinuationReward
+from fastrl.cli import train  # noqa: E402
+from fastrl.cli.recipes import toml  # noqa: E402
+from fastrl.cli.recipes.parse import read_recipe  # noqa: E402
+from fastrl.cli.recipes.rewards import load_reward_functions  # noqa: E402
+from fastrl.cli.recipes.toml import RecipeError  # noqa: E402
+from fastrl.rewards import ContinuationReward  # noqa: E402
 
 RECIPE = """
 algorithm = "grpo"
@@ -80,7 +83,8 @@ def test_tables_have_absolute_paths_and_are_written_as_they_are(recipe, tmp_path
     assert other.rewards.functions[0]["factor"] == 2
 
 
-def test_functions_are_built_with_their_arguments(recipe):
+def test_functions_are_built_with_their_arguments(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     read = read_recipe(recipe)
     entries = [read.rewards.functions[0]]
     (scaled,) = load_reward_functions(entries, {"tokenizer": lambda: "ours", "texts": list})
@@ -89,6 +93,9 @@ def test_functions_are_built_with_their_arguments(recipe):
     named = load_reward_functions([{**entries[0], "tokenizer": "mine"}], {"tokenizer": lambda: 1})
     assert named[0].tokenizer == "mine"
     given = {"texts": lambda: ["a b"], "token_bytes": lambda: [b"a", b" b"]}
+    parts = {"a": "mine.py:one", "b": {"use": "mine.py:make", "size": 3}}
+    (mapped,) = load_reward_functions([{**entries[0], "functions": parts}])
+    assert mapped.functions["a"](["x"]) == [1.0] and mapped.functions["b"] == 3
     (by_name,) = load_reward_functions(
         [{"use": "ContinuationReward", "repetition_penalty": 0.0}], given
     )
@@ -162,12 +169,8 @@ def gold(completions, **columns):
 """
 
 
-def test_a_monitor_watches_a_run(tmp_path):
-    pytest.importorskip("fastrl.trainers.over_optimization")
-    import json
-
-    from fastrl.cli import train
-
+def monitored(tmp_path, *more):
+    """Options of a run with a monitor."""
     (tmp_path / "gold.py").write_text(GOLD)
     (tmp_path / "held_out.txt").write_text("".join(f"prompt {i}\n" for i in range(20)))
     sets = [
@@ -176,9 +179,40 @@ def test_a_monitor_watches_a_run(tmp_path):
         f"data.eval={tmp_path}/held_out.txt", f"over_optimization.gold={tmp_path}/gold.py:gold",
         "over_optimization.every=1", "over_optimization.kl_budget=50",
     ]  # fmt: skip
-    options = [option for text in sets for option in ("--set", text)]
+    return [option for text in (*sets, *more) for option in ("--set", text)]
+
+
+def test_a_monitor_watches_a_run(tmp_path):
+    options = monitored(tmp_path)
     assert train.main(["tiny_grpo", *options, "--output", str(tmp_path / "run")]) == 0
-    found = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert len(found) == 2 and {"gold/gold", "gold/kl", "gold/alarm"} <= found[0].keys()
-    assert train.main(["tiny_grpo", *options, "--set", "data.eval=[]",
-                       "--output", str(tmp_path / "other")]) == 2  # fmt: skip
+    run = tmp_path / "run"
+
+    def records():
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    assert len(records()) == 2
+    assert {"gold/gold", "gold/kl", "gold/alarm"} <= records()[0].keys()
+    assert (run / "best" / "trainer.json").is_file()
+    shutil.rmtree(run / "checkpoint")  # as if it had been killed before its first one
+    assert train.main(["--resume", str(run)]) == 0
+    assert train.main(["--resume", str(run), "--set", "train.max_steps=3"]) == 0
+    assert [record["step"] for record in records()] == [1, 2, 3]
+    assert json.loads((run / "results.json").read_text())["after"]["step"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:KL budget")
+def test_a_run_that_its_monitor_has_stopped_stays_stopped(tmp_path):
+    options = monitored(tmp_path, 'over_optimization.action="stop"', "train.max_steps=5")
+    options += ["--set", "over_optimization.kl_budget=1e-9"]
+    run = tmp_path / "run"
+    assert train.main(["tiny_grpo", *options, "--output", str(run)]) == 0
+    after = json.loads((run / "results.json").read_text())["after"]
+    assert after["step"] == 1 and after["stopped"]
+    assert train.main(["--resume", str(run)]) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_monitor_needs_held_out_prompts(tmp_path, capsys):
+    options = monitored(tmp_path, "data.eval=[]")
+    assert train.main(["tiny_grpo", *options, "--output", str(tmp_path / "run")]) == 2
+    assert "held-out prompts with over_optimization.gold, got none" in capsys.readouterr().err

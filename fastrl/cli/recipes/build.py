@@ -119,7 +119,7 @@ class Parts:
         """What [over_optimization] asks for."""
         if self.gold is None:
             return
-        if self.data.held_out is None:
+        if not self.data.held_out:
             raise RecipeError(
                 "train: expected held-out prompts with over_optimization.gold, got none. "
                 "Name them in data.eval."

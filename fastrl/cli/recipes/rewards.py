@@ -11,7 +11,8 @@ from fastrl.cli.recipes.toml import RecipeError
 
 PACKAGE = "fastrl.rewards"  # of names alone
 KEY = "rewards.functions"
-NAMES_OF_FUNCTIONS = ("function", "functions")  # arguments whose texts are names too
+# Arguments whose texts are names too: those of compositions, and what others may call so.
+NAMES_OF_FUNCTIONS = ("part", "parts", "function", "functions")
 Entry = str | dict[str, Any]
 Provided = Mapping[str, Callable[[], Any]]  # what the recipe has for a parameter of that name
 
@@ -43,6 +44,16 @@ class _Loader:
         self._modules: dict[str, ModuleType] = {}
 
     def load(self, entry: Entry) -> Callable[..., Any]:
+        function = self._loaded(entry)
+        if not callable(function):
+            name = entry if isinstance(entry, str) else entry["use"]
+            raise RecipeError(
+                f"train: expected {self.key} {name} to make a function, got "
+                f"{type(function).__name__}. A function itself is written as a text."
+            )
+        return function
+
+    def _loaded(self, entry: Entry) -> Any:
         if isinstance(entry, str):
             value = self._named(entry)
             return self._built(value, entry, {}) if isinstance(value, type) else value
@@ -59,15 +70,15 @@ class _Loader:
         return load_object(name, self.key, PACKAGE, self._modules)
 
     def _argument(self, name: str, value: Any) -> Any:
-        """Functions among the arguments are loaded too, wherever they stand."""
+        """What stands in tables with `use` is built too, wherever it is: functions, schedules."""
         if isinstance(value, dict):
             if "use" in value:
-                return self.load(value)
-            return {each: self._argument(each, entry) for each, entry in value.items()}
+                return self._loaded(value)
+            return {each: self._argument(name, entry) for each, entry in value.items()}
         if isinstance(value, list):
             return [self._argument(name, entry) for entry in value]
         is_name = isinstance(value, str) and name in NAMES_OF_FUNCTIONS
-        return self.load(value) if is_name else value
+        return self._loaded(value) if is_name else value
 
     def _built(self, value: Callable[..., Any], name: str, given: dict[str, Any]) -> Any:
         """What the class or factory makes of its arguments."""
@@ -85,12 +96,6 @@ class _Loader:
             if argument in parameters and argument not in given:
                 given = {**given, argument: make()}
         try:
-            function = value(**given)
+            return value(**given)
         except (TypeError, ValueError, ImportError, OSError) as error:
             raise RecipeError(f"train: in {self.key}, {name}: {error}") from error
-        if not callable(function):
-            raise RecipeError(
-                f"train: expected {self.key} {name} to make a function, got "
-                f"{type(function).__name__}. A function itself is written as a text."
-            )
-        return function

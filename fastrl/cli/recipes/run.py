@@ -1,5 +1,6 @@
 """One run of a recipe: its folder, its trainer and loggers, from wherever it stands."""
 
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,10 @@ class RecipeFolder(RunFolder):
     """The folder of a run that a recipe describes.
 
     recipe.toml  config.json  metrics.jsonl  samples.jsonl  tensorboard/  results.json  checkpoint/
-    tokenizer/  supervised.jsonl  start/        of a tokenizer that is trained, and of [supervised]
+    tokenizer/                 of a tokenizer that is trained
+    supervised.jsonl  start/   of [supervised]: its steps, and the model that it gives
+    best/                      of [over_optimization]: the checkpoint with the most gold
+    model/                     of a preference model, which has no checkpoint/ and no samples.jsonl
 
     The recipe has what was asked for, config.json each field of the trainer's config, defaults too.
     """
@@ -50,6 +54,7 @@ class RecipeFolder(RunFolder):
         self.supervised = path / "supervised.jsonl"
         self.supervised_state = path / "supervised.safetensors"
         self.start = path / "start"
+        self.best = path / "best"
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_atomically(self.config, write_toml(recipe.to_dict()).encode())
@@ -141,6 +146,7 @@ def _interrupted(error: Interrupted, where: str, folder: RecipeFolder) -> int:
 def _resume(trainer: Any, folder: RecipeFolder) -> None:
     """From the last checkpoint; a run that was stopped before its first one begins again."""
     if not checkpoint.exists(folder.checkpoint):
+        shutil.rmtree(folder.best, ignore_errors=True)  # of the steps that are repeated
         return
     try:
         trainer.resume(folder.checkpoint)
@@ -197,9 +203,10 @@ class Run:
                     logger({**record, **figures})
             self.stop.check()
 
-        trainer.train(on_step=on_step)
+        if not self.results.get(AFTER, {}).get("stopped"):
+            trainer.train(on_step=on_step)
         if self.results.get(AFTER, {}).get("step") != trainer.step:
-            self._evaluate(AFTER)
+            self._evaluate(AFTER, stopped=trainer.step < last)
 
     def _loggers(self, step: int) -> list[Any]:
         log, folder, trainer = self.recipe.log, self.folder, self.trainer
@@ -223,14 +230,19 @@ class Run:
         )
         return loggers
 
-    def _evaluate(self, entry: str) -> None:
-        """Put an evaluation of the held-out prompts into results.json."""
+    def _evaluate(self, entry: str, *, stopped: bool = False) -> None:
+        """Put an evaluation of the held-out prompts into results.json.
+
+        Args:
+            stopped: the monitor has ended the run before its last step.
+        """
         result = self._evaluation()
         self.results[entry] = {
             "step": self.trainer.step,
             **_figures(result),
             "prompt_rewards": result.get("prompt_rewards", []),
             "samples": self._samples(result),
+            **({"stopped": True} if stopped else {}),
         }
         self.folder.write_json(self.folder.results, self.results)
 
