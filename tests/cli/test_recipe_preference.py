@@ -1,6 +1,8 @@
 """algorithm = "preference": a run that ends with a reward model."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from fastrl.cli import eval as evaluation  # noqa: E402
 from fastrl.cli import train  # noqa: E402
 from fastrl.cli.recipes.parse import read_recipe  # noqa: E402
 from fastrl.cli.recipes.toml import RecipeError  # noqa: E402
+from fastrl.trainers.loggers import JsonLines  # noqa: E402
 
 RECIPE = """
 algorithm = "preference"
@@ -68,6 +71,26 @@ def test_a_preference_model_is_trained_from_pairs(recipe, tmp_path, capsys):
     assert written == {p: p.read_bytes() for p in written}
     assert evaluation.main([str(folder)]) == 2
     assert "eval: expected a recipe of a policy" in capsys.readouterr().err
+
+
+def test_an_interrupted_training_begins_again(recipe, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    call = JsonLines.__call__
+
+    def interrupting(log, record):
+        call(log, record)
+        if log.path.name == "metrics.jsonl" and record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = ["--set", "preference.folds=0", "--set", "preference.epochs=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "__call__", interrupting)
+        assert train.main([str(recipe), *options, "--output", str(folder)]) == 0
+    assert "in training. This part begins again" in capsys.readouterr().err
+    assert not (folder / "model").exists() and (folder / "start").is_dir()
+    assert train.main(["--resume", str(folder)]) == 0
+    steps = [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 8)) and (folder / "model").is_dir()
 
 
 @pytest.mark.parametrize(

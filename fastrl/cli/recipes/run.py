@@ -118,12 +118,14 @@ def _run(parts: Parts, learner: Any, folder: RecipeFolder, stop: StopRequest) ->
     policy = learner if is_preference else learner.policy
     try:
         is_new = prepare_start(parts, policy, folder, stop, console)
-        if is_preference:
-            train_preference(parts, folder, stop, console)
-            return 0
     except Interrupted as error:
-        where = "in the supervised part" if not folder.start.is_dir() else "in training"
-        return _interrupted(error, where, folder)
+        return _interrupted(error, "in the supervised part", folder)
+    if is_preference:
+        try:
+            train_preference(parts, folder, stop, console)
+        except Interrupted as error:
+            return _interrupted(error, "in training", folder, "This part begins again")
+        return 0
     # What a trainer remembers of its start is the trained policy.
     trainer = parts.trainer() if is_new else learner
     run = Run(parts.recipe, folder, trainer, parts.data.held_out, stop, console)
@@ -134,10 +136,11 @@ def _run(parts: Parts, learner: Any, folder: RecipeFolder, stop: StopRequest) ->
         return _interrupted(error, f"after step {trainer.step}", folder)
 
 
-def _interrupted(error: Interrupted, where: str, folder: RecipeFolder) -> int:
+def _interrupted(
+    error: Interrupted, where: str, folder: RecipeFolder, saved: str = "Everything is saved"
+) -> int:
     print(
-        f"\nStopped by {error} {where}. Everything is saved; go on with: "
-        f"fastrl train --resume {folder.path}",
+        f"\nStopped by {error} {where}. {saved}; go on with: fastrl train --resume {folder.path}",
         file=sys.stderr,
     )
     return 0 if error.signal_number == signal.SIGTERM else 128 + error.signal_number
