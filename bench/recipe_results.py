@@ -32,6 +32,7 @@ from fastrl.cli.recipes.schema import Recipe, find_recipe
 
 RECIPES = ("translation", "summarisation", "dialogue", "continuation", "preference")
 WHEN = ("before", "after")
+SAMPLES = 3  # held-out prompts that are shown of each recipe
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # Student's 97.5 % quantiles by degrees of freedom.
 QUANTILES = (
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = {"threads": threads, "jobs": options.jobs, "results": results}
     text = json.dumps(document, indent=2, ensure_ascii=False)
     (options.output / "results.json").write_text(text + "\n", encoding="utf-8")
-    table = markdown(results, threads)
+    table = markdown(results, threads) + samples(groups)
     (options.output / "results.md").write_text(table, encoding="utf-8")
     if options.markdown is not None:
         write_between_marks(options.markdown, table)
@@ -274,6 +275,31 @@ def markdown(results: Sequence[dict[str, Any]], threads: int) -> str:
             "",
         ]
     )
+
+
+def samples(groups: Sequence[Sequence[Job]]) -> str:
+    """Of each recipe's first seed some held-out prompts, and what was sampled from them."""
+    lines: list[str] = []
+    seen: set[str] = set()
+    for jobs in groups:
+        runs = [_read(job.folder / "results.json") for job in jobs]
+        if jobs[0].recipe in seen or not runs[0]["after"].get("samples"):
+            continue
+        seen.add(jobs[0].recipe)
+        names = ["start", *(job.algorithm for job in jobs)]
+        tables = [runs[0]["before"], *(run["after"] for run in runs)]
+        lines += ["", f"{Path(jobs[0].recipe).stem}, seed {jobs[0].seed}:", ""]
+        for index in range(min(SAMPLES, len(tables[0]["samples"]))):
+            of = [table["samples"][index] for table in tables]
+            lines.append(f"- {_quoted(of[0]['prompt'])} → {_quoted(of[0]['reference'])}")
+            for name, sample in zip(names, of, strict=True):
+                lines.append(f"  - {name}: {_quoted(sample['completion'])}")
+    return "\n".join([*lines, ""])
+
+
+def _quoted(text: Any) -> str:
+    """On one line of Markdown, as code."""
+    return "`" + str(text).replace("\n", "↵").replace("`", "'") + "`"
 
 
 def _half(width: float | None) -> str:

@@ -77,6 +77,8 @@ def test_runs_are_collected_and_not_repeated(tmp_path, monkeypatch):
     assert found[1]["gain_over_seeds"] == pytest.approx(4.303 * statistics.stdev(gains) / 3**0.5)
     text = page.read_text()
     assert text.count(recipe_results.BEGIN) == 1 and "| mine | a2c | vowels |" in text
+    said = runs["a2c", 0]["after"]["samples"][1]["completion"].replace("\n", "↵")
+    assert "- `count 51 ` → `None`" in text and f"  - a2c: `{said.replace('`', chr(39))}`" in text
 
 
 def test_a_table_takes_the_place_of_the_old_one(tmp_path):

@@ -101,4 +101,5 @@ def write_whole(place: Path, write: Any) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     write(partial)
+    shutil.rmtree(place, ignore_errors=True)  # of a run that was killed right after this
     partial.rename(place)
