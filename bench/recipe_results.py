@@ -27,13 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.recipe_tables import markdown, samples, write_between_marks
 from fastrl.cli.recipes.parse import read_recipe
 from fastrl.cli.recipes.schema import Recipe, find_recipe
 
 RECIPES = ("translation", "summarisation", "dialogue", "continuation", "preference")
 WHEN = ("before", "after")
-SAMPLES = 3  # held-out prompts that are shown of each recipe
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # Student's 97.5 % quantiles by degrees of freedom.
 QUANTILES = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
@@ -99,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = {"threads": threads, "jobs": options.jobs, "results": results}
     text = json.dumps(document, indent=2, ensure_ascii=False)
     (options.output / "results.json").write_text(text + "\n", encoding="utf-8")
-    table = markdown(results, threads) + samples(groups)
+    table = markdown(results, threads) + _samples(groups)
     (options.output / "results.md").write_text(table, encoding="utf-8")
     if options.markdown is not None:
         write_between_marks(options.markdown, table)
@@ -241,80 +240,19 @@ def over_seeds(gains: Sequence[float]) -> float | None:
     return quantile * statistics.stdev(gains) / math.sqrt(len(gains))
 
 
-def markdown(results: Sequence[dict[str, Any]], threads: int) -> str:
-    """The table."""
-    lines = [
-        "| recipe | algorithm | held-out metric | before | after | gain | over prompts | over "
-        "seeds | minutes a seed | command |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in results:
-        minutes = [s / 60 for s in row["seconds"] if s is not None]
-        cells = [
-            row["recipe"],
-            row["algorithm"],
-            row["metric"],
-            f"{statistics.fmean(row['before']):.3f}",
-            f"{statistics.fmean(row['after']):.3f}",
-            f"{row['gain']:+.3f}",
-            _half(row["gain_over_prompts"]),
-            _half(row["gain_over_seeds"]),
-            f"{statistics.fmean(minutes):.1f}" if minutes else "–",
-            f"`{row['command']}`",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    seeds = ", ".join(map(str, results[0]["seeds"])) if results else ""
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Means over the seeds {seeds}; 95 % intervals of the gain, paired by prompt. For "
-            "preference models the prompts are pairs, and the interval is that of the accuracy. "
-            f"{threads} threads a run. Actor-critic begins from the start that the run above it "
-            "has trained; its minutes are without that.",
-            "",
-        ]
-    )
-
-
-def samples(groups: Sequence[Sequence[Job]]) -> str:
-    """Of each recipe's first seed some held-out prompts, and what was sampled from them."""
-    lines: list[str] = []
-    seen: set[str] = set()
+def _samples(groups: Sequence[Sequence[Job]]) -> str:
+    """Of each recipe's first seed."""
+    firsts: dict[str, Sequence[Job]] = {}
     for jobs in groups:
-        runs = [_read(job.folder / "results.json") for job in jobs]
-        if jobs[0].recipe in seen or not runs[0]["after"].get("samples"):
-            continue
-        seen.add(jobs[0].recipe)
-        names = ["start", *(job.algorithm for job in jobs)]
-        tables = [runs[0]["before"], *(run["after"] for run in runs)]
-        lines += ["", f"{Path(jobs[0].recipe).stem}, seed {jobs[0].seed}:", ""]
-        for index in range(min(SAMPLES, len(tables[0]["samples"]))):
-            of = [table["samples"][index] for table in tables]
-            lines.append(f"- {_quoted(of[0]['prompt'])} → {_quoted(of[0]['reference'])}")
-            for name, sample in zip(names, of, strict=True):
-                lines.append(f"  - {name}: {_quoted(sample['completion'])}")
-    return "\n".join([*lines, ""])
-
-
-def _quoted(text: Any) -> str:
-    """On one line of Markdown, as code."""
-    return "`" + str(text).replace("\n", "↵").replace("`", "'") + "`"
-
-
-def _half(width: float | None) -> str:
-    return "–" if width is None else f"± {width:.3f}"
-
-
-def write_between_marks(path: Path, table: str) -> None:
-    """Put the table between the marks of a file; a file without them gets both at its end."""
-    text = path.read_text(encoding="utf-8") if path.exists() else "# Results of the recipes\n"
-    if BEGIN not in text:
-        text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head}{BEGIN}\n{table}{END}{tail}", encoding="utf-8")
+        firsts.setdefault(jobs[0].recipe, jobs)
+    return "".join(
+        samples(
+            f"{Path(name).stem}, seed {jobs[0].seed}",
+            {job.algorithm: _read(job.folder / "results.json") for job in jobs},
+        )
+        for name, jobs in firsts.items()
+        if jobs[0].algorithm != "preference"
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

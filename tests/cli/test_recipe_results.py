@@ -9,7 +9,7 @@ import pytest
 for package in ("rich", "safetensors", "transformers"):
     pytest.importorskip(package)
 
-from bench import recipe_results  # noqa: E402
+from bench import recipe_results, recipe_tables  # noqa: E402
 from fastrl.cli import train  # noqa: E402
 
 RECIPE = """
@@ -76,18 +76,16 @@ def test_runs_are_collected_and_not_repeated(tmp_path, monkeypatch):
     assert found[1]["gain"] == pytest.approx(statistics.fmean(gains))
     assert found[1]["gain_over_seeds"] == pytest.approx(4.303 * statistics.stdev(gains) / 3**0.5)
     text = page.read_text()
-    assert text.count(recipe_results.BEGIN) == 1 and "| mine | a2c | vowels |" in text
+    assert text.count(recipe_tables.BEGIN) == 1 and "| mine | a2c | vowels |" in text
     said = runs["a2c", 0]["after"]["samples"][1]["completion"].replace("\n", "↵")
     assert "- `count 51 ` → `None`" in text and f"  - a2c: `{said.replace('`', chr(39))}`" in text
 
 
 def test_a_table_takes_the_place_of_the_old_one(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"# Mine\n{recipe_results.BEGIN}\nold\n{recipe_results.END}\nafter\n")
-    recipe_results.write_between_marks(page, "new\n")
-    assert page.read_text() == (
-        f"# Mine\n{recipe_results.BEGIN}\nnew\n{recipe_results.END}\nafter\n"
-    )
+    page.write_text(f"# Mine\n{recipe_tables.BEGIN}\nold\n{recipe_tables.END}\nafter\n")
+    recipe_tables.write_between_marks(page, "new\n")
+    assert page.read_text() == (f"# Mine\n{recipe_tables.BEGIN}\nnew\n{recipe_tables.END}\nafter\n")
 
 
 def test_a_run_that_fails_says_where_to_look(tmp_path, monkeypatch):
