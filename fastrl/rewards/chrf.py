@@ -75,7 +75,7 @@ class ChrF(MetricReward):
 class _Target:
     """What is known of a reference: n-grams and how many there are of each order."""
 
-    chars: dict[str, int]
+    chars: Counter[str]
     words: Counter[Ngram]
     totals: list[int]
 
@@ -104,32 +104,37 @@ class _Metric:
         visible = self.visible(text)
         orders = range(1, self.char_order + 1)
         chars = Counter(visible[i : i + n] for n in orders for i in range(len(visible) - n + 1))
-        words = [token for word in text.split() for token in _tokens(word)]
+        words = [t for word in text.split() for t in _tokens(word)] if self.word_order else []
         totals = [max(0, len(visible) - n + 1) for n in orders]
         totals += [max(0, len(words) - n) for n in range(self.word_order)]
-        return _Target(dict(chars), count_ngrams(words, self.word_order), totals)
+        return _Target(chars, count_ngrams(words, self.word_order), totals)
 
     def f_score(self, matches: list[int], counts: list[int], totals: list[int]) -> float:
         """Of the numbers of matches, of n-grams of the text and of the reference, by order."""
-        factor = self.beta**2
-        precision = recall = smoothed = 0.0
+        if self.eps_smoothing:
+            return self._smoothed(matches, counts, totals)
+        precision = recall = 0.0
         num_orders = 0
         for match, count, total in zip(matches, counts, totals, strict=True):
             if count > 0 and total > 0:
                 precision += match / count
                 recall += match / total
                 num_orders += 1
-            if self.eps_smoothing:
-                p = match / count if count > 0 and total > 0 else _EPSILON
-                r = match / total if total > 0 else _EPSILON
-                weighted = factor * p + r
-                smoothed += (1 + factor) * p * r / weighted if weighted > 0 else _EPSILON
-        if self.eps_smoothing:
-            return smoothed / len(totals)
         if precision + recall == 0:
             return 0.0
+        factor = self.beta**2
         precision, recall = precision / num_orders, recall / num_orders
         return (1 + factor) * precision * recall / (factor * precision + recall)
+
+    def _smoothed(self, matches: list[int], counts: list[int], totals: list[int]) -> float:
+        factor, sum_of_scores = self.beta**2, 0.0
+        for match, count, total in zip(matches, counts, totals, strict=True):
+            precision = match / count if count > 0 and total > 0 else _EPSILON
+            recall = match / total if total > 0 else _EPSILON
+            weighted = factor * precision + recall
+            score = (1 + factor) * precision * recall / weighted if weighted > 0 else _EPSILON
+            sum_of_scores += score
+        return sum_of_scores / len(totals)
 
 
 class _Reading:
@@ -177,14 +182,14 @@ def _read_chars(
 ) -> None:
     """Count the matches of the n-grams that end at start or later."""
     for end in range(start + 1, len(text) + 1):
-        for n in range(min(order, end)):
-            ngram = text[end - n - 1 : end]
+        for begin in range(end - 1, max(0, end - order) - 1, -1):
+            ngram = text[begin:end]
             count = left.get(ngram)
-            if count is None:  # then no longer one stands in the reference either
-                break
             if count:
                 left[ngram] = count - 1
-                matches[n] += 1
+                matches[end - begin - 1] += 1
+            elif count is None:  # then no longer one stands in the reference either
+                break
 
 
 def _tokens(word: str) -> list[str]:

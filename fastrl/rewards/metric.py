@@ -119,8 +119,10 @@ class MetricReward:
             TypeError: completions without text.
         """
         if not self.immediate:
-            rows = self._rows(completions, completion_ids, columns)
-            return [None if row[2] is None else self.scale * self._whole(*row) for row in rows]
+            return [
+                None if against is None else self.scale * self._whole(completion, ids, against)
+                for completion, ids, against in self._rows(completions, completion_ids, columns)
+            ]
         return [
             None if scores is None else rises(scores)
             for scores in self.prefix_scores(completions, completion_ids, **columns)
@@ -150,11 +152,11 @@ class MetricReward:
                 f"{self._op}: expected tokenizer for scores of prefixes, got None. Pass the "
                 "tokenizer that the trainer has."
             )
-        rows = self._rows(completions, completion_ids, columns)
-        return [
-            None if row[2] is None else [self.scale * score for score in self._prefixes(*row)]
-            for row in rows
+        found = [
+            None if against is None else self._prefixes(completion, ids, against)
+            for completion, ids, against in self._rows(completions, completion_ids, columns)
         ]
+        return [None if row is None else [self.scale * score for score in row] for row in found]
 
     def _cuts_text(self) -> bool:
         """Whether prefixes need the texts of the ids."""
