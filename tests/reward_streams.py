@@ -9,9 +9,10 @@ PROMPTS, EVALUATIONS = 32, 20
 HONEST = {
     "both rise": (lambda t: 2 * t, lambda t: 2 * t),
     "both flat": (lambda t: 0 * t, lambda t: 0 * t),
-    "gold flat, proxy rises": (lambda t: 0 * t, lambda t: 2 * t),
-    "gold flat, proxy rises, heavy tails": (lambda t: 0 * t, lambda t: 2 * t),
-    "gold flat, proxy rises, skewed": (lambda t: 0 * t, lambda t: 2 * t),
+    # The proxy's rise is never in doubt: gold alone decides.
+    "gold flat": (lambda t: 0 * t, lambda t: 40 * t),
+    "gold flat, heavy tails": (lambda t: 0 * t, lambda t: 40 * t),
+    "gold flat, skewed": (lambda t: 0 * t, lambda t: 40 * t),
     "gold rises then is flat": (lambda t: (2 * t).clamp(max=0.8), lambda t: 2 * t),
     "proxy rises faster": (lambda t: 0.5 * t, lambda t: 4 * t),
     "proxy rises, falls, rises, gold with it": (
@@ -19,7 +20,8 @@ HONEST = {
         lambda t: 0.5 * torch.sin(9 * t),
     ),
     "both fall": (lambda t: -2 * t, lambda t: -t),
-    "gold falls, proxy flat": (lambda t: -2 * t, lambda t: 0 * t),
+    # Gold's fall is never in doubt: the proxy alone decides.
+    "gold falls, proxy flat": (lambda t: -40 * t, lambda t: 0 * t),
 }
 
 

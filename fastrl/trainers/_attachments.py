@@ -38,11 +38,10 @@ class Attachments:
             )
         self._parts[name] = part
 
-    def start(self) -> None:
-        """Tell the parts that have a method `start` that steps are about to be made."""
-        for part in self:
-            if hasattr(part, "start"):
-                part.start()
+    @property
+    def starts(self) -> list[Callable[[], None]]:
+        """The methods `start` of the parts that have one."""
+        return [part.start for part in self if hasattr(part, "start")]
 
     def state_dict(self) -> dict[str, Any]:
         """By name, the states of the parts that have state_dict and load_state_dict."""

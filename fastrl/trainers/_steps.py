@@ -1,6 +1,7 @@
 """The steps of a run one after the other, and who is told of each."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,8 @@ def make_steps(trainer: "Trainer", max_steps: int, callbacks: list[Part]) -> lis
     folder, every = trainer.checkpoint_folder, trainer.config.save_every
     if folder is not None and folder.resolve() not in trainer.own_checkpoints:
         checkpoint.check_unused(folder)
-    if trainer.step < max_steps:
-        trainer.attachments.start()
     records: list[Record] = []
-    is_stopped = False
+    is_stopped = trainer.step < max_steps and _tell(trainer.attachments.starts)
     while trainer.step < max_steps and not is_stopped:
         record, problem = _make_step(trainer)
         records.append(record)
@@ -47,13 +46,13 @@ def make_steps(trainer: "Trainer", max_steps: int, callbacks: list[Part]) -> lis
     return records
 
 
-def _tell(listeners: list[Part], record: Record) -> bool:
-    """Hand a record to all of them; whether one wants to stop."""
+def _tell(listeners: Sequence[Callable[..., None]], *news: Record) -> bool:
+    """Call all of them; whether one wants to stop."""
     is_stopped = False
     for listener in listeners:
         try:
-            listener(record)
-        except StopTraining:  # those behind it are told of this step too
+            listener(*news)
+        except StopTraining:  # those behind it are told as well
             is_stopped = True
     return is_stopped
 

@@ -217,9 +217,9 @@ class Trainer(ABC):
 
         That is before the callbacks of `train` and before a checkpoint of the step is written. It
         may add floats to the record, and end the run by raising `StopTraining`. A part with a
-        method `start` has it called when `train` is about to make steps. The state of one with
-        state_dict and load_state_dict is saved and resumed under its name; a checkpoint written
-        without any such part leaves the parts as they are.
+        method `start` has it called when `train` is about to make steps, and may end the run there.
+        The state of one with state_dict and load_state_dict is saved and resumed under its name; a
+        checkpoint written without any such part leaves the parts as they are.
 
         Raises:
             ValueError: the name is taken.  TypeError: name is no string, or part no callable.

@@ -108,6 +108,19 @@ def test_a_callback_stops_the_run(make_trainer):
     assert len(make_trainer(max_steps=9).train(on_step=on_step)) == 3
 
 
+def test_a_part_stops_the_run_before_its_first_step(make_trainer):
+    class Reluctant(Counter):
+        def start(self):
+            super().start()
+            raise StopTraining
+
+    trainer, reluctant, other = make_trainer(max_steps=9), Reluctant(), Counter()
+    trainer.attach("reluctant", reluctant)
+    trainer.attach("other", other)
+    assert trainer.train() == [] and trainer.step == 0
+    assert reluctant.starts == other.starts == 1
+
+
 def test_what_cannot_be_attached(make_trainer):
     trainer = make_trainer()
     trainer.attach("counter", Counter())

@@ -345,3 +345,12 @@ def test_gold_that_is_no_function_is_refused():
     trainer, _ = make_run(share)
     with pytest.raises(TypeError, match="expected reward_functions to be callable, got 3"):
         OverOptimizationMonitor(trainer, [3], HELD_OUT)
+
+
+def test_an_actor_critic_is_watched_too(make_trainer):
+    trainer = make_trainer("actor_critic", share, max_steps=2)
+    monitor = OverOptimizationMonitor(trainer, up_to_a_half, HELD_OUT, every=2)
+    trainer.attach("over_optimization", monitor)
+    records = trainer.train()
+    assert "gold/kl" not in records[0] and records[1]["gold/kl"] > 0
+    assert monitor.evaluations[0]["gold/kl"] == 0

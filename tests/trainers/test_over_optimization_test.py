@@ -107,7 +107,7 @@ def test_an_honest_run_has_an_alarm_at_most_as_often_as_stated():
 
 
 def test_an_honest_run_that_is_longer_than_planned_has_no_more_alarms():
-    kind, sizes = "gold flat, proxy rises", {"evaluations": 80}
+    kind, sizes = "gold flat", {"evaluations": 80}
     false = sum(bool(alarms(PartingTest(0.3, 10), kind, s, **sizes)) for s in range(20))
     assert false <= count_of_most(20, 0.3)
 

@@ -27,10 +27,11 @@ _EVALUATIONS = 5  # a stream of random numbers apart from the trainer's
 class OverOptimizationMonitor:
     """Watches a run for the moment when more of its reward is less of what is wanted.
 
-    Attach it: `trainer.attach("over_optimization", monitor)`. Before the first step and after
-    every `every` steps it samples completions of held-out prompts from the policy, anew each time
-    (the seed is a function of `seed` and the step), and scores them with the gold reward and with
-    the trainer's own. The run's random numbers, optimizer and reward functions stay as they were.
+    Attach it, behind other parts: `trainer.attach("over_optimization", monitor)`. Before the first
+    step and after every `every` steps it samples completions of held-out prompts from the policy,
+    anew each time (the seed is a function of `seed` and the step), at the config's temperature, and
+    scores them with the gold reward and with the trainer's own. The run's random numbers, optimizer
+    and reward functions stay as they were.
 
     **The alarm** goes off where gold falls while the proxy rises, over any of the last 2, 3, 5,
     9, ... evaluations: a one-sided sign-flip test of each prompt's trends, both of which must be
