@@ -79,7 +79,8 @@ def test_the_temperature_is_the_best_of_all():
     margins = 3 * torch.randn(200, generator=generator, dtype=torch.float64) + 1
     is_tie = torch.rand(200, generator=generator) < 0.1
     count = int((~is_tie).sum())
-    targets = torch.where(is_tie, 0.5, (count + 1) / (count + 2)).double()
+    right = torch.tensor((count + 1) / (count + 2), dtype=torch.float64)
+    targets = torch.where(is_tie, 0.5, right)
 
     def loss(factor):
         z = factor * margins
@@ -117,13 +118,13 @@ def test_calibration_takes_an_over_confident_model_back(tmp_path):
     model = made()
     config = PreferenceConfig(learning_rate=0.03, epochs=12, pairs_per_step=30)
     train_preference_model(model, noisy(90, 1), config)  # learns the wrong judgements by heart
-    held_out, test = noisy(200, 2), noisy(300, 3)
+    held_out, test = noisy(200, 2), noisy(1000, 3)
     before = evaluate_preferences(model, test)
     calibration = calibrate(model, held_out)
     after = evaluate_preferences(model, test)
     assert calibration.temperature > 1.5 and calibration.pairs == 200
     assert after["accuracy"] == before["accuracy"] > 0.6
-    assert before["ece"] > 0.12 > 0.08 > after["ece"]
+    assert before["ece"] > 0.12 > 0.06 > after["ece"]
     assert after["log_loss"] < before["log_loss"]
     scores = model.score(
         [p["prompt"] for p in held_out] * 2,
@@ -159,36 +160,36 @@ def by_heart(prompts, copies):
 def found():
     seeds = iter(range(9))
     config = PreferenceConfig(learning_rate=0.03, epochs=40, pairs_per_step=32)
-    return cross_validate(lambda: made(next(seeds)), by_heart(24, 4), config, folds=3, seed=1)
+    return cross_validate(lambda: made(next(seeds)), by_heart(24, 2), config, folds=3, seed=1)
 
 
 def test_no_prompt_is_in_two_folds(found):
-    pairs, folds = by_heart(24, 4), {}
+    pairs, folds = by_heart(24, 2), {}
     for pair, fold in zip(pairs, found.folds, strict=True):
         folds.setdefault(tuple(pair["prompt"]), set()).add(fold)
     assert len(folds) == 24 and all(len(of) == 1 for of in folds.values())
-    assert [found.folds.count(fold) for fold in range(3)] == [32, 32, 32]
+    assert [found.folds.count(fold) for fold in range(3)] == [16, 16, 16]
     for fold, model in enumerate(found.models):
         learned = [p for p, of in zip(pairs, found.folds, strict=True) if of != fold]
         assert evaluate_preferences(model, learned)["accuracy"] > 0.95  # by heart
     assert found.evaluation["accuracy"] < 0.75  # and of no use elsewhere
-    assert found.evaluation["pairs"] == 96
+    assert found.evaluation["pairs"] == 48
 
 
 def test_out_of_fold_is_by_the_model_that_has_not_seen_the_prompt(found):
-    for index in (0, 5, 50):
+    for index in (0, 5, 40):
         pair, model = found.pairs[index], found.models[found.folds[index]]
         chosen, rejected = model.score([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
         assert found.margins[index] == pytest.approx(float(chosen - rejected), abs=1e-5)
     prompts = [pair["prompt"] for pair in found.pairs] + [[1, 1]]
     scores = found.out_of_fold(prompts * 2, [p["chosen"] for p in found.pairs] + [[10]]
                                + [p["rejected"] for p in found.pairs] + [[11]])  # fmt: skip
-    margins = scores[:97] - scores[97:]
-    torch.testing.assert_close(margins[:96], found.margins, rtol=0, atol=1e-5)
+    margins = scores[:49] - scores[49:]
+    torch.testing.assert_close(margins[:48], found.margins, rtol=0, atol=1e-5)
     new = torch.stack([m.score([[1, 1]], [[10]]) - m.score([[1, 1]], [[11]]) for m in found.models])
-    torch.testing.assert_close(margins[96:], new.mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(margins[48:], new.mean(0), rtol=0, atol=1e-5)
     hits = sum(e["accuracy"] * e["pairs"] for e in found.evaluations)
-    assert found.evaluation["accuracy"] == pytest.approx(hits / 96)
+    assert found.evaluation["accuracy"] == pytest.approx(hits / 48)
     ensemble = found.ensemble(pessimism=1.0)
     assert ensemble.models == found.models and ensemble.pessimism == 1.0
 
@@ -217,7 +218,7 @@ def test_the_fold_models_can_be_calibrated_on_their_own_folds():
     got = cross_validate(lambda: made(next(seeds)), noisy(180, 4), config, folds=3)
     assert 0.6 < got.evaluation["accuracy_low"] < 0.75 < got.evaluation["accuracy_high"] < 0.85
     models = got.ensemble(calibrated=True).models
-    assert [m.calibration.pairs for m in models] == [60, 60, 60]
+    assert [m.calibration.pairs for m in models] == [got.folds.count(k) for k in range(3)]
     for fold, model in enumerate(models):
         own = [p for p, of in zip(got.pairs, got.folds, strict=True) if of == fold]
         assert calibrate(model, own).temperature == pytest.approx(

@@ -90,7 +90,7 @@ def test_an_lstms_loss_and_gradients_are_those_of_eager_pytorch(name):
         model.model.zero_grad()
         expected = eager_loss(lambda ids: model.model(ids)[1], config)
         expected.backward()
-        assert loss == pytest.approx(float(expected), rel=1e-12)
+        assert loss == pytest.approx(expected.item(), rel=1e-12)
         theirs = {n: x.grad for n, x in model.model.named_parameters()}
         assert_same_gradients(ours, theirs, rtol=1e-9, atol=1e-12)
         scores = model.score(
@@ -116,7 +116,7 @@ def test_a_transformers_loss_and_gradients_are_those_of_eager_pytorch(kind):
         theirs.zero_grad()
         expected = eager_loss(values_of, config)
         expected.backward()
-        assert loss == pytest.approx(float(expected), rel=1e-5)
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
         named = {f"language_model.model.{n}": x.grad for n, x in theirs.named_parameters()}
         assert_same_gradients(
             ours, named | {"value_head.weight": head.weight.grad}, rtol=1e-4, atol=1e-5

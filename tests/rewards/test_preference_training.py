@@ -38,10 +38,10 @@ def more_of_one(count, seed):
     return pairs
 
 
-def trained(pairs, *, values=0.0, steps=200, **config):
+def trained(pairs, *, values=0.0, steps=100, **config):
     """Scores of each pair, chosen and rejected, at what is all but the optimum."""
     model = made(values=values)
-    config = {"learning_rate": 0.05, "lr_schedule": "linear", "max_grad_norm": None} | config
+    config = {"learning_rate": 0.1, "lr_schedule": "linear", "max_grad_norm": None} | config
     train_preference_model(model, pairs, PreferenceConfig(max_steps=steps, **config))
     scores = model.score(
         [pair["prompt"] for pair in pairs] * 2,
@@ -106,7 +106,7 @@ def test_all_prefixes_teach_early_tokens():
     for token_loss in ("last", "mean"):
         model = made()
         config = PreferenceConfig(
-            learning_rate=0.01, max_steps=40, token_loss=token_loss, label_smoothing=0.1
+            learning_rate=0.03, max_steps=40, token_loss=token_loss, label_smoothing=0.1
         )
         train_preference_model(model, pairs, config)
         liked, other = model.score([[0], [0]], [[LIKED], [4]]).tolist()
@@ -182,6 +182,21 @@ def test_a_language_model_is_wrapped_and_an_actor_critic_is_trained_in_place():
     assert len(result.records) == 1 and result.accuracy is None
 
 
+def test_of_an_adapter_its_own_weights_alone_are_trained():
+    from hf_models import build
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    model = PreferenceModel(get_peft_model(build("llama"), lora))
+    before = {n: x.clone() for n, x in model.model.state_dict().items()}
+    config = PreferenceConfig(max_steps=20, learning_rate=0.03, token_loss="mean")
+    result = train_preference_model(model, [A, B], config, eval_pairs=[A, B])
+    changed = {n for n, x in model.model.state_dict().items() if not torch.equal(x, before[n])}
+    assert "value_head.weight" in changed and len(changed) == 1 + 2 * 2 * 2
+    assert all("lora_" in name for name in changed - {"value_head.weight"})
+    assert result.accuracy == 1 and result.evaluation["margin"] > 1
+
+
 def test_steps_that_are_not_finite_are_left_out_and_several_in_a_row_raise():
     model, calls = made(values=1.0), []
     with torch.no_grad():
@@ -195,7 +210,7 @@ def test_steps_that_are_not_finite_are_left_out_and_several_in_a_row_raise():
     assert [record["skipped"] for record in calls] == [1, 1]
     for one, other in zip(model.model.parameters(), before, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-    config = PreferenceConfig(epochs=4, pairs_per_step=1, max_bad_steps=2 * 4)
+    config = PreferenceConfig(epochs=4, pairs_per_step=1, max_bad_steps=2 * 4, learning_rate=0.05)
     result = train_preference_model(model, [bad, A], config)
     assert result.skipped == 4 and len(result.records) == 8
     assert evaluate_preferences(model, [A])["accuracy"] == 1

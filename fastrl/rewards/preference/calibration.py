@@ -72,7 +72,8 @@ def calibrate(model: Any, pairs: Iterable[Any]) -> Calibration:
 def best_factor(margins: Tensor, is_tie: Tensor) -> float:
     """1/T: what margins [n] float64 are best multiplied with; is_tie [n] bool."""
     judged = int((~is_tie).sum())
-    targets = torch.where(is_tie, 0.5, (judged + 1) / (judged + 2)).double()
+    right = torch.tensor((judged + 1) / (judged + 2), dtype=torch.float64)
+    targets = torch.where(is_tie, 0.5, right)
 
     def slopes(factor: float) -> tuple[float, float]:
         """First and second derivative of the mean loss."""

@@ -108,7 +108,8 @@ def cross_validate(
     Folds are of about the same number of pairs, and all pairs of a group are in one.
 
     Args:
-        make_model: makes a fresh model for each fold, as `train_preference_model` takes it.
+        make_model: makes a fresh model for each fold, as `train_preference_model` takes it; what
+            it draws at random is its own affair.
         pairs, config, tokenizer: as there.
         folds: how many, >= 2.
         seed: decides which groups are in which fold.
@@ -150,10 +151,10 @@ def fold_numbers(groups: Sequence[Hashable], folds: int, seed: int) -> list[int]
     order = list(members.values())
     random.Random(f"{seed}").shuffle(order)
     numbers, sizes = [0] * len(groups), [0] * folds
-    for group in order:
+    for indices in order:
         fold = sizes.index(min(sizes))
-        sizes[fold] += len(group)
-        for index in group:
+        sizes[fold] += len(indices)
+        for index in indices:
             numbers[index] = fold
     return numbers
 

@@ -18,6 +18,7 @@ from fastrl.rewards.preference.texts import Encoder, Ids, same_tokenizer
 
 _OP = "PreferenceModel"
 _DOCUMENT, _TOKENIZER = "preference.json", "tokenizer"
+_FIELDS = ("calibration", "eos_token_id", "tokenizer", "tokenizer_is_saved")
 # Nothing is kept for gradients, but even so not a whole dataset at a time.
 TOKENS_AT_ONCE = 1 << 16
 
@@ -143,12 +144,9 @@ class PreferenceModel:
         save_tokenizer = getattr(self.tokenizer, "save_pretrained", None)
         if save_tokenizer is not None:
             save_tokenizer(folder / _TOKENIZER)
-        document = {
-            "calibration": self.calibration.to_dict(),
-            "eos_token_id": self.encoder.eos_token_id,
-            "tokenizer": None if self.tokenizer is None else type(self.tokenizer).__name__,
-            "tokenizer_is_saved": save_tokenizer is not None,
-        }
+        name = None if self.tokenizer is None else type(self.tokenizer).__name__
+        written = (self.calibration.to_dict(), self.encoder.eos_token_id, name)
+        document = dict(zip(_FIELDS, (*written, save_tokenizer is not None), strict=True))
         text = json.dumps(document, indent=2) + "\n"
         (folder / _DOCUMENT).write_text(text, encoding="utf-8")
 
@@ -177,7 +175,7 @@ class PreferenceModel:
             remedy = "Pass a folder of PreferenceModel.save."
             raise fail(_OP, f"a value head in {folder}", "none", remedy)
         loaded = cls(model, tokenizer, eos_token_id=document["eos_token_id"])
-        loaded.calibration = Calibration(**document["calibration"])
+        loaded.calibration = document["calibration"]
         return loaded
 
 
@@ -222,12 +220,11 @@ def _end_token(tokenizer: Any, language_model: Any) -> int | None:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    expected = {"calibration", "eos_token_id", "tokenizer", "tokenizer_is_saved"}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict) or not expected <= document.keys():
-            raise ValueError(f"another document than one with {', '.join(sorted(expected))}")
-    except (OSError, ValueError) as error:
+        document["calibration"] = Calibration(**document["calibration"])
+        return {name: document[name] for name in _FIELDS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "Pass a folder of PreferenceModel.save."
-        raise fail(_OP, f"{path} of a saved preference model", error, remedy) from error
-    return document
+        got = f"{type(error).__name__}: {error}"
+        raise fail(_OP, f"{path} of a saved preference model", got, remedy) from error

@@ -4,8 +4,6 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from fastrl.ops._checks import fail, wrong_type
 from fastrl.rewards._texts import text_of
 
@@ -37,15 +35,13 @@ class Encoder:
         TypeError: something else than a text, messages or ids.
         """
         if isinstance(prompt, str):
-            encoded = self._encode(prompt, name)
+            given = self._encode(prompt, name)
             bos = getattr(self.tokenizer, "bos_token_id", None)
             # Of a text that has the template's BOS already.
-            ids = encoded[1:] if bos is not None and encoded[:2] == [bos, bos] else encoded
-        elif is_chat(prompt):
-            ids = self._templated(prompt, name)
+            given = given[1:] if bos is not None and given[:2] == [bos, bos] else given
         else:
-            ids = prompt
-        ids = self._checked(ids, name)
+            given = self._templated(prompt, name) if is_chat(prompt) else prompt
+        ids = self._checked(given, name)
         if not ids:
             remedy = "Start an empty prompt with a BOS token, or drop it."
             raise fail(_OP, f"{name} of at least one token", "none", remedy)
@@ -57,9 +53,9 @@ class Encoder:
             if not isinstance(completion, str) and len(completion) != 1:
                 got, remedy = f"{len(completion)} messages", "Move the others into the prompt."
                 raise fail(_OP, f"{name} of one message each", got, remedy)
-            ids = self._encode(text_of(completion), name, add_special_tokens=False)
+            text = self._encode(text_of(completion), name, add_special_tokens=False)
             end = [] if self.eos_token_id is None else [self.eos_token_id]
-            return self._checked([*ids, *end], name)
+            return self._checked([*text, *end], name)
         return self._checked(completion, name)
 
     def _encode(self, text: str, name: str, **options: Any) -> list[int]:
@@ -82,7 +78,7 @@ class Encoder:
         return list(encoded["input_ids"])
 
     def _checked(self, ids: Any, name: str) -> Ids:
-        ids = ids.tolist() if isinstance(ids, Tensor) or hasattr(ids, "tolist") else ids
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
         is_list = isinstance(ids, Sequence) and not isinstance(ids, str)
         if not is_list or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             got = type(ids).__name__
