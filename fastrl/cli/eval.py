@@ -52,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     result.add_argument("recipe", nargs="?", metavar="RECIPE", help="as of fastrl train")
+    result.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as of fastrl train"
+    )
     result.add_argument("--rewards", action="append", metavar="NAME", help="file.py:function")
     result.add_argument("--weights", type=float, nargs="+", help="one for each --rewards")
     result.add_argument("--data", metavar="FILE", help="prompts, as data.prompts of a recipe")
@@ -68,16 +71,27 @@ def parser() -> argparse.ArgumentParser:
 def _eval(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from fastrl.cli.recipes.build import provided
+    from fastrl.cli.recipes.data import load_data
     from fastrl.cli.recipes.loading import open_model
     from fastrl.cli.recipes.measure import measure, show_measured
+    from fastrl.cli.recipes.rewards import load_reward_functions
+    from fastrl.cli.recipes.toml import RecipeError
     from fastrl.trainers.loggers import finite
 
     recipe = _recipe(options)
-    functions, weights = _rewards(options, recipe)
+    if recipe is not None and recipe.is_preference:
+        raise RecipeError(
+            f"eval: expected a recipe of a policy, got {recipe.source} of a preference model. "
+            "Its results.json has what it is worth."
+        )
+    entries, weights = _rewards(options, recipe)
     config, temperature = _config(options, recipe, weights)
-    prompts = _prompts(options, recipe)
+    data = None if recipe is None else load_data(recipe)
+    prompts = _prompts(options, data)
     how = {"tokenizer": options.tokenizer, "dtype": options.dtype, "device": options.device}
     policy, tokenizer = open_model(options.model, **how)
+    functions = load_reward_functions(entries, provided(tokenizer, data))
     reference = None if options.reference is None else open_model(options.reference, **how)[0]
     result = measure(
         policy,
@@ -102,26 +116,28 @@ def _recipe(options: argparse.Namespace) -> Any:
     from fastrl.cli.recipes.loading import RECIPE
     from fastrl.cli.recipes.parse import read_recipe
     from fastrl.cli.recipes.schema import find_recipe
+    from fastrl.cli.recipes.toml import RecipeError
 
     if options.recipe is not None:
-        return read_recipe(find_recipe(options.recipe))
+        return read_recipe(find_recipe(options.recipe), options.set)
     own = Path(options.model) / RECIPE
-    return read_recipe(own) if own.is_file() else None
+    if options.set and not own.is_file():
+        raise RecipeError("eval: expected a RECIPE beside --set, got none. Pass one.")
+    return read_recipe(own, options.set) if own.is_file() else None
 
 
 def _rewards(options: argparse.Namespace, recipe: Any) -> tuple[list[Any], list[float] | None]:
-    from fastrl.cli.recipes.rewards import load_reward_functions
+    """The entries of rewards.functions, and their weights."""
     from fastrl.cli.recipes.toml import RecipeError
 
     if options.rewards is not None:
-        return load_reward_functions(options.rewards), options.weights
+        return options.rewards, options.weights
     if recipe is None:
         raise RecipeError("eval: expected a RECIPE or --rewards NAME, got neither. Pass one.")
-    return load_reward_functions(recipe.rewards.functions), recipe.rewards.weights
+    return recipe.rewards.functions, recipe.rewards.weights
 
 
-def _prompts(options: argparse.Namespace, recipe: Any) -> Any:
-    from fastrl.cli.recipes.build import held_out_prompts, training_prompts
+def _prompts(options: argparse.Namespace, data: Any) -> Any:
     from fastrl.cli.recipes.prompts import load_prompts
     from fastrl.cli.recipes.toml import RecipeError
 
@@ -133,9 +149,9 @@ def _prompts(options: argparse.Namespace, recipe: Any) -> Any:
             limit=options.limit,
             split=options.split or "train",
         )
-    if recipe is None:
+    if data is None:
         raise RecipeError("eval: expected a RECIPE or --data FILE, got neither. Pass one.")
-    prompts = held_out_prompts(recipe) or training_prompts(recipe)
+    prompts = data.held_out or data.train
     return (
         prompts
         if options.limit is None

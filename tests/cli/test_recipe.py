@@ -137,10 +137,15 @@ def test_a_mistake_is_an_error_that_says_where(tmp_path, text, sets, message):
 
 def test_recipes_that_come_with_fastrl(tmp_path):
     names = sorted(path.stem for path in BUILT_IN.glob("*.toml"))
-    assert names == ["tiny_grpo", "tiny_ppo"]
+    tasks = ["continuation", "dialogue", "preference", "summarisation", "translation"]
+    assert names == sorted([*tasks, "tiny_grpo", "tiny_ppo"])
     algorithms = [read_recipe(find_recipe(name)).algorithm for name in names]
-    assert algorithms == ["grpo", "ppo"]
-    with pytest.raises(RecipeError, match="one of tiny_grpo, tiny_ppo, got tiny_grop"):
+    assert {"grpo", "ppo", "preference"} <= set(algorithms)
+    for name in set(tasks) - {"preference"}:  # each for both kinds of trainer
+        for algorithm in ("grpo", "reinforce", "a2c", "ppo"):
+            read = read_recipe(find_recipe(name), [f"algorithm={algorithm}"])
+            assert read.supervised.steps and read.data.builder and read.model.tokenizer == "bpe"
+    with pytest.raises(RecipeError, match="tiny_grpo, tiny_ppo, translation, got tiny_grop"):
         find_recipe("tiny_grop")
     with pytest.raises(RecipeError, match="a file that can be read, got No such file"):
         read_recipe(find_recipe("nowhere.toml"))

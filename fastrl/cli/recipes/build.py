@@ -1,11 +1,19 @@
-"""The trainer that a recipe describes."""
+"""What a recipe describes: its rows, tokenizer, reward functions, and the trainer of them all."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastrl.cli.recipes.models import build_model, load_tokenizer, need
-from fastrl.cli.recipes.prompts import load_prompts
-from fastrl.cli.recipes.rewards import load_reward_functions
+from fastrl.cli.recipes.data import TaskData, load_data
+from fastrl.cli.recipes.measure import keep_scores
+from fastrl.cli.recipes.models import (
+    build_model,
+    load_tokenizer,
+    need,
+    token_bytes_of,
+    train_tokenizer,
+)
+from fastrl.cli.recipes.rewards import Provided, load_reward_functions
 from fastrl.cli.recipes.schema import Recipe
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.trainers import ActorCriticConfig, ActorCriticTrainer, PolicyGradientTrainer
@@ -14,79 +22,143 @@ from fastrl.trainers.prompts import PromptDataset
 CHECKED_PROMPTS = 1000  # of which a prompt without tokens is found before the run begins
 
 
-def build_trainer(recipe: Recipe, output: Path) -> Any:
-    """A trainer at its start; nothing is written.
+@dataclass
+class Parts:
+    """What a trainer is built from; nothing is written.
 
-    What is quick to find wrong comes first.
-
-    Args:
+    Attributes:
         output: the run's folder.
-    Raises:
-        RecipeError: something that the recipe names cannot be loaded.
+        start: the folder of the policy that the algorithm starts from; None: as the recipe has it.
+        functions: reward functions.
+        gold: the monitor's; None without one.
     """
-    if recipe.log.tensorboard:
-        need("tensorboard", "train")
-    functions = load_reward_functions(recipe.rewards.functions)
-    prompts = training_prompts(recipe)
+
+    recipe: Recipe
+    output: Path
+    start: Path | None
+    data: TaskData
+    tokenizer: Any
+    functions: list[Any]
+    gold: Any
+
+    @classmethod
+    def load(cls, recipe: Recipe, output: Path, *, tokenizer: Path, start: Path) -> "Parts":
+        """What is quick to find wrong comes first.
+
+        Args:
+            tokenizer, start: folders of the run itself; where they are there, they are taken.
+        Raises:
+            RecipeError: something that the recipe names cannot be loaded.
+        """
+        if recipe.log.tensorboard:
+            need("tensorboard", "train")
+        data = load_data(recipe)
+        model = recipe.model
+        if not start.is_dir() and model.start is not None:
+            start = Path(model.start)
+            if not start.is_dir():
+                raise RecipeError(
+                    f"train: expected model.start a folder like RUN/start, got {start}, which is "
+                    "not there. A run with [supervised] writes it."
+                )
+        has_start = start.is_dir()
+        if has_start:
+            found = load_tokenizer(str(start))
+        elif tokenizer.is_dir():
+            found = load_tokenizer(str(tokenizer))
+        else:
+            found = tokenizer_of(recipe, data)
+        given = provided(found, data)
+        gold = recipe.over_optimization.gold
+        key = "over_optimization.gold"
+        return cls(
+            recipe=recipe,
+            output=output,
+            start=start if has_start else None,
+            data=data,
+            tokenizer=found,
+            functions=load_reward_functions(recipe.rewards.functions, given),
+            gold=None if gold is None else load_reward_functions([gold], given, key)[0],
+        )
+
+    def policy(self) -> Any:
+        """The model, as the algorithm trains it.
+
+        Raises:
+            RecipeError: it cannot be built.
+        """
+        return build_model(self.recipe, self.tokenizer, self.recipe.seed, self.start)
+
+    def trainer(self) -> Any:
+        """A trainer at its start.
+
+        Raises:
+            RecipeError: the model cannot be built, or the prompts not be used.
+        """
+        recipe = self.recipe
+        policy = self.policy()
+        config = recipe.config(output_dir=str(self.output))
+        is_critic = recipe.config_class is ActorCriticConfig
+        kind: Any = ActorCriticTrainer if is_critic else PolicyGradientTrainer
+        try:
+            trainer = kind(
+                policy, self.functions, self.data.train, config, tokenizer=self.tokenizer
+            )
+            keep_scores(trainer, self.functions)
+            self._attach_monitor(trainer)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"train: in {recipe.source}: {error}") from error
+        is_built = recipe.data.builder is not None
+        check_prompts(trainer.dataset, "data.builder" if is_built else "data.prompts")
+        if self.data.held_out is not None:
+            held_out = trainer.prompts(self.data.held_out)
+            check_prompts(held_out, "data.builder" if is_built else "data.eval")
+        return trainer
+
+    def _attach_monitor(self, trainer: Any) -> None:
+        """What [over_optimization] asks for."""
+        if self.gold is None:
+            return
+        if not self.data.held_out:
+            raise RecipeError(
+                "train: expected held-out prompts with over_optimization.gold, got none. "
+                "Name them in data.eval."
+            )
+        from fastrl.trainers.over_optimization import OverOptimizationMonitor
+
+        settings = self.recipe.over_optimization
+        monitor = OverOptimizationMonitor(
+            trainer,
+            self.gold,
+            self.data.held_out,
+            every=settings.every,
+            completions_per_prompt=settings.completions_per_prompt,
+            alpha=settings.alpha,
+            action=settings.action,
+            kl_budget=settings.kl_budget,
+            seed=self.recipe.seed,
+        )
+        trainer.attach("over_optimization", monitor)
+
+
+def tokenizer_of(recipe: Recipe, data: TaskData) -> Any:
+    """The tokenizer that the recipe names; "bpe" is trained.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
     model = recipe.model
+    if model.tokenizer == "bpe":
+        return train_tokenizer(data.texts(), model.vocab_size)
     source = model.tokenizer or model.path
     assert source is not None, "the parser has looked"
-    tokenizer = load_tokenizer(source)
-    policy = build_model(recipe, tokenizer, int(recipe.config().seed))
-    config = recipe.config(output_dir=str(output))
-    is_critic = recipe.config_class is ActorCriticConfig
-    kind: Any = ActorCriticTrainer if is_critic else PolicyGradientTrainer
-    try:
-        trainer = kind(policy, functions, prompts, config, tokenizer=tokenizer)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"train: in {recipe.source}: {error}") from error
-    check_prompts(trainer.dataset, "data.prompts")
-    return trainer
+    return load_tokenizer(source)
 
 
-def training_prompts(recipe: Recipe) -> Any:
-    """The prompts of data.prompts.
-
-    Raises:
-        RecipeError: they cannot be loaded.
-    """
-    data = recipe.data
-    assert data.prompts is not None, "the parser has looked"
-    return load_prompts(
-        data.prompts,
-        key="data.prompts",
-        column=data.column,
-        limit=data.limit,
-        split=data.split,
-        subset=data.subset,
-    )
-
-
-def held_out_prompts(recipe: Recipe) -> Any:
-    """The prompts of data.eval; None where the recipe has none.
-
-    Raises:
-        RecipeError: they cannot be loaded.
-    """
-    data = recipe.data
-    if data.eval is None:
-        return None
-    source, split = data.eval, data.split
-    if isinstance(source, str) and isinstance(data.prompts, str) and _is_split(source):
-        source, split = data.prompts, source
-    return load_prompts(
-        source,
-        key="data.eval",
-        column=data.column,
-        limit=data.eval_limit,
-        split=split,
-        subset=data.subset,
-    )
-
-
-def _is_split(text: str) -> bool:
-    """Names of splits have neither a folder nor a suffix: "test", "train[90%:]"."""
-    return "/" not in text and "." not in text
+def provided(tokenizer: Any, data: TaskData | None) -> Provided:
+    """What classes of reward functions are given for parameters of these names."""
+    given = {"tokenizer": lambda: tokenizer, "token_bytes": lambda: token_bytes_of(tokenizer)}
+    return given if data is None else {**given, "texts": data.texts}
 
 
 def check_prompts(dataset: PromptDataset, key: str) -> None:

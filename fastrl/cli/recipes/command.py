@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastrl.cli.recipes import schema
+from fastrl.cli.recipes.schema import built_in
 from fastrl.cli.recipes.toml import RecipeError
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 EPILOG = """\
 The run's folder gets recipe.toml as it was resolved, metrics.jsonl, samples.jsonl, tensorboard/,
 results.json and checkpoint/, which loads in AutoModelForCausalLM where the model is one of
-transformers. SIGTERM and Ctrl-C let the step end and save; a second Ctrl-C stops at once.
+transformers; with [supervised] also supervised.jsonl and start/, the model and tokenizer that the
+algorithm starts from. A preference model is in model/ instead, and begins again when it is resumed.
+SIGTERM and Ctrl-C let the step end and save; a second Ctrl-C stops at once.
 
 Exit status: 0 finished, or stopped by SIGTERM with everything saved; 130 the same by Ctrl-C;
 1 training broke down; 2 bad input.
@@ -34,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="a .toml file, or tiny_grpo or tiny_ppo"
+        "recipe", nargs="?", metavar="RECIPE", help=f"a .toml file, or {', '.join(built_in())}"
     )
     result.add_argument(
         "--set",

@@ -15,8 +15,8 @@ from fastrl.trainers import PolicyGradientConfig, PolicyGradientTrainer
 from fastrl.trainers.scoring import RewardScorer, Scores
 
 
-class _KeepingScorer(RewardScorer):
-    """Remembers what it gave: an evaluation returns means, and intervals need more."""
+class KeepingScorer(RewardScorer):
+    """Remembers what it gave: an evaluation returns means, and intervals and samples need more."""
 
     last: Scores
 
@@ -88,13 +88,19 @@ def _evaluator(
     trainer = PolicyGradientTrainer(
         policy, functions, prompts, replace(config, kl_every=0), tokenizer=tokenizer
     )
-    trainer.scorer = _KeepingScorer(
+    keep_scores(trainer, functions)
+    return trainer
+
+
+def keep_scores(trainer: Any, functions: Sequence[Callable[..., Any]]) -> None:
+    """Give a trainer at its start a scorer that keeps its last scores."""
+    config = trainer.config
+    trainer.scorer = KeepingScorer(
         functions,
         config.reward_weights,
         timeout=config.reward_timeout,
         errors=config.reward_errors,
     )
-    return trainer
 
 
 def _plain(found: dict[str, Any], *, has_reference: bool) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Models and tokenizers: those that a recipe asks for."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +10,30 @@ from torch import nn
 
 from fastrl.cli.recipes.schema import Model, Recipe
 from fastrl.cli.recipes.toml import RecipeError
-from fastrl.models import ActorCritic, LSTMLanguageModel
+from fastrl.models import ActorCritic, LSTMLanguageModel, storage
 from fastrl.models.storage import as_policy
+from fastrl.rewards import byte_level_token_bytes
 from fastrl.trainers._random_state import seed_generators
 
 END_OF_TEXT = "<|endoftext|>"
+SPECIAL = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
 
 
-def build_model(recipe: Recipe, tokenizer: Any, seed: int) -> nn.Module:
+def build_model(recipe: Recipe, tokenizer: Any, seed: int, start: Path | None = None) -> nn.Module:
     """What is trained: a policy, or a policy with its critic, with random weights from the seed.
 
+    Args:
+        start: a folder with the policy, in the place of what the recipe names.
     Raises:
         RecipeError: the model cannot be loaded or built, or its vocabulary is too small.
     """
     model = recipe.model
     device = find_device(model.device)
     seed_generators(seed)
-    policy: Any = _language_model(model, tokenizer, lora=True)
+    if start is None:
+        policy: Any = _language_model(model, tokenizer, lora=True)
+    else:
+        policy = load_start(start)
     size = policy.vocab_size
     if len(tokenizer) > size:
         raise RecipeError(
@@ -37,7 +45,23 @@ def build_model(recipe: Recipe, tokenizer: Any, seed: int) -> nn.Module:
         return policy.to(device)
     if model.critic is None:
         return ActorCritic(policy).to(device)
-    return ActorCritic(policy, critic=_critic(model, tokenizer)).to(device)
+    is_same = model.critic == "same" and start is not None
+    critic = load_start(start) if is_same and start else _critic(model, tokenizer)
+    return ActorCritic(policy, critic=critic).to(device)
+
+
+def load_start(folder: Path) -> Any:
+    """The policy that a supervised part has written.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    try:
+        return storage.load_model(folder)
+    except (ValueError, OSError) as error:
+        raise RecipeError(
+            f"train: expected {folder} to hold the model of a [supervised] part, got {error}"
+        ) from error
 
 
 def _critic(model: Model, tokenizer: Any) -> nn.Module:
@@ -157,6 +181,30 @@ def is_ours(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("model_type") in ("lstm", "actor_critic")
 
 
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
+    """Byte-level BPE of the texts, with the end of a text: any text has ids.
+
+    Args:
+        vocab_size: tokens at most; short texts give fewer.
+    """
+    need("transformers", "hf")
+    from transformers import PreTrainedTokenizerFast
+
+    from fastrl.cli.training import text_data
+
+    tokenizer = text_data.train_tokenizer(texts, vocab_size)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def token_bytes_of(tokenizer: Any) -> list[bytes]:
+    """The bytes of each token id, of a byte-level tokenizer.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return byte_level_token_bytes(tokenizer.get_vocab(), set(tokenizer.all_special_tokens))
+
+
 def _bytes_tokenizer() -> Any:
     """256 bytes and the end of a text: any text has ids, without a file to load."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -167,8 +215,7 @@ def _bytes_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
 def end_ids(policy: Any, tokenizer: Any) -> list[int]:

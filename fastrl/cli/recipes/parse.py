@@ -4,16 +4,22 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrl.cli.recipes.schema import CONFIGS, SAID_ELSEWHERE, SECTIONS, Recipe
+from fastrl.cli.recipes.checks import Where, check_values, wrong
+from fastrl.cli.recipes.schema import CONFIGS, FOLDS, PREFERENCE, SAID_ELSEWHERE, SECTIONS, Recipe
 from fastrl.cli.recipes.toml import RecipeError, apply_set, parse_set, read_toml
-from fastrl.trainers import ActorCriticConfig
 
-PATHS = ("model.path", "model.tokenizer", "model.critic", "data.prompts", "data.eval")
-Where = Callable[[str], str]  # of a key: where its value was said
+PATHS = ("model.path", "model.tokenizer", "model.critic", "data.prompts", "data.eval") + (
+    "data.pairs",
+    "data.eval_pairs",
+)
+ONLY_PATHS = ("model.start", "data.folder")  # nothing but paths, whether or not they exist
+# Names of Python code: "file.py:function" is a path as well.
+CODE = ("rewards.functions[]", "over_optimization.gold", "data.builder")
+ALGORITHMS = tuple(name for config in CONFIGS for name in config.ALGORITHMS)
 
 
 def read_recipe(path: Path, sets: Sequence[str] = ()) -> Recipe:
@@ -28,92 +34,117 @@ def read_recipe(path: Path, sets: Sequence[str] = ()) -> Recipe:
         parts, value = parse_set(text)
         key = ".".join(parts)
         apply_set(document, parts, _resolved(key, value, Path.cwd()))
+        if parts[0] == "train" and len(parts) == 2 and parts[1] not in ALGORITHMS:
+            _forget(document["train"], parts[1])
         set_keys.append(key)
 
     def where(key: str) -> str:
         return f"--set {key}" if key in set_keys else f"{key} in {path}"
 
     _check_keys(document, where)
-    algorithm = document.get("algorithm")
+    algorithm = str(document.get("algorithm"))
     sections: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         values = document.get(name, {})
         for key, hint in typing.get_type_hints(section).items():
             if key in values and not _fits(values[key], hint):
-                raise _wrong(where(f"{name}.{key}"), f"to be {_words(hint)}", values[key])
+                raise wrong(where(f"{name}.{key}"), f"to be {_words(hint)}", values[key])
         sections[name] = section(**values)
     recipe = Recipe(
-        source=str(path), algorithm=str(algorithm), train=document.get("train", {}), **sections
+        source=str(path),
+        algorithm=algorithm,
+        train=_fields_for(algorithm, document.get("train", {})),
+        preference=document.get("preference", {}),
+        **sections,
     )
-    _check_values(recipe, where)
+    check_values(recipe, where)
     recipe.config()
     return recipe
 
 
+def _forget(train: dict[str, Any], name: str) -> None:
+    """What --set says of all algorithms goes before what the recipe says of one."""
+    for algorithm in ALGORITHMS:
+        if isinstance(train.get(algorithm), dict):
+            train[algorithm].pop(name, None)
+
+
+def _fields_for(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
+    """Those of [train] for all algorithms, and those of the algorithm's own table."""
+    common = {name: value for name, value in train.items() if name not in ALGORITHMS}
+    return {**common, **train.get(algorithm, {})}
+
+
 def _check_keys(document: dict[str, Any], where: Where) -> None:
     """Raise where a key is not one of a recipe's, or a table is none."""
-    algorithms = [name for config in CONFIGS for name in config.ALGORITHMS]
     algorithm = document.get("algorithm")
+    tables = ["train", "preference", *SECTIONS]
     for name, table in document.items():
         if name != "algorithm" and not isinstance(table, dict):
-            if name in SECTIONS or name == "train":
-                raise _wrong(where(name), "to be a table", table)
-            raise _unknown(where(name), name, ["algorithm", "train", *SECTIONS])
-    if algorithm not in algorithms:
-        near = difflib.get_close_matches(str(algorithm), algorithms, 1)
+            if name in tables:
+                raise wrong(where(name), "to be a table", table)
+            raise _unknown(where(name), name, ["algorithm", *tables])
+    if algorithm not in (*ALGORITHMS, PREFERENCE):
+        near = difflib.get_close_matches(str(algorithm), (*ALGORITHMS, PREFERENCE), 1)
         remedy = f"Did you mean {near[0]}?" if near else "It chooses the trainer."
-        expected = f"to be one of {', '.join(algorithms)}"
-        raise _wrong(where("algorithm"), expected, algorithm or "nothing", remedy)
-    config = next(c for c in CONFIGS if algorithm in c.ALGORITHMS)
+        expected = f"to be one of {', '.join((*ALGORITHMS, PREFERENCE))}"
+        raise wrong(where("algorithm"), expected, algorithm or "nothing", remedy)
     known = {name: [f.name for f in dataclasses.fields(cls)] for name, cls in SECTIONS.items()}
-    known["train"] = [f.name for f in dataclasses.fields(config) if f.name not in SAID_ELSEWHERE]
     dotted = [f"{name}.{key}" for name, keys in known.items() for key in keys]
     for name, table in document.items():
-        if name == "algorithm":
+        if name in known:
+            for key in table:
+                if key not in known[name]:
+                    raise _unknown(where(f"{name}.{key}"), f"{name}.{key}", dotted)
+        elif name not in ("algorithm", *tables):
+            raise _unknown(where(name), name, ["algorithm", *tables])
+    if algorithm != PREFERENCE:
+        train = document.get("train", {})
+        _check_fields("train", {k: v for k, v in train.items() if k not in ALGORITHMS}, where,
+                      str(algorithm), dotted)  # fmt: skip
+        for name in ALGORITHMS:
+            if name in train:
+                if not isinstance(train[name], dict):
+                    raise wrong(where(f"train.{name}"), "to be a table", train[name])
+                _check_fields(f"train.{name}", train[name], where, name, dotted)
+    else:
+        _check_preference(document, where)
+
+
+def _check_preference(document: dict[str, Any], where: Where) -> None:
+    if document.get("train"):
+        raise wrong(where("train"), "without algorithm preference", "both", "See [preference].")
+    from fastrl.rewards.preference import PreferenceConfig
+
+    known = [f.name for f in dataclasses.fields(PreferenceConfig)] + [FOLDS]
+    for key, value in document.get("preference", {}).items():
+        if key not in known:
+            fitting = [f"preference.{name}" for name in known]
+            raise _unknown(where(f"preference.{key}"), f"preference.{key}", fitting)
+        if key == FOLDS and (not _fits(value, int) or value == 1 or value < 0):
+            raise wrong(where(f"preference.{key}"), "to be 0, or a whole number >= 2", value)
+
+
+def _check_fields(
+    table: str, fields: dict[str, Any], where: Where, algorithm: str, others: list[str]
+) -> None:
+    """Raise where a field is none of the algorithm's config."""
+    config = next(c for c in CONFIGS if algorithm in c.ALGORITHMS)
+    known = [f.name for f in dataclasses.fields(config) if f.name not in SAID_ELSEWHERE]
+    for key in fields:
+        if key in SAID_ELSEWHERE:
+            raise RecipeError(
+                f"train: expected no {where(f'{table}.{key}')}: it is {SAID_ELSEWHERE[key]}."
+            )
+        if key in known:
             continue
-        if name not in known:
-            raise _unknown(where(name), name, ["algorithm", *known])
-        for key in table:
-            if name == "train" and key in SAID_ELSEWHERE:
-                raise RecipeError(
-                    f"train: expected no {where(f'train.{key}')}: it is {SAID_ELSEWHERE[key]}."
-                )
-            if key not in known[name]:
-                raise _unknown(where(f"{name}.{key}"), f"{name}.{key}", dotted)
-
-
-def _check_values(recipe: Recipe, where: Where) -> None:
-    model, data, rewards = recipe.model, recipe.data, recipe.rewards
-    sources = [key for key in ("path", "random", "lstm") if getattr(model, key) is not None]
-    if len(sources) != 1:
-        expected = "to have exactly one of path, random and lstm"
-        got = " and ".join(sources) or "none"
-        raise _wrong(f"[model] in {recipe.source}", expected, got, "It says which model to train.")
-    if model.path is None and model.tokenizer is None:
-        remedy = 'tokenizer = "bytes" needs no file.'
-        raise _wrong(where("model.tokenizer"), f"with model.{sources[0]}", "nothing", remedy)
-    if model.lora is not None and model.lstm is not None:
-        raise _wrong(where("model.lora"), "with a model of transformers", "an LSTM")
-    if model.critic is not None and recipe.config_class is not ActorCriticConfig:
-        remedy = f"Actor-critic is {', '.join(ActorCriticConfig.ALGORITHMS)}."
-        raise _wrong(where("model.critic"), "with actor-critic", recipe.algorithm, remedy)
-    if model.dtype not in ("float32", "bfloat16", "float16"):
-        raise _wrong(where("model.dtype"), "to be float32, bfloat16 or float16", model.dtype)
-    if not data.prompts:
-        raise _wrong(where("data.prompts"), "to name the prompts", "nothing")
-    if not rewards.functions:
-        expected, remedy = "to name at least one function", 'For example "rewards.py:correct".'
-        raise _wrong(where("rewards.functions"), expected, "none", remedy)
-    if rewards.weights is not None and len(rewards.weights) != len(rewards.functions):
-        expected = f"to have a weight for each of {len(rewards.functions)} functions"
-        raise _wrong(where("rewards.weights"), expected, rewards.weights)
-    least = {"data.limit": 1, "data.eval_limit": 1, "log.samples_every": 0, "log.samples_shown": 0}
-    least |= {"eval.every": 0, "eval.completions_per_prompt": 1, "eval.temperature": 0}
-    for key, low in least.items():
-        section, _, name = key.partition(".")
-        value = getattr(getattr(recipe, section), name)
-        if value is not None and not value >= low:
-            raise _wrong(where(key), f">= {low}", value)
+        for other in CONFIGS:
+            if key in [f.name for f in dataclasses.fields(other)]:
+                expected = f"with an algorithm of {other.ALGORITHMS}"
+                remedy = f"Say it in [train.{other.ALGORITHMS[0]}] or its like."
+                raise wrong(where(f"{table}.{key}"), expected, algorithm, remedy)
+        fitting = [f"{table}.{name}" for name in known] + others
+        raise _unknown(where(f"{table}.{key}"), f"{table}.{key}", fitting)
 
 
 def _resolved(key: str, value: Any, base: Path) -> Any:
@@ -122,16 +153,30 @@ def _resolved(key: str, value: Any, base: Path) -> Any:
         return {k: _resolved(f"{key}.{k}" if key else k, v, base) for k, v in value.items()}
     if key == "rewards.functions" and isinstance(value, list):
         return [_resolved(f"{key}[]", entry, base) for entry in value]
-    if not isinstance(value, str):
+    if key in CODE:
+        return _resolved_code(value, base)
+    if not isinstance(value, str) or not value:
         return value
-    if key == "rewards.functions[]":
-        file, colon, name = value.rpartition(":")
-        return str((base / file).absolute()) + colon + name if file.endswith(".py") else value
-    if key not in PATHS or not value:
+    if key in ONLY_PATHS:
+        return str((base / Path(value).expanduser()).absolute())
+    if key not in PATHS:
         return value
     path = base / Path(value).expanduser()
     is_path = value.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".txt")
     return str(path.absolute()) if is_path or path.exists() else value
+
+
+def _resolved_code(value: Any, base: Path) -> Any:
+    """ "file.py:name" with its path absolute, in the tables of functions too."""
+    if isinstance(value, list):
+        return [_resolved_code(entry, base) for entry in value]
+    if isinstance(value, dict):
+        return {
+            k: _resolved_code(v, base) if k == "use" or isinstance(v, dict | list) else v
+            for k, v in value.items()
+        }
+    file, colon, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    return str((base / file).absolute()) + colon + name if file.endswith(".py") else value
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -171,9 +216,3 @@ def _unknown(where: str, key: str, known: Sequence[str]) -> RecipeError:
         f"train: expected a key that recipes have, got {where}. The nearest is {near[0]}; "
         "`fastrl train --help` lists them."
     )
-
-
-def _wrong(where: str, expected: str, got: Any, remedy: str = "") -> RecipeError:
-    shown = got if isinstance(got, str) else repr(got)
-    advice = remedy or "`fastrl train --help` says what it is."
-    return RecipeError(f"train: expected {where} {expected}, got {shown}. {advice}")

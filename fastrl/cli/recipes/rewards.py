@@ -1,83 +1,101 @@
-"""Reward functions by name: "package.module:function" or "file.py:function"."""
+"""Reward functions of a recipe: by name, or a class by name with its arguments."""
 
 import difflib
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from fastrl.cli.recipes.imports import load_object
 from fastrl.cli.recipes.toml import RecipeError
 
+PACKAGE = "fastrl.rewards"  # of names alone
+KEY = "rewards.functions"
+# Arguments whose texts are names too: those of compositions, and what others may call so.
+NAMES_OF_FUNCTIONS = ("part", "parts", "function", "functions")
+Entry = str | dict[str, Any]
+Provided = Mapping[str, Callable[[], Any]]  # what the recipe has for a parameter of that name
 
-def load_reward_functions(names: Sequence[str]) -> list[Callable[..., Any]]:
-    """The functions, imported; of a class, an object of it.
 
-    Modules are looked for in the current folder too, and what a file imports beside itself.
+def load_reward_functions(
+    entries: Sequence[Entry], provided: Provided | None = None, key: str = KEY
+) -> list[Callable[..., Any]]:
+    """The functions; of a class, an object of it.
 
+    Args:
+        entries: "package.module:name", "file.py:name" or "Name" of fastrl.rewards, or tables with
+            such a name in `use` and keyword arguments.
+        provided: arguments that classes and factories get where they have such a parameter and
+            the table does not say it.
+        key: of the recipe, for messages.
     Raises:
-        RecipeError: no such module, file or function, or importing it raised.
+        RecipeError: no such module, file or function, arguments that it does not take, or
+            importing or building it raised.
     """
-    modules: dict[str, ModuleType] = {}
-    functions = []
-    for name in names:
-        module_name, colon, attribute = name.rpartition(":")
-        if not colon or not module_name or not attribute:
+    loader = _Loader(provided or {}, key)
+    return [loader.load(entry) for entry in entries]
+
+
+class _Loader:
+    """What functions of one list share: the modules, and what the recipe provides."""
+
+    def __init__(self, provided: Provided, key: str) -> None:
+        self.provided, self.key = provided, key
+        self._modules: dict[str, ModuleType] = {}
+
+    def load(self, entry: Entry) -> Callable[..., Any]:
+        function = self._loaded(entry)
+        if not callable(function):
+            name = entry if isinstance(entry, str) else entry["use"]
             raise RecipeError(
-                "train: expected rewards.functions like package.module:function or "
-                f"file.py:function, got {name}. The colon stands before the function."
+                f"train: expected {self.key} {name} to make a function, got "
+                f"{type(function).__name__}. A function itself is written as a text."
             )
-        if module_name not in modules:
-            modules[module_name] = _module(module_name)
-        functions.append(_function(modules[module_name], attribute, name))
-    return functions
+        return function
 
+    def _loaded(self, entry: Entry) -> Any:
+        if isinstance(entry, str):
+            value = self._named(entry)
+            return self._built(value, entry, {}) if isinstance(value, type) else value
+        name = entry.get("use")
+        if not isinstance(name, str):
+            raise RecipeError(
+                f"train: expected each table of {self.key} to name a class or factory in use, got "
+                f'{entry}. For example {{use = "ChrF"}}.'
+            )
+        given = {k: self._argument(k, v) for k, v in entry.items() if k != "use"}
+        return self._built(self._named(name), name, given)
 
-def _module(name: str) -> ModuleType:
-    path = Path(name)
-    is_file = path.suffix == ".py"
-    if is_file and not path.is_file():
-        raise RecipeError(
-            f"train: expected rewards.functions to name a file that exists, got {path}. "
-            "Check the path; it is relative to the recipe."
-        )
-    folder = str(path.absolute().parent if is_file else Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)
-    try:
-        return _module_of_file(path) if is_file else importlib.import_module(name)
-    except Exception as error:  # whatever the user's module raises
-        raise RecipeError(
-            f"train: expected rewards.functions to name a module that can be imported, got {name}, "
-            f"which raised {type(error).__name__}: {error}."
-        ) from error
+    def _named(self, name: str) -> Any:
+        return load_object(name, self.key, PACKAGE, self._modules)
 
+    def _argument(self, name: str, value: Any) -> Any:
+        """What stands in tables with `use` is built too, wherever it is: functions, schedules."""
+        if isinstance(value, dict):
+            if "use" in value:
+                return self._loaded(value)
+            return {each: self._argument(name, entry) for each, entry in value.items()}
+        if isinstance(value, list):
+            return [self._argument(name, entry) for entry in value]
+        is_name = isinstance(value, str) and name in NAMES_OF_FUNCTIONS
+        return self._loaded(value) if is_name else value
 
-def _module_of_file(path: Path) -> ModuleType:
-    name = f"recipe:{path.absolute()}"  # no name that another module can have
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses in it look themselves up
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _function(module: ModuleType, attribute: str, name: str) -> Callable[..., Any]:
-    value = getattr(module, attribute, None)
-    if isinstance(value, type):
-        value = value()
-    if not callable(value):
-        own = [each for each in vars(module) if not each.startswith("_")]
-        near = difflib.get_close_matches(attribute, own, 1)
-        remedy = f"Did you mean {near[0]}?" if near else "Define it there."
-        raise RecipeError(
-            f"train: expected rewards.functions to name a function, got {name}. {remedy}"
-        )
-    return value
+    def _built(self, value: Callable[..., Any], name: str, given: dict[str, Any]) -> Any:
+        """What the class or factory makes of its arguments."""
+        parameters = inspect.signature(value).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for argument in given:
+            if argument not in parameters and not takes_all:
+                near = difflib.get_close_matches(argument, parameters, 1)
+                remedy = f"Did you mean {near[0]}?" if near else f"It has {', '.join(parameters)}."
+                raise RecipeError(
+                    f"train: expected {self.key} {name} with arguments that it has, got "
+                    f"{argument}. {remedy}"
+                )
+        for argument, make in self.provided.items():
+            if argument in parameters and argument not in given:
+                given = {**given, argument: make()}
+        try:
+            return value(**given)
+        except (TypeError, ValueError, ImportError, OSError) as error:
+            raise RecipeError(f"train: in {self.key}, {name}: {error}") from error

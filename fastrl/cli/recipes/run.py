@@ -1,5 +1,6 @@
 """One run of a recipe: its folder, its trainer and loggers, from wherever it stands."""
 
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,18 +13,20 @@ from typing import Any, ClassVar
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from fastrl.cli.recipes.build import build_trainer, check_prompts, held_out_prompts
+from fastrl.cli.recipes.build import Parts
 from fastrl.cli.recipes.parse import read_recipe
+from fastrl.cli.recipes.preference import train_preference
 from fastrl.cli.recipes.result import show_result
 from fastrl.cli.recipes.schema import Recipe, find_recipe
+from fastrl.cli.recipes.start import prepare_start
 from fastrl.cli.recipes.toml import RecipeError, write_toml
 from fastrl.cli.training.interruption import Interrupted, StopRequest
 from fastrl.cli.training.run_folder import RunFolder, RunFolderError, write_atomically
 from fastrl.trainers import checkpoint
 from fastrl.trainers.loggers import JsonLines, ProgressBar, SampleTable, TensorBoard
-from fastrl.trainers.prompts import PromptDataset
 
 BEFORE, AFTER = "before", "after"  # the entries of results.json
+SAMPLES = 20  # held-out prompts in results.json with what was sampled from them
 EVALUATION_SEED = 12345  # the same at every step, so that differences are paired
 
 
@@ -31,6 +34,10 @@ class RecipeFolder(RunFolder):
     """The folder of a run that a recipe describes.
 
     recipe.toml  config.json  metrics.jsonl  samples.jsonl  tensorboard/  results.json  checkpoint/
+    tokenizer/                 of a tokenizer that is trained
+    supervised.jsonl  start/   of [supervised]: its steps, and the model that it gives
+    best/                      of [over_optimization]: the checkpoint with the most gold
+    model/                     of a preference model, which has no checkpoint/ and no samples.jsonl
 
     The recipe has what was asked for, config.json each field of the trainer's config, defaults too.
     """
@@ -43,6 +50,11 @@ class RecipeFolder(RunFolder):
         self.samples = path / "samples.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoint = path / "checkpoint"
+        self.tokenizer = path / "tokenizer"
+        self.supervised = path / "supervised.jsonl"
+        self.supervised_state = path / "supervised.safetensors"
+        self.start = path / "start"
+        self.best = path / "best"
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_atomically(self.config, write_toml(recipe.to_dict()).encode())
@@ -54,12 +66,11 @@ def start(name: str, sets: Sequence[str], output: Path | None, stop: StopRequest
     path = output or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     RecipeFolder.check_new(path)
     with stop.at_once():
-        trainer = build_trainer(recipe, path)
-        held_out = _held_out(recipe, trainer)
+        parts, learner = _built(recipe, RecipeFolder(path))
     folder = RecipeFolder.create(path)
     with folder.lock():
         folder.write_recipe(recipe)
-        return Run(recipe, folder, trainer, held_out, stop).go_on()
+        return _run(parts, learner, folder, stop)
 
 
 def go_on(path: Path, name: str | None, sets: Sequence[str], stop: StopRequest) -> int:
@@ -81,17 +92,64 @@ def go_on(path: Path, name: str | None, sets: Sequence[str], stop: StopRequest) 
                 f"{', '.join(different)}. A run goes on with its own; start a new one for others."
             )
         with stop.at_once():
-            trainer = build_trainer(recipe, path)
-            held_out = _held_out(recipe, trainer)
-            _resume(trainer, folder)
+            parts, learner = _built(recipe, folder)
+            if not recipe.is_preference:
+                _resume(learner, folder)
         if recipe.to_dict() != saved.to_dict():
             folder.write_recipe(recipe)
-        return Run(recipe, folder, trainer, held_out, stop).go_on()
+        return _run(parts, learner, folder, stop)
+
+
+def _built(recipe: Recipe, folder: RecipeFolder) -> tuple[Parts, Any]:
+    """What a run is made of, and a trainer at its start; for a preference model its policy."""
+    parts = Parts.load(recipe, folder.path, tokenizer=folder.tokenizer, start=folder.start)
+    return parts, parts.policy() if recipe.is_preference else parts.trainer()
+
+
+def _run(parts: Parts, learner: Any, folder: RecipeFolder, stop: StopRequest) -> int:
+    """The supervised part and the algorithm's; the exit status.
+
+    Args:
+        learner: as `_built` gives it, or a trainer where the run stands.
+    """
+    transformers_logging.disable_progress_bar()  # of each checkpoint, across ours
+    console = Console(highlight=False)
+    is_preference = parts.recipe.is_preference
+    policy = learner if is_preference else learner.policy
+    try:
+        is_new = prepare_start(parts, policy, folder, stop, console)
+    except Interrupted as error:
+        return _interrupted(error, "in the supervised part", folder)
+    if is_preference:
+        try:
+            train_preference(parts, folder, stop, console)
+        except Interrupted as error:
+            return _interrupted(error, "in training", folder, "This part begins again")
+        return 0
+    # What a trainer remembers of its start is the trained policy.
+    trainer = parts.trainer() if is_new else learner
+    run = Run(parts.recipe, folder, trainer, parts.data.held_out, stop, console)
+    try:
+        return run.go_on()
+    except Interrupted as error:
+        trainer.save(folder.checkpoint)
+        return _interrupted(error, f"after step {trainer.step}", folder)
+
+
+def _interrupted(
+    error: Interrupted, where: str, folder: RecipeFolder, saved: str = "Everything is saved"
+) -> int:
+    print(
+        f"\nStopped by {error} {where}. {saved}; go on with: fastrl train --resume {folder.path}",
+        file=sys.stderr,
+    )
+    return 0 if error.signal_number == signal.SIGTERM else 128 + error.signal_number
 
 
 def _resume(trainer: Any, folder: RecipeFolder) -> None:
     """From the last checkpoint; a run that was stopped before its first one begins again."""
     if not checkpoint.exists(folder.checkpoint):
+        shutil.rmtree(folder.best, ignore_errors=True)  # of the steps that are repeated
         return
     try:
         trainer.resume(folder.checkpoint)
@@ -99,20 +157,6 @@ def _resume(trainer: Any, folder: RecipeFolder) -> None:
         raise RunFolderError(
             f"{error} Or delete {folder.checkpoint} to begin again, and resume."
         ) from error
-
-
-def _held_out(recipe: Recipe, trainer: Any) -> Any:
-    entries = held_out_prompts(recipe)
-    if entries is not None:
-        dataset = PromptDataset(
-            entries,
-            trainer.policy.vocab_size,
-            trainer.tokenizer,
-            max_prompt_tokens=trainer.config.max_prompt_tokens,
-            chat_template_kwargs=trainer.config.chat_template_kwargs,
-        )
-        check_prompts(dataset, "data.eval")
-    return entries
 
 
 @dataclass
@@ -124,32 +168,22 @@ class Run:
     trainer: Any
     held_out: list[Any] | None
     stop: StopRequest
+    console: Console
 
     def __post_init__(self) -> None:
-        self.console = Console(highlight=False)
         exists = self.folder.results.exists()
         self.results = self.folder.read_json(self.folder.results) if exists else {}
 
     def go_on(self) -> int:
         """Train to the end; the exit status."""
-        transformers_logging.disable_progress_bar()  # of each checkpoint, across ours
         self.folder.write_json(self.folder.trainer_config, self.trainer.config.to_dict())
         self._say(
             f"{self.recipe.algorithm}: {len(self.trainer.dataset)} prompts, "
             f"{len(self.held_out or ())} held out; run folder {self.folder.path}"
         )
-        try:
-            with ExitStack() as stack:
-                self.stop.check()
-                self._train(stack)
-        except Interrupted as error:
-            self.trainer.save(self.folder.checkpoint)
-            print(
-                f"\nStopped by {error} after step {self.trainer.step}. Everything is saved; go on "
-                f"with: fastrl train --resume {self.folder.path}",
-                file=sys.stderr,
-            )
-            return 0 if error.signal_number == signal.SIGTERM else 128 + error.signal_number
+        with ExitStack() as stack:
+            self.stop.check()
+            self._train(stack)
         show_result(self.console, self.folder.metrics, self.results, self.recipe)
         self._say(f"\nThe run and its checkpoint are in {self.folder.path}")
         return 0
@@ -166,15 +200,16 @@ class Run:
             figures: dict[str, float] = {}
             try:
                 if every and trainer.step % every == 0 and trainer.step < last:
-                    figures = self._evaluation()[0]
+                    figures = _figures(self._evaluation())
             finally:  # a step that was taken is logged, whatever becomes of its evaluation
                 for logger in loggers:
                     logger({**record, **figures})
             self.stop.check()
 
-        trainer.train(on_step=on_step)
+        if not self.results.get(AFTER, {}).get("stopped"):
+            trainer.train(on_step=on_step)
         if self.results.get(AFTER, {}).get("step") != trainer.step:
-            self._evaluate(AFTER)
+            self._evaluate(AFTER, stopped=trainer.step < last)
 
     def _loggers(self, step: int) -> list[Any]:
         log, folder, trainer = self.recipe.log, self.folder, self.trainer
@@ -198,30 +233,56 @@ class Run:
         )
         return loggers
 
-    def _evaluate(self, entry: str) -> None:
-        """Put an evaluation of the held-out prompts into results.json."""
-        figures, prompt_rewards = self._evaluation() if self.held_out else ({}, [])
+    def _evaluate(self, entry: str, *, stopped: bool = False) -> None:
+        """Put an evaluation of the held-out prompts into results.json.
+
+        Args:
+            stopped: the monitor has ended the run before its last step.
+        """
+        result = self._evaluation()
         self.results[entry] = {
             "step": self.trainer.step,
-            **figures,
-            "prompt_rewards": prompt_rewards,
+            **_figures(result),
+            "prompt_rewards": result.get("prompt_rewards", []),
+            "samples": self._samples(result),
+            **({"stopped": True} if stopped else {}),
         }
         self.folder.write_json(self.folder.results, self.results)
 
-    def _evaluation(self) -> tuple[dict[str, float], list[float]]:
-        """The figures as "eval/<name>", and each prompt's mean reward; a signal ends it at once."""
+    def _evaluation(self) -> dict[str, Any]:
+        """What `Trainer.evaluate` gives; a signal ends it at once."""
         if not self.held_out:
-            return {}, []
+            return {}
         settings = self.recipe.eval
         with self.stop.at_once():
-            result = self.trainer.evaluate(
+            return self.trainer.evaluate(
                 self.held_out,
                 completions_per_prompt=settings.completions_per_prompt,
                 temperature=settings.temperature,
                 seed=EVALUATION_SEED,
             )
-        numbers = {f"eval/{k}": v for k, v in result.items() if isinstance(v, int | float)}
-        return numbers, result["prompt_rewards"]
+
+    def _samples(self, result: dict[str, Any]) -> list[dict[str, Any]]:
+        """The first completion of some held-out prompts, as `fastrl report` shows them."""
+        samples = []
+        if self.held_out:
+            totals, is_used = self.trainer.scorer.last.totals, self.trainer.scorer.last.is_used
+            for index in range(min(SAMPLES, len(self.held_out))):
+                row, at = self.held_out[index], index * self.recipe.eval.completions_per_prompt
+                samples.append(
+                    {
+                        "prompt": row["prompt"],
+                        "completion": result["completions"][index][0],
+                        "reward": float(totals[at]) if is_used[at] else None,
+                        "reference": row.get("reference"),
+                    }
+                )
+        return samples
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
+
+
+def _figures(result: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation as "eval/<name>"."""
+    return {f"eval/{k}": v for k, v in result.items() if isinstance(v, int | float)}

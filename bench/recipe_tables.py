@@ -1,0 +1,81 @@
+"""The page of `bench.recipe_results`: a table in Markdown, and samples."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+SAMPLES = 3  # held-out prompts that are shown of each recipe
+
+
+def markdown(results: Sequence[dict[str, Any]], threads: int) -> str:
+    """The table."""
+    lines = [
+        "| recipe | algorithm | held-out metric | before | after | gain | over prompts | over "
+        "seeds | minutes a seed | command |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        minutes = [s / 60 for s in row["seconds"] if s is not None]
+        cells = [
+            row["recipe"],
+            row["algorithm"],
+            row["metric"],
+            f"{statistics.fmean(row['before']):.3f}",
+            f"{statistics.fmean(row['after']):.3f}",
+            f"{row['gain']:+.3f}",
+            _half(row["gain_over_prompts"]),
+            _half(row["gain_over_seeds"]),
+            f"{statistics.fmean(minutes):.1f}" if minutes else "–",
+            f"`{row['command']}`",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    seeds = ", ".join(map(str, results[0]["seeds"])) if results else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Means over the seeds {seeds}; 95 % intervals of the gain, paired by prompt. For "
+            "preference models the prompts are pairs, and the interval is that of the accuracy. "
+            f"{threads} threads a run. Actor-critic begins from the start that the run above it "
+            "has trained; its minutes are without that.",
+            "",
+        ]
+    )
+
+
+def samples(title: str, runs: Mapping[str, dict[str, Any]]) -> str:
+    """Some held-out prompts with their references, and what was sampled from them.
+
+    Args:
+        runs: by algorithm the results.json of runs that share a start.
+    """
+    documents = list(runs.values())
+    tables = {"start": documents[0]["before"], **{k: run["after"] for k, run in runs.items()}}
+    lines = ["", f"{title}:", ""]
+    for index, first in enumerate(documents[0]["before"]["samples"][:SAMPLES]):
+        lines.append(f"- {_quoted(first['prompt'])} → {_quoted(first['reference'])}")
+        for name, table in tables.items():
+            lines.append(f"  - {name}: {_quoted(table['samples'][index]['completion'])}")
+    return "\n".join([*lines, ""])
+
+
+def _quoted(text: Any) -> str:
+    """On one line of Markdown, as code."""
+    return "`" + str(text).replace("\n", "↵").replace("`", "'") + "`"
+
+
+def _half(width: float | None) -> str:
+    return "–" if width is None else f"± {width:.3f}"
+
+
+def write_between_marks(path: Path, table: str) -> None:
+    """Put the table between the marks of a file; a file without them gets both at its end."""
+    text = path.read_text(encoding="utf-8") if path.exists() else "# Results of the recipes\n"
+    if BEGIN not in text:
+        text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{head}{BEGIN}\n{table}{END}{tail}", encoding="utf-8")

@@ -1,0 +1,105 @@
+"""The model that an algorithm starts from, in the run's folder: trained there, or another run's."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from fastrl.cli.recipes.build import Parts
+from fastrl.cli.recipes.models import load_tokenizer
+from fastrl.cli.recipes.supervised import SupervisedTraining
+from fastrl.cli.training.interruption import Interrupted, StopRequest
+from fastrl.models.storage import save_model
+from fastrl.trainers.loggers import JsonLines, ProgressBar
+
+if TYPE_CHECKING:
+    from fastrl.cli.recipes.run import RecipeFolder
+
+
+def prepare_start(
+    parts: Parts, policy: Any, folder: "RecipeFolder", stop: StopRequest, console: Console
+) -> bool:
+    """What comes before the algorithm; True where there is another policy to begin with then.
+
+    A tokenizer that was trained is written to the folder first, then the supervised part runs, if
+    the recipe has one, and what it gives is written as a whole. A run that was killed on the way
+    goes on from the last validation.
+
+    Args:
+        policy: of parts.
+    Raises:
+        Interrupted: by a signal, with all saved.
+    """
+    is_trained = parts.recipe.model.tokenizer == "bpe" and parts.start is None
+    if is_trained and not folder.tokenizer.is_dir():
+        write_whole(folder.tokenizer, parts.tokenizer.save_pretrained)
+    if folder.start.is_dir():
+        folder.supervised_state.unlink(missing_ok=True)
+        return False
+    if parts.start is not None:  # another run's: one's own copy, as that run may be deleted
+        _write_start(folder, policy, parts.tokenizer)
+        return False
+    if not parts.recipe.supervised.steps:
+        return False
+    _train(parts, policy, folder, stop, console)
+    _write_start(folder, policy, parts.tokenizer)
+    folder.supervised_state.unlink(missing_ok=True)
+    parts.start = folder.start
+    parts.tokenizer = load_tokenizer(str(folder.start))
+    return True
+
+
+def _train(
+    parts: Parts, policy: Any, folder: "RecipeFolder", stop: StopRequest, console: Console
+) -> None:
+    recipe, data = parts.recipe, parts.data
+    settings = recipe.supervised
+    training = SupervisedTraining(
+        policy, parts.tokenizer, data.supervised, data.validation, settings, recipe.seed
+    )
+    if folder.supervised_state.exists():
+        training.resume(folder.supervised_state)
+    console.print(
+        f"supervised: {len(data.supervised)} rows, {len(data.validation)} to validate on; "
+        f"run folder {folder.path}",
+        markup=False,
+        soft_wrap=True,
+    )
+    step = training.step
+    with (
+        JsonLines(folder.supervised, step=step) as log,
+        ProgressBar(settings.steps, title="supervised", done=step, console=console) as bar,
+    ):
+
+        def on_step(record: dict[str, float]) -> None:
+            log(record)
+            bar.update(int(record["step"]), f"loss {record['loss']:.3f}")
+            if "validation_loss" in record:
+                training.save(folder.supervised_state)
+            try:
+                stop.check()
+            except Interrupted:
+                training.save(folder.supervised_state)
+                raise
+
+        stop.check()
+        training.train(on_step)
+
+
+def _write_start(folder: "RecipeFolder", policy: Any, tokenizer: Any) -> None:
+    def write(place: Path) -> None:
+        save_model(policy, place)
+        tokenizer.save_pretrained(place)
+
+    write_whole(folder.start, write)
+
+
+def write_whole(place: Path, write: Any) -> None:
+    """A folder that is there with all its files, or not at all."""
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write(partial)
+    shutil.rmtree(place, ignore_errors=True)  # of a run that was killed right after this
+    partial.rename(place)

@@ -1,0 +1,206 @@
+"""Maximum likelihood on prompts with references: what the algorithm starts from.
+
+    loss = −Σ_t w_t log P(x_t | x_<t) / Σ_t w_t,   w_t = 1 in a reference, prompt_weight in a prompt
+
+A reference ends with the token that ends completions. Steps are packed without padding, a prompt
+with several references standing once. Every random choice is a function of seed and step, so an
+interrupted part goes on to the same weights. What is kept in the end are the weights that were
+best on the validation rows.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+import fastrl
+from fastrl.cli.recipes.models import end_ids
+from fastrl.cli.recipes.packing import RowBatches, encoded, packed
+from fastrl.cli.recipes.schema import Supervised
+from fastrl.cli.training.run_folder import RunFolderError, write_atomically
+from fastrl.layout import PackedBatch
+from fastrl.trainers.tokens import token_scores
+
+LAST_RATE = 0.1  # of the learning rate, at the end
+
+
+class SupervisedTraining:
+    """The supervised part of a run; trains the policy in place.
+
+    Args:
+        policy: with the weights that it begins with.
+        rows, validation: dicts with texts "prompt" and "reference".
+        settings: [supervised] of the recipe.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        tokenizer: Any,
+        rows: Sequence[dict[str, Any]],
+        validation: Sequence[dict[str, Any]],
+        settings: Supervised,
+        seed: int,
+    ) -> None:
+        self.policy, self.settings = policy, settings
+        self.device = policy.head.weight.device
+        ends = end_ids(policy, tokenizer)[:1]
+        size = settings.tokens_per_step
+        self.batches = RowBatches(encoded(rows, tokenizer, ends), size, seed)
+        self.validation = [
+            self._packed(groups, 0.0)
+            for groups in RowBatches(encoded(validation, tokenizer, ends), size, seed).epoch(0)
+        ]
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=settings.weight_decay,
+        )
+        self.step = 0
+        self.best_loss = math.inf
+        self.best = self._weights()
+
+    def train(self, on_step: Callable[[dict[str, float]], None]) -> None:
+        """Run to the end; the policy then has the best weights.
+
+        Args:
+            on_step: called with "step", "loss", "grad_norm", "learning_rate", "epoch",
+                "tokens_per_second", "time/step", and at some steps "validation_loss" (nats per
+                token of a reference).
+        Raises:
+            FloatingPointError: a gradient is not finite.
+        """
+        total, every = self.settings.steps, self.settings.validate_every
+        while self.step < total:
+            started = time.perf_counter()
+            record, tokens = self._train_step()
+            self.step += 1
+            if self.step == total or self.step % every == 0:
+                record["validation_loss"] = self._validate()
+            elapsed = time.perf_counter() - started
+            timing = {"tokens_per_second": tokens / elapsed, "time/step": elapsed}
+            on_step({"step": self.step, **record, **timing})
+        self.policy.load_state_dict(self.best)
+
+    def save(self, path: Path) -> None:
+        """One file, so that it is whole or not there."""
+        tensors = {f"model.{name}": t for name, t in self.policy.state_dict().items()}
+        tensors |= {f"best.{name}": t for name, t in self.best.items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{slot}": t for slot, t in slots.items()}
+        best = self.best_loss if math.isfinite(self.best_loss) else None
+        progress = {"step": self.step, "best_loss": best, **self.batches.state_dict()}
+        # A copy each: weights may share memory, which the format does not know.
+        copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+        write_atomically(path, save(copies, {"progress": json.dumps(progress)}))
+
+    def resume(self, path: Path) -> None:
+        """Go on from a file that `save` wrote.
+
+        Raises:
+            RunFolderError: it is damaged or of another model; nothing was changed.
+        """
+        try:
+            tensors = load(path.read_bytes())
+            with safe_open(path, framework="pt") as file:
+                progress = json.loads(file.metadata()["progress"])
+            slots: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in _part(tensors, "optimizer").items():
+                index, slot = name.split(".")
+                slots.setdefault(int(index), {})[slot] = tensor
+            parts = _part(tensors, "model"), _part(tensors, "best")
+            own = {name: tensor.shape for name, tensor in self.policy.state_dict().items()}
+            if any({n: t.shape for n, t in part.items()} != own for part in parts):
+                raise ValueError("weights of another model")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise RunFolderError(
+                f"train: expected {path} to be a complete checkpoint, got {error}. Delete the "
+                "file to repeat the supervised part, and resume again."
+            ) from error
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.policy.load_state_dict(parts[0])
+        self.best = {name: tensor.to(self.device) for name, tensor in parts[1].items()}
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        self.step = progress["step"]
+        self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
+        self.batches.load_state_dict(progress)
+
+    def _train_step(self) -> tuple[dict[str, float], int]:
+        """What is logged of one step, and how many tokens it read."""
+        rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch, weights = self._packed(self.batches.next(), self.settings.prompt_weight)
+        weights = weights / weights.sum()
+
+        def loss_fn(logprobs: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
+            return -logprobs * weights[rows]
+
+        self.policy.train()
+        self.optimizer.zero_grad()
+        hidden, head = self.policy.packed_hidden(batch), self.policy.head
+        # The gradients form in the forward pass: three products, no logits kept.
+        loss, _, _ = fastrl.linear_token_loss(
+            hidden.to(head.weight.dtype),
+            head.weight,
+            batch.target_ids,
+            loss_fn,
+            **head.arguments(1.0),
+        )
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.policy.eval()
+        if not bool(norm.isfinite()):
+            raise FloatingPointError(
+                f"train: expected finite gradients in [supervised], got {float(norm)} at step "
+                f"{self.step + 1}. Lower supervised.learning_rate {self.settings.learning_rate}."
+            )
+        self.optimizer.step()
+        record = {
+            "loss": float(loss.detach()),
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "epoch": self.batches.epochs,
+        }
+        return record, batch.layout.num_tokens
+
+    def _packed(self, groups: list[Any], prompt_weight: float) -> tuple[PackedBatch, Tensor]:
+        batch, weights = packed(groups, prompt_weight)
+        return batch.to(self.device), weights.to(self.device)
+
+    def _learning_rate(self) -> float:
+        """Of the step that is next."""
+        settings = self.settings
+        rising = min(1.0, (self.step + 1) / max(1, settings.warmup))
+        done = self.step / settings.steps
+        falling = LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
+        return settings.learning_rate * rising * falling
+
+    def _validate(self) -> float:
+        """Nats per token of the validation rows' references; remembers the best weights."""
+        total, count = 0.0, 0
+        for batch, _ in self.validation:
+            logprobs, _ = token_scores(self.policy, batch, temperature=1.0, ops=fastrl.ops)
+            total -= float(logprobs.double().sum())
+            count += len(logprobs)
+        loss = total / max(1, count)
+        if loss < self.best_loss:
+            self.best_loss, self.best = loss, self._weights()
+        return loss
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
+
+
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = name + "."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

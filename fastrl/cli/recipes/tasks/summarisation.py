@@ -1,0 +1,70 @@
+"""Summarisation: the heading of a WikiText section, or of an article, from its first sentences."""
+
+from pathlib import Path
+from typing import Any
+
+from fastrl.cli.recipes.tasks.files import split_off, spread, without
+from fastrl.cli.recipes.tasks.wikitext import UNKNOWN, Section, read_sections
+
+VALIDATION = 0.05  # of the sections
+MIN_WORDS = 8  # of a text that has a heading to be found
+
+
+def build(
+    folder: Path | None,
+    seed: int,
+    *,
+    max_words: int = 40,
+    held_out: int = 300,
+    text_rows: bool = True,
+) -> dict[str, Any]:
+    """Trains on valid.txt, holds out test.txt.
+
+    In training each paragraph of a section asks for its heading, held out the first alone.
+
+    Args:
+        folder: with wikitext-2.
+        seed: chooses the validation sections.
+        max_words: of a text; what follows is left out.
+        held_out: prompts, one of a section.
+        text_rows: the supervised part also learns to go on with the texts, since the headings
+            alone are few.
+    Returns:
+        rows with "prompt", a text and a line's end, and "reference", the heading.
+    """
+    sections, validation = split_off(read_sections(folder, "valid"), VALIDATION, seed)
+    test = [_rows(s, max_words)[:1] for s in read_sections(folder, "test")]
+    train, checked = (
+        [row for section in part for row in _rows(section, max_words)]
+        for part in (sections, validation)
+    )
+    texts = [text for section in sections for text in section.paragraphs]
+    return {
+        "train": train,
+        "held_out": without(spread([r for rows in test for r in rows], held_out), train, checked),
+        "supervised": train + (_text_rows(texts, max_words) if text_rows else []),
+        "validation": checked,
+        "texts": texts + [section.heading for section in sections],
+    }
+
+
+def _rows(section: Section, max_words: int) -> list[dict[str, Any]]:
+    if UNKNOWN in section.heading:
+        return []
+    return [
+        {"prompt": " ".join(text.split()[:max_words]) + "\n", "reference": section.heading}
+        for text in section.paragraphs
+        if len(text.split()) >= MIN_WORDS
+    ]
+
+
+def _text_rows(texts: list[str], max_words: int) -> list[dict[str, Any]]:
+    """Stretches of the texts beyond what prompts have of them, which the model reads as prompts."""
+    rows = []
+    for text in texts:
+        words = text.split()
+        for start in range(0, len(words), 2 * max_words):
+            part = words[start : start + 2 * max_words]
+            if len(part) >= MIN_WORDS:
+                rows.append({"prompt": part[0], "reference": " " + " ".join(part[1:])})
+    return rows
