@@ -64,15 +64,14 @@ def test_continuations_are_the_words_behind_their_prompts(wiki):
     assert {r["prompt"] for r in rows["held_out"]}.isdisjoint(r["prompt"] for r in rows["train"])
 
 
-def test_headings_are_asked_for_by_each_paragraph_but_held_out_by_the_first(wiki):
+def test_headings_are_asked_for_by_each_stretch_but_held_out_by_the_first(wiki):
     rows = summarisation.build(wiki, 0, max_words=9)
     asked = {row["prompt"]: row["reference"] for row in rows["train"] + rows["validation"]}
     assert asked["The eggs hatch at night, and the larvae swim\n"] == "Life cycle"
-    assert sorted(asked.values()) == ["Life cycle", "Life cycle", "Lobster"]
+    assert sorted(asked.values()) == ["Life cycle", "Life cycle", "Lobster", "Lobster"]
     # What training has word for word is not held out: the pond's own paragraphs are new in part.
     assert {row["reference"] for row in rows["held_out"]} <= {"Lobster", "Life cycle"}
     assert {r["prompt"] for r in rows["held_out"]}.isdisjoint(asked)
-    assert len(rows["supervised"]) > len(rows["train"])
 
 
 def test_a_turn_is_asked_for_by_the_turns_before_it_in_its_scene(tmp_path):

@@ -16,19 +16,17 @@ def build(
     *,
     max_words: int = 40,
     held_out: int = 300,
-    text_rows: bool = True,
 ) -> dict[str, Any]:
     """Trains on valid.txt, holds out test.txt.
 
-    In training each paragraph of a section asks for its heading, held out the first alone.
+    In training each stretch of each paragraph of a section asks for its heading, since sections are
+    few; held out only the first words of the first paragraph do.
 
     Args:
         folder: with wikitext-2.
         seed: chooses the validation sections.
-        max_words: of a text; what follows is left out.
+        max_words: of a text.
         held_out: prompts, one of a section.
-        text_rows: the supervised part also learns to go on with the texts, since the headings
-            alone are few.
     Returns:
         rows with "prompt", a text and a line's end, and "reference", the heading.
     """
@@ -42,7 +40,6 @@ def build(
     return {
         "train": train,
         "held_out": without(spread([r for rows in test for r in rows], held_out), train, checked),
-        "supervised": train + (_text_rows(texts, max_words) if text_rows else []),
         "validation": checked,
         "texts": texts + [section.heading for section in sections],
     }
@@ -51,20 +48,11 @@ def build(
 def _rows(section: Section, max_words: int) -> list[dict[str, Any]]:
     if UNKNOWN in section.heading:
         return []
-    return [
-        {"prompt": " ".join(text.split()[:max_words]) + "\n", "reference": section.heading}
-        for text in section.paragraphs
-        if len(text.split()) >= MIN_WORDS
-    ]
-
-
-def _text_rows(texts: list[str], max_words: int) -> list[dict[str, Any]]:
-    """Stretches of the texts beyond what prompts have of them, which the model reads as prompts."""
     rows = []
-    for text in texts:
+    for text in section.paragraphs:
         words = text.split()
-        for start in range(0, len(words), 2 * max_words):
-            part = words[start : start + 2 * max_words]
+        for start in range(0, max(1, len(words) - MIN_WORDS + 1), max_words):
+            part = words[start : start + max_words]
             if len(part) >= MIN_WORDS:
-                rows.append({"prompt": part[0], "reference": " " + " ".join(part[1:])})
+                rows.append({"prompt": " ".join(part) + "\n", "reference": section.heading})
     return rows
