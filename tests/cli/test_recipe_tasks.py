@@ -91,6 +91,24 @@ def test_a_turn_is_asked_for_by_the_turns_before_it_in_its_scene(tmp_path):
     assert other["held_out"] == rows["held_out"] and other["validation"] != rows["validation"]
 
 
+def test_other_prompts_can_be_held_out(tmp_path, wiki):
+    turns = [f"{'AB'[i % 2]}:\nturn {i}" for i in range(400)]
+    (tmp_path / "input.txt").write_text("\n\n".join(turns))
+    held_out = [
+        {row["prompt"] for row in dialogue.build(tmp_path, 0, held_out=15, offset=i)["held_out"]}
+        for i in range(2)
+    ]
+    assert [len(prompts) for prompts in held_out] == [15, 15] and not held_out[0] & held_out[1]
+    with pytest.raises(RecipeError, match="offset below 39 rows / 15 held out, got 2"):
+        dialogue.build(tmp_path, 0, held_out=15, offset=2)
+
+    ways = [summarisation.build(wiki, 0, max_words=9, test=test) for test in ("test", "valid")]
+    asked = [{r["prompt"] for r in rows["train"] + rows["validation"]} for rows in ways]
+    assert any("pond" in prompt for prompt in asked[1]) and asked[0] != asked[1]
+    with pytest.raises(RecipeError, match="test one of test, valid, got train"):
+        summarisation.build(wiki, 0, test="train")
+
+
 @pytest.fixture
 def captions(tmp_path):
     for split, word in (("train", "red"), ("val", "green"), ("test_2016_flickr", "blue")):
