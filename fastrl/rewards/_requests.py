@@ -103,7 +103,9 @@ class JSONClient:
             if self._parts.scheme == "https"
             else http.client.HTTPConnection
         )
-        return kind(str(self._parts.hostname), self._parts.port, timeout=timeout)
+        # Without a port http.client looks for one in the address, and finds some in an IPv6 one.
+        port = self._parts.port or kind.default_port
+        return kind(str(self._parts.hostname), port, timeout=timeout)
 
     def target(self) -> str:
         """Path and query."""

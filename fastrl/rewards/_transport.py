@@ -1,6 +1,7 @@
 """How requests are made, what may go wrong with them, and what is checked before."""
 
 import math
+import re
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,10 @@ from dataclasses import dataclass
 from fastrl.rewards._secret import check_key_variable
 
 _OUR_HEADERS = {"content-type", "content-length", "connection", "host", "transfer-encoding"}
-_KEY_HEADERS = {"authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"}
+_OF_KEYS = ("auth", "key", "token", "secret", "cookie", "password")  # in a header's name
+_HEADER_VALUE = re.compile(r"[ -~]*")
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 class RequestError(RuntimeError):
@@ -85,6 +89,7 @@ def parts_of(owner: str, url: str) -> urllib.parse.SplitResult:
         is_good = parts.scheme in ("http", "https") and bool(parts.hostname)
         is_good = is_good and parts.username is None and parts.port != 0
         is_good = is_good and url.isascii() and url.isprintable() and " " not in url
+        is_good = is_good and bool(str(parts.hostname).encode("idna"))
     except ValueError:
         is_good = False
     if not is_good:
@@ -114,10 +119,25 @@ def check_transport(owner: str, transport: Transport) -> None:
                 f"{owner}: expected {name} above 0 seconds and finite, got {value!r}. Pass seconds."
             )
     check_key_variable(transport.key_variable, owner)
-    names = {name.lower() for name in transport.headers or {}}
-    if names & (_OUR_HEADERS | _KEY_HEADERS):
+    _check_headers(owner, transport.headers or {})
+
+
+def _check_headers(owner: str, headers: Mapping[str, str]) -> None:
+    for name, value in headers.items():
+        are_texts = isinstance(name, str) and isinstance(value, str)
+        if not (are_texts and _HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value)):
+            raise ValueError(
+                f"{owner}: expected headers of names and texts in printable ASCII, got something "
+                "else, which is not shown. Encode it."
+            )
+    refused = sorted(name for name in map(str.lower, headers) if _is_refused(name))
+    if refused:
         raise ValueError(
             f"{owner}: expected headers without keys and without those that are set anyway, got "
-            f"{sorted(names & (_OUR_HEADERS | _KEY_HEADERS))}. A key comes from the environment: "
-            "pass the name of its variable as key_variable."
+            f"{refused}. A key comes from the environment: pass the name of its variable as "
+            "key_variable."
         )
+
+
+def _is_refused(name: str) -> bool:
+    return name in _OUR_HEADERS or any(part in name for part in _OF_KEYS)

@@ -27,13 +27,14 @@ from misbehaving_server import (
     truncated_chunks,
 )
 
-from fastrl.rewards._requests import _retry_after, _Run
+from fastrl.rewards._requests import JSONClient, _retry_after, _Run
 from fastrl.rewards._transport import (
     BadStatus,
     ConnectionFailed,
     RequestError,
     TimedOut,
     TooLarge,
+    Transport,
 )
 from fastrl.rewards.http_reward import HTTPReward
 
@@ -384,7 +385,7 @@ def refused(message):
 
 
 def test_bad_arguments_are_refused():
-    for url in ("ftp://a/b", "localhost:80", "http://", "http://a b/", "http://a:99999/"):
+    for url in ("ftp://a/b", "localhost:80", "http://", "http://a b/", "http://a:99999/", "http://a..b/"):
         with refused("an address"):
             HTTPReward(url)
     for name, value in (
@@ -401,3 +402,24 @@ def test_bad_arguments_are_refused():
             HTTPReward("http://a/", **{name: value})
     with pytest.raises(TypeError, match="that JSON knows"):
         HTTPReward("http://a/", columns=["x"])(["p"], ["c"], [[1]], x=[object()])
+
+
+def test_addresses_without_a_port_and_of_ipv6():
+    places = {
+        "http://[::1]/rewards": ("::1", 80),
+        "https://[::1]/rewards": ("::1", 443),
+        "http://[::1]:8000/": ("::1", 8000),
+        "https://judge.example/x": ("judge.example", 443),
+    }
+    for url, place in places.items():
+        connection = JSONClient("HTTPReward", url, Transport()).connection(1.0)
+        assert (connection.host, connection.port) == place
+
+
+def test_headers_that_cannot_be_sent_or_may_hold_a_key_are_refused():
+    for name, value in (("X\n", "a"), ("X", "a\r\nY: b"), ("X", "é"), ("", "a"), ("X", 3)):
+        with refused("headers of names and texts"):
+            HTTPReward("http://a/", headers={name: value})
+    for name in ("Authorization", "X-Auth-Token", "Ocp-Apim-Subscription-Key", "Host"):
+        with refused("headers without keys"):
+            HTTPReward("http://a/", headers={name: "s3cret"})
