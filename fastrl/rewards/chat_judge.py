@@ -17,7 +17,7 @@ from fastrl.rewards._judge_texts import (
 from fastrl.rewards._requests import JSONClient
 from fastrl.rewards._service import Asker, NoAnswer
 from fastrl.rewards._texts import text_of
-from fastrl.rewards._transport import Transport
+from fastrl.rewards._transport import Transport, parts_of
 from fastrl.rewards.http_reward import json_of, number_of
 
 _SCORE = re.compile(r"Score: *(-?[0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
@@ -54,8 +54,8 @@ class ChatJudge:
         temperature: of the model's sampling; None: the endpoint's own.
         max_tokens: of an answer; None: the endpoint's own.
         samples: answers for each completion; more than one needs a temperature.
-        reference: the dataset's column with a text, or a list of texts, to compare with; None: no
-            reference.
+        reference: the dataset's column with a text, or a list of texts, to compare with, None in
+            it: no reward; None: no reference.
         extra: further entries of a request's body, such as {"max_completion_tokens": 500}.
         concurrency, timeout, retries, headers, cache_size, cache_file, errors, deadline, backoff,
             max_wait, max_bytes, name: see HTTPReward.
@@ -127,21 +127,25 @@ class ChatJudge:
     ) -> list[float | None]:
         """A reward in [0, 1] for each completion, None where there is none."""
         references = self._references(columns, len(completions))
-        messages = []
-        for prompt, completion, text in zip(prompts, completions, references, strict=True):
+        messages: dict[int, str] = {}  # by completion
+        rows = zip(prompts, completions, references, strict=True)
+        for index, (prompt, completion, text) in enumerate(rows):
             texts = {"prompt": conversation(prompt), "completion": text_of(completion)}
-            if text is not None:
+            if self.reference is not None:
+                if text is None:
+                    continue
                 texts["reference"] = text
-            messages.append(user_message(self.template, texts))
-        asked = [(message, i) for message in messages for i in range(self.samples)]
+            messages[index] = user_message(self.template, texts)
+        asked = [(message, i) for message in messages.values() for i in range(self.samples)]
         keys = [digest(self._system, self._settings, message, i) for message, i in asked]
         scores = self._asker(keys, [message for message, _ in asked], log_metric)
         low, high = self.scale
-        rewards: list[float | None] = []
-        for start in range(0, len(scores), self.samples):
-            given = [s for s in scores[start : start + self.samples] if s is not None]
-            mean = math.fsum((s - low) / (high - low) for s in given) / max(1, len(given))
-            rewards.append(mean if given else None)
+        rewards: list[float | None] = [None] * len(completions)
+        for number, index in enumerate(messages):
+            of_one = scores[number * self.samples : (number + 1) * self.samples]
+            given = [(score - low) / (high - low) for score in of_one if score is not None]
+            if given:
+                rewards[index] = math.fsum(given) / len(given)
         return rewards
 
     def _references(self, columns: Mapping[str, Any], count: int) -> Sequence[str | None]:
@@ -195,7 +199,9 @@ def score_in(content: str) -> float:
     return number_of(answer["score"])
 
 
-def _reference_text(given: Any) -> str:
+def _reference_text(given: Any) -> str | None:
+    if given is None:
+        return None
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise TypeError(
@@ -206,7 +212,8 @@ def _reference_text(given: Any) -> str:
 
 
 def _endpoint(base_url: str) -> str:
-    return base_url.rstrip("/") + "/chat/completions"
+    parts = parts_of("ChatJudge", base_url)  # some services have a version behind a "?"
+    return parts._replace(path=parts.path.rstrip("/") + "/chat/completions").geturl()
 
 
 def _checked_scale(scale: Sequence[float]) -> tuple[float, float]:

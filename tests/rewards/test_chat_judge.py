@@ -74,6 +74,20 @@ def test_it_asks_in_the_endpoints_way_and_maps_the_scale(server):
         ask(reward, ["a"])
 
 
+def test_a_query_of_the_base_url_stays_behind_the_path(server):
+    reward = ChatJudge(server.url + "/v1/?api-version=2", "m-1", "Short is good.", retries=0)
+    assert ask(reward, ["abcd"])[0] == pytest.approx([3 / 9])
+    assert server.requests[0][0] == "/v1/chat/completions?api-version=2"
+    with pytest.raises(ValueError, match="expected an address"):
+        ChatJudge("http://[::1/v1", "m-1", "r")
+
+
+def test_without_a_reference_there_is_no_reward_and_no_question(server):
+    reward = judge(server, reference="truth", samples=2, temperature=1.0)
+    rewards, _ = ask(reward, ["abcd", "abcd", "a"], truth=[None, "t", "t"])
+    assert rewards == [None, pytest.approx(3 / 9), 0.0] and len(server.requests) == 4
+
+
 def test_chat_messages_and_a_template(server):
     reward = judge(server, template="Was: {prompt}\nIs: {completion}")
     prompt = [{"role": "user", "content": "say {completion}"}]
