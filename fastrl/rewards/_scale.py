@@ -19,7 +19,7 @@ def checked_scale(scale: Sequence[int], op: str) -> tuple[int, int]:
     return ends[0], ends[1]
 
 
-def scaled(ratings: Sequence[float], scale: tuple[int, int], where: str) -> float | None:
+def scaled(ratings: Sequence[float], scale: tuple[int, int], op: str, where: str) -> float | None:
     """The mean of ratings, mapped linearly to [−1, 1]; None without any.
 
     Raises:
@@ -29,7 +29,7 @@ def scaled(ratings: Sequence[float], scale: tuple[int, int], where: str) -> floa
     for rating in ratings:
         if not low <= rating <= high:
             raise ValueError(
-                f"HumanReward: expected ratings from {low} to {high}, got {rating} for {where}. "
+                f"{op}: expected ratings from {low} to {high}, got {rating} for {where}. "
                 "Correct it, or pass another scale."
             )
     if not ratings:

@@ -42,7 +42,7 @@ class FileRatings:
         for prompt, completion, rating in rows:
             given.setdefault((prompt, completion), []).append(rating)
         self._rewards = {
-            texts: scaled(numbers, self.scale, f"{texts[1][:40]!r} in {ratings}")
+            texts: scaled(numbers, self.scale, "FileRatings", f"{texts[1][:40]!r} in {ratings}")
             for texts, numbers in given.items()
         }
 

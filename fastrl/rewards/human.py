@@ -73,7 +73,7 @@ class HumanReward:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._requests = Tail(self.folder / REQUESTS)
         self._ratings = Tail(self.folder / RATINGS)
-        self._is_open: dict[str, bool] = {}  # by id, of all that was ever asked
+        self._open_requests: dict[str, Record] = {}  # by id, also those that were answered
         self._answers = Answers()
         self._has_said = False
 
@@ -91,7 +91,7 @@ class HumanReward:
         step = getattr(trainer_state, "global_step", None)
         requests = self._as_requests(prompts, completions, step)
         self._refresh()
-        self._open([request for request in requests if not self._has_answer(request["id"])])
+        self._open(requests)
         end = math.inf if self.timeout is None else time.monotonic() + self.timeout
         if self.terminal:
             self._ask(requests, end)
@@ -118,7 +118,9 @@ class HumanReward:
 
     def _refresh(self) -> None:
         for record in self._requests():
-            self._is_open[str(record["id"])] = not record.get("closed", False)
+            self._open_requests.pop(str(record["id"]), None)
+            if not record.get("closed", False):
+                self._open_requests[str(record["id"])] = record
         for record in self._ratings():
             self._answers.add(record)
 
@@ -126,19 +128,35 @@ class HumanReward:
         return len(self._answers.by_item.get(identity, {})) >= self.annotators
 
     def _open(self, requests: list[Record]) -> None:
-        """Ask for what is not asked for already, as by the run that is resumed."""
-        new = [request for request in requests if not self._is_open.get(request["id"])]
-        if new:
-            with RecordFile(self.folder / REQUESTS) as file:
-                file.append(*new)
+        """Ask for what is not asked for already, as by the run that is resumed.
+
+        What else is open was asked by a run that was killed, or with another scale or number of
+        annotators: nobody waits for that.
+        """
+        asked = {r["id"] for r in requests if self._is_open_as(r)}
+        old = [identity for identity in self._open_requests if identity not in asked]
+        new = [r for r in requests if r["id"] not in asked and not self._has_answer(r["id"])]
+        self._append([*self._closing(old), *new])
         self._refresh()
+
+    def _is_open_as(self, request: Record) -> bool:
+        known = self._open_requests.get(request["id"], {})
+        return all(known.get(name) == request[name] for name in ("scale", "annotators"))
 
     def _close(self, ids: list[str]) -> None:
         """Nobody has to rate what is not waited for any more."""
-        late = [identity for identity in ids if not self._has_answer(identity)]
-        if late:
+        self._append(self._closing(ids))
+
+    def _closing(self, ids: list[str]) -> list[Record]:
+        """Lines that close those without enough answers; the others are never asked again."""
+        return [
+            {"id": identity, "closed": True} for identity in ids if not self._has_answer(identity)
+        ]
+
+    def _append(self, records: list[Record]) -> None:
+        if records:
             with RecordFile(self.folder / REQUESTS) as file:
-                file.append(*({"id": identity, "closed": True} for identity in late))
+                file.append(*records)
 
     def _wait(self, ids: list[str], end: float) -> None:
         while not all(map(self._has_answer, ids)) and time.monotonic() < end:
@@ -171,7 +189,7 @@ class HumanReward:
     def _reward(self, identity: str) -> float | None:
         records = self._answers.by_item.get(identity, {}).values()
         ratings = [r["rating"] for r in records if r.get("rating") is not None]
-        return scaled(ratings, self.scale, f"{identity} in {self._ratings.path}")
+        return scaled(ratings, self.scale, "HumanReward", f"{identity} in {self._ratings.path}")
 
 
 def _check_waiting(

@@ -155,10 +155,26 @@ def test_the_mean_over_annotators_is_waited_for(tmp_path):
     assert found == [[1.0, 0.25, 1.0]]
 
 
+def test_a_run_with_other_settings_asks_anew_and_leaves_nothing_open(tmp_path):
+    killed = HumanReward(tmp_path, timeout=0.02, poll_seconds=0.01)
+    killed._close = lambda ids: None  # as a kill leaves it
+    call(killed, step=7)
+    before = lines(tmp_path / "requests.jsonl")
+    assert len(before) == 3 and not any("closed" in r for r in before)
+    resumed = HumanReward(tmp_path, annotators=2, timeout=0.02, poll_seconds=0.01)
+    call(resumed, step=7, completions=["one", "other", "three"])
+    added = lines(tmp_path / "requests.jsonl")[3:]
+    # `fastrl label --live` would ask one person for each of these, and nobody for a second.
+    assert [r["id"] for r in added[:3] if r.get("closed")] == [r["id"] for r in before]
+    asked = [(r["completion"], r["annotators"]) for r in added[3:6]]
+    assert asked == [("one", 2), ("other", 2), ("three", 2)]
+    assert [r["id"] for r in added[6:] if r.get("closed")] == [r["id"] for r in added[3:6]]
+
+
 def test_a_rating_out_of_scale_and_bad_arguments_are_errors(tmp_path):
     with (
         Rater(tmp_path, lambda request: 6),
-        pytest.raises(ValueError, match="expected ratings from 1 to 5, got 6"),
+        pytest.raises(ValueError, match="HumanReward: expected ratings from 1 to 5, got 6"),
     ):
         call(HumanReward(tmp_path, poll_seconds=0.01))
     for options, message in [
@@ -240,7 +256,7 @@ def test_ratings_of_a_file_are_found_by_text(tmp_path):
     assert logged == {"human/unrated": 1} and reward.__name__ == "human"
     chats = [[{"role": "assistant", "content": text}] for text in COMPLETIONS]
     assert reward(prompts=PROMPTS, completions=chats) == [-1.0, 0.25, None]
-    with pytest.raises(ValueError, match="expected ratings from 1 to 4, got 5"):
+    with pytest.raises(ValueError, match="FileRatings: expected ratings from 1 to 4, got 5"):
         FileRatings(plain, scale=(1, 4))
 
 
