@@ -61,7 +61,7 @@ def conversation(prompt: Any) -> str:
     text = prompt_text(prompt)
     if isinstance(prompt, str):
         return text
-    return "\n".join(f"{message.get('role', '')}: {message['content']}" for message in prompt)
+    return "\n".join(f"{message.get('role', '')}: {prompt_text([message])}" for message in prompt)
 
 
 def _fenced(field: str, text: str, code: str) -> str:

@@ -10,7 +10,17 @@ def test_text_is_taken_as_it_is_and_out_of_messages():
     assert prompt_text(chat) == "a\nb"
 
 
-@pytest.mark.parametrize("given", [[1, 2], 3, None, [{"role": "user"}], [{"content": None}]])
+def test_messages_of_tools_and_text_in_parts():
+    parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    chat = [call, {"role": "tool", "content": "a"}, {"role": "assistant", "content": parts}]
+    assert text_of(chat) == "abc" and prompt_text(chat) == "\na\nbc"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[1, 2], 3, None, [{"role": "user"}], [{"content": None}], [{"content": [{"type": "image"}]}]],
+)
 def test_what_has_no_text_is_refused(given):
     with pytest.raises(TypeError, match="expected completions of text"):
         text_of(given)
