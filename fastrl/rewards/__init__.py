@@ -1,7 +1,8 @@
 """Rewards: functions of a completion, one number per token or per completion.
 
-Metrics: BLEU, ChrF, ROUGE, TER, DistinctN, Repetition, LengthReward, FormatReward, BERTScore,
-  ContinuationReward; each also as its rise from token to token (immediate=True)
+Metrics: BLEU, ChrF, ROUGE, TER, DistinctN, Repetition, LengthReward, FormatReward, and any
+  function of text and references as MetricReward; each also as its rise from token to token
+  (immediate=True); ContinuationReward from token to token alone, BERTScore for the whole alone
 People: HumanReward, FileRatings; preference models: PreferenceReward and the training behind it
 Elsewhere: HTTPReward, ChatJudge
 Intrinsic: CountNovelty, PredictionError

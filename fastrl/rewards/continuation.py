@@ -5,8 +5,10 @@ import math
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from fastrl.rewards._texts import prompt_text
 
 # Longer runs of word characters are cut, so that a token never costs more than a long word.
 _WORD = re.compile(r"\w{1,64}")
@@ -37,9 +39,10 @@ class ContinuationReward:
         texts: the training text, from which words get their weights and pairs are known.
         repetition_penalty: c_r.
         strangeness_penalty: c_s.
+        name: what metrics call it.
+    Raises:
+        ValueError: a penalty is negative or not finite.
     """
-
-    __name__ = "continuation"
 
     def __init__(
         self,
@@ -48,14 +51,16 @@ class ContinuationReward:
         *,
         repetition_penalty: float = 0.5,
         strangeness_penalty: float = 0.25,
+        name: str = "continuation",
     ) -> None:
-        for name, value in (
+        self.__name__ = name
+        for penalty, value in (
             ("repetition_penalty", repetition_penalty),
             ("strangeness_penalty", strangeness_penalty),
         ):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(
-                    f"ContinuationReward: expected {name} finite and >= 0, got {value}. "
+                    f"ContinuationReward: expected {penalty} finite and >= 0, got {value}. "
                     "Pass 0 to leave this penalty out."
                 )
         self.token_bytes = token_bytes
@@ -84,20 +89,22 @@ class ContinuationReward:
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
         *,
-        reference: Sequence[str],
+        reference: Sequence[str | None],
         **columns: Any,
-    ) -> list[list[float]]:
+    ) -> list[list[float] | None]:
         """Rewards of a batch.
 
         Args:
-            prompts: text, or token ids; one for each completion.
+            prompts: text, chat messages or token ids; one for each completion.
             completions: not read; the ids say the same, and where each token ends.
             completion_ids: token ids of each completion, EOS included.
-            reference: the true continuation of each prompt.
+            reference: the true continuation of each prompt; None: no opinion.
         Returns:
-            One float per completion id; each list sums to the score of the whole completion.
+            One float per completion id; each list sums to the score of the whole completion. None
+            where there is no reference.
         Raises:
             ValueError: lengths disagree, or an id has no bytes.
+            TypeError: a prompt or a reference is something else.
         """
         if not len(prompts) == len(completion_ids) == len(reference):
             raise ValueError(
@@ -105,9 +112,17 @@ class ContinuationReward:
                 f"length, got {len(prompts)}, {len(completion_ids)} and {len(reference)}. "
                 'Give every prompt of the dataset a column "reference".'
             )
-        rewards = []
+        rewards: list[list[float] | None] = []
         truths: dict[tuple[str, str], _Reading] = {}  # completions of one prompt share theirs
         for prompt, ids, true_text in zip(prompts, completion_ids, reference, strict=True):
+            if true_text is None:
+                rewards.append(None)
+                continue
+            if not isinstance(true_text, str):
+                raise TypeError(
+                    "ContinuationReward: expected reference of texts or None, got "
+                    f"{type(true_text).__name__}. Give every prompt one true continuation."
+                )
             text = self._text(prompt)
             truth = truths.get((text, true_text)) or self._truth(text, true_text)
             truths[text, true_text] = truth
@@ -140,7 +155,8 @@ class ContinuationReward:
         return self._pairs[at].startswith(pair) if unfinished else self._pairs[at] == pair
 
     def _text(self, prompt: Any) -> str:
-        return prompt if isinstance(prompt, str) else "".join(self._pieces(prompt))
+        is_text = isinstance(prompt, str) or any(isinstance(x, Mapping) for x in prompt)
+        return prompt_text(prompt) if is_text else "".join(self._pieces(prompt))
 
     def _truth(self, prompt: str, reference: str) -> "_Reading":
         truth = _Reading(self, prompt)

@@ -159,6 +159,16 @@ def test_prompts_may_be_ids_and_a_prompts_completions_are_apart(reward):
     assert both == as_ids == single
 
 
+def test_prompts_may_be_chats_and_references_may_lack(reward):
+    ids = [encode("the cat sat")] * 2
+    chat = [{"role": "user", "content": PROMPT}]
+    given = reward([chat, chat], [[], []], ids, reference=[None, REFERENCE])
+    assert given == [None, *reward([PROMPT], [""], ids[:1], reference=[REFERENCE])]
+    assert ContinuationReward(PIECES, [], name="mine").__name__ == "mine"
+    with pytest.raises(TypeError, match="expected reference of texts or None, got list"):
+        reward([PROMPT], [""], ids[:1], reference=[[REFERENCE]])
+
+
 def test_a_long_completion_costs_its_length(reward):
     class Counting(ContinuationReward):
         calls = 0
