@@ -385,7 +385,14 @@ def refused(message):
 
 
 def test_bad_arguments_are_refused():
-    for url in ("ftp://a/b", "localhost:80", "http://", "http://a b/", "http://a:99999/", "http://a..b/"):
+    for url in (
+        "ftp://a/b",
+        "localhost:80",
+        "http://",
+        "http://a b/",
+        "http://a:99999/",
+        "http://a..b/",
+    ):
         with refused("an address"):
             HTTPReward(url)
     for name, value in (
