@@ -42,6 +42,11 @@ class Question:
         """Whether a key is enough: only words, which have a short form, are longer."""
         return all(len(typed) == 1 or typed.isalpha() for typed in self.answers)
 
+    @property
+    def kind(self) -> str:
+        """ "rating" or "choice"."""
+        return "rating" if "rating" in next(iter(self.answers.values())) else "choice"
+
 
 def pair_question(item: str, prompt: str, a: str, b: str, *, seed: object) -> Question:
     """Which of two completions is better; a fair coin of the seed and the id swaps the sides."""
@@ -97,7 +102,12 @@ class Interview:
                 waiting.popleft()
 
     def ask(self, question: Question, head: str, timeout: float | None = None) -> str:
-        """Show a question and write its answer; ANSWERED, UNDO, or LATE after `timeout` seconds."""
+        """Show a question and write its answer; ANSWERED, UNDO, or LATE after `timeout` seconds.
+
+        Raises:
+            ValueError: the answers so far are of the other kind; nothing is asked or written then.
+        """
+        self.answers.check_kind(question.kind)
         self.keys.listen(single=question.is_single)
         self.screen.show(head, question.prompt, question.texts)
         while True:

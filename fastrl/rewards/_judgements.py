@@ -154,13 +154,10 @@ class Tail:
                 )
             file.seek(self._offset)
             content = file.read()
-        content = content[: content.rfind(b"\n") + 1]
-        records = []
-        for line in content.splitlines(keepends=True):
-            self._line += 1
-            if line.strip():
-                records.append(_parsed(line, self.path, self._line))
-        self._offset += len(content)
+        *lines, rest = content.split(b"\n")
+        records = _all_parsed(lines, self.path, self._line + 1)
+        self._offset += len(content) - len(rest)
+        self._line += len(lines)
         return records
 
 
@@ -184,7 +181,9 @@ class Answers:
             ValueError: it is neither a judgement, nor a rating, nor a retraction; or it is of
                 another kind than those before.
         """
-        self._check_kind(_kind_of(record))
+        kind = _kind_of(record)
+        self.check_kind(kind)
+        self._kind = self._kind if kind == "retracted" else kind
         item, annotator = str(record["id"]), record["annotator"]
         of_item = self.by_item.setdefault(item, {})
         of_annotator = self.by_annotator.setdefault(annotator, {})
@@ -202,27 +201,31 @@ class Answers:
         """This annotator's records by id, the latest last."""
         return self.by_annotator.get(annotator, {})
 
-    def _check_kind(self, kind: str) -> None:
-        if kind == "retracted":
-            return
-        if self._kind not in (None, kind):
+    def check_kind(self, kind: str) -> None:
+        """Raise a ValueError where "choice" or "rating" is another kind than those before."""
+        if kind != "retracted" and self._kind not in (None, kind):
             raise ValueError(
                 "judgements: expected either choices or ratings, got both. "
                 "Keep them in files of their own."
             )
-        self._kind = kind
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The complete lines of a file.
+    """The lines of a file; the last one, too, if it lacks nothing but its newline.
 
     Raises:
         ValueError: one is no JSON object.
         OSError: the file cannot be read.
     """
     path = Path(path)
-    path.stat()  # an error where there is none
-    return Tail(path)()
+    *lines, last = path.read_bytes().split(b"\n")
+    try:
+        json.loads(last)
+    except ValueError:  # cut short, or nothing
+        pass
+    else:
+        lines.append(last)
+    return _all_parsed(lines, path, 1)
 
 
 def read_answers(*paths: str | Path) -> Answers:
@@ -286,6 +289,10 @@ def _kind_of(record: Record) -> str:
             f'"rating" that is a number or null, got {shown}. Pass a file of judgements.'
         )
     return found[0]
+
+
+def _all_parsed(lines: list[bytes], path: Path, first: int) -> list[Record]:
+    return [_parsed(line, path, n) for n, line in enumerate(lines, first) if line.strip()]
 
 
 def _parsed(line: bytes, path: Path, number: int) -> Record:

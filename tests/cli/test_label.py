@@ -124,6 +124,37 @@ def test_ratings_of_completions(run, tmp_path, capsys):
     assert "Expected 0 to 10, s, u or q, got '11'." in capsys.readouterr().out
 
 
+def test_ratings_are_not_written_among_choices(run, tmp_path, capsys):
+    rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "a": "c", "b": "d"}]
+    completions, pairs = [
+        write(tmp_path / f"{number}.jsonl", rows[number : number + 1]) for number in (0, 1)
+    ]
+    for typed, first, second in (
+        ("a\n5\n", [pairs], [completions, "--rate"]),
+        ("5\na\n", [completions, "--rate"], [pairs]),
+    ):
+        output = tmp_path / f"of_{first[0].name}"
+        assert run(typed, *first, "--output", output) == 0
+        before = output.read_bytes()
+        capsys.readouterr()
+        assert run(typed[2:], *second, "--output", output) == 2
+        captured = capsys.readouterr()
+        assert "expected either choices or ratings, got both" in captured.err
+        assert "q(uit)?" not in captured.out and output.read_bytes() == before
+
+
+def test_a_last_line_without_a_newline_is_an_item(run, tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", PAIRS[:2])
+    pairs.write_bytes(pairs.read_bytes()[:-1])
+    output = tmp_path / "judgements.jsonl"
+    assert run("a\nb\n", pairs, "--output", output) == 0
+    assert judgements(output).keys() == {"000", "001"}
+    output.write_bytes(output.read_bytes()[:-1])
+    exported = tmp_path / "preferences.jsonl"
+    assert label.main(["--export", str(exported), str(pairs), str(output)]) == 0
+    assert len(lines(exported)) == 2
+
+
 def test_a_kill_at_any_moment_loses_no_judgement(tmp_path):
     script = Path(__file__).with_name("killed_labels.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PACKAGE}
