@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.rewards._references import references_in
 from fastrl.rewards._texts import text_of
 
 # The layer that the authors found best for models that are used often.
@@ -54,8 +55,9 @@ class BERTScore:
         local_files_only: False: weights that are missing may be downloaded.
         name: what metrics call it.
     Raises:
-        ValueError: an argument cannot be used; in a call: the column is missing.
-        TypeError: in a call: completions or references are not texts.
+        ValueError: an argument cannot be used; in a call: the column is missing, or references are
+            not texts.
+        TypeError: in a call: completions are not texts.
         FileNotFoundError: the weights or the tokenizer are not there.
         ImportError: transformers is not installed.
     Reference: Zhang et al. 2020, arXiv:1904.09675.
@@ -106,13 +108,9 @@ class BERTScore:
         **columns: Any,
     ) -> list[float | None]:
         """A reward for each completion, None where there is no reference."""
-        if self.reference not in columns:
-            raise ValueError(
-                f"BERTScore: expected the column {self.reference!r} of the dataset, got columns "
-                f"{sorted(columns)}. Pass reference = the name of one that it has."
-            )
         texts = [text_of(completion) for completion in completions]
-        references = [_texts(given) for given in columns[self.reference]]
+        given_texts = references_in(columns, self.reference, "BERTScore")
+        references = [given or () for given in given_texts]
         flat = [text for given in references for text in given]
         weights = self._weights
         if self._uses_idf and weights is None:
@@ -222,16 +220,6 @@ def _max_tokens(tokenizer: Any, model: Any) -> int | None:
     limits = [limit for limit in (positions, tokenizer.model_max_length) if limit is not None]
     limit = min(limits)
     return limit if 0 < limit < 10**9 else None
-
-
-def _texts(given: Any) -> list[str]:
-    texts = [] if given is None else [given] if isinstance(given, str) else given
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(
-            f"BERTScore: expected references of text or lists of texts, got "
-            f"{type(given).__name__}. Pass reference = the name of a column with texts."
-        )
-    return list(texts)
 
 
 def _check(measure: str, rescale: float | None, batch_size: int) -> None:

@@ -14,6 +14,7 @@ from fastrl.rewards._judge_texts import (
     system_message,
     user_message,
 )
+from fastrl.rewards._references import references_in
 from fastrl.rewards._requests import JSONClient
 from fastrl.rewards._service import Asker, NoAnswer
 from fastrl.rewards._texts import text_of
@@ -60,8 +61,9 @@ class ChatJudge:
         concurrency, timeout, retries, headers, cache_size, cache_file, errors, deadline, backoff,
             max_wait, max_bytes, name: see HTTPReward.
     Raises:
-        ValueError: an argument cannot be used; in a call: the key or the reference is missing.
-        TypeError: in a call: completions, prompts or references are not texts.
+        ValueError: an argument cannot be used; in a call: the key or the column of references is
+            missing, or references are not texts.
+        TypeError: in a call: completions or prompts are not texts.
         RequestError: in a call: a request failed for good, see errors of HTTPReward.
     Reference: Zheng et al. 2023, "Judging LLM-as-a-Judge", arXiv:2306.05685.
     """
@@ -148,15 +150,11 @@ class ChatJudge:
                 rewards[index] = math.fsum(given) / len(given)
         return rewards
 
-    def _references(self, columns: Mapping[str, Any], count: int) -> Sequence[str | None]:
+    def _references(self, columns: Mapping[str, Any], count: int) -> list[str | None]:
         if self.reference is None:
             return [None] * count
-        if self.reference not in columns:
-            raise ValueError(
-                f"ChatJudge: expected the column {self.reference!r} of the dataset, got columns "
-                f"{sorted(columns)}. Pass reference = the name of one that it has, or None."
-            )
-        return [_reference_text(given) for given in columns[self.reference]]
+        given = references_in(columns, self.reference, "ChatJudge")
+        return [None if texts is None else "\n\n".join(texts) for texts in given]
 
     def _body(self, messages: list[str]) -> dict[str, Any]:
         return {
@@ -197,18 +195,6 @@ def score_in(content: str) -> float:
     if not isinstance(answer, dict) or "score" not in answer:
         raise NoAnswer
     return number_of(answer["score"])
-
-
-def _reference_text(given: Any) -> str | None:
-    if given is None:
-        return None
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(
-            f"ChatJudge: expected references of text or lists of texts, got "
-            f"{type(given).__name__}. Pass reference = the name of a column with texts."
-        )
-    return "\n\n".join(texts)
 
 
 def _endpoint(base_url: str) -> str:

@@ -82,7 +82,7 @@ class LengthReward(MetricReward):
             score -= min(1.0, max(0.0, over / self.cache))
         return score
 
-    def score(self, text: str, references: Sequence[str] = ()) -> float:
+    def score(self, text: str, references: Sequence[str] | str = ()) -> float:
         """The score of a text, which has no length in tokens."""
         if self.unit == "tokens":
             raise ValueError(

@@ -5,11 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
+from fastrl.rewards._references import References, references_in
 from fastrl.rewards._texts import text_of
 from fastrl.rewards.token_pieces import TokenPieces
-
-References = tuple[str, ...]
-_NO_COLUMNS = {"trainer_state", "log_metric", "log_extra"}  # what trainers pass besides
 
 
 class Reading(Protocol):
@@ -129,9 +127,20 @@ class MetricReward:
             for scores in self.prefix_scores(completions, completion_ids, **columns)
         ]
 
-    def score(self, text: str, references: Sequence[str] = ()) -> float:
-        """The metric of one text, without `scale`."""
-        reading = self._begin(tuple(references))
+    def score(self, text: str, references: Sequence[str] | str = ()) -> float:
+        """The metric of one text, without `scale`.
+
+        Args:
+            references: texts, or one text; none for a metric without references.
+        Raises:
+            ValueError: the metric needs references, and there are none.
+        """
+        references = (references,) if isinstance(references, str) else tuple(references)
+        if self.reference is not None and not references:
+            raise ValueError(
+                f"{self._op}: expected references to score a text, got none. Pass at least one."
+            )
+        reading = self._begin(references)
         reading.read(text)
         return reading.score()
 
@@ -205,14 +214,7 @@ class MetricReward:
     ) -> list[tuple[Any, Sequence[int], References | None]]:
         references: list[References | None] = [()] * len(completions)
         if self.reference is not None:
-            given = columns.get(self.reference)
-            if given is None:
-                names = sorted(columns.keys() - _NO_COLUMNS)
-                raise ValueError(
-                    f"{self._op}: expected a column {self.reference!r} with references, got "
-                    f"columns {names}. Add it to the dataset, or name it: reference=."
-                )
-            references = [self._checked(entry, index) for index, entry in enumerate(given)]
+            references = references_in(columns, self.reference, self._op)
         if not len(completions) == len(completion_ids) == len(references):
             raise ValueError(
                 f"{self._op}: expected completions, completion_ids and references of the same "
@@ -220,17 +222,6 @@ class MetricReward:
                 "Pass one entry of each for every completion."
             )
         return list(zip(completions, completion_ids, references, strict=True))
-
-    def _checked(self, entry: Any, index: int) -> References | None:
-        if entry is None or isinstance(entry, str):
-            return None if entry is None else (entry,)
-        entry = entry.tolist() if hasattr(entry, "tolist") else entry  # numpy's, from tables
-        if isinstance(entry, list | tuple) and entry and all(isinstance(x, str) for x in entry):
-            return tuple(entry)
-        raise ValueError(
-            f"{self._op}: expected column {self.reference!r} of texts, lists of at least one text, "
-            f"or None, got {entry!r} for completion {index}. Repair the dataset."
-        )
 
 
 def rises(scores: Sequence[float]) -> list[float]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl.rewards._annealing import annealed, check_coefficient
+from fastrl.rewards._moments import Moments
 
 Features = Callable[[Sequence[int]], Tensor]
 Weights = list[Tensor]  # a matrix and a bias for each layer
@@ -94,7 +95,7 @@ class PredictionError:
         for weight in self._predictor:
             weight.requires_grad_(True)
         self._optimizer = torch.optim.Adam(self._predictor, lr=learning_rate, foreach=False)
-        self._errors = _Moments()
+        self._errors = Moments()
 
     def __call__(
         self,
@@ -115,9 +116,10 @@ class PredictionError:
             with torch.no_grad():
                 targets = _forward(self._target, inputs)
                 errors = (_forward(self._predictor, inputs) - targets).square().mean(1)
-            self._errors.add(errors.double())
             self._train(inputs, targets)
-        deviation = self._errors.deviation()
+        numbers = errors.tolist()
+        self._errors.merge(numbers, numbers)
+        deviation = self._errors.deviation(sample=False)
         factor = scale / deviation if deviation > 0 else 0.0
         bonuses = (errors.double() * factor).split([len(row) for row in rows])
         if log_metric is not None and len(errors):
@@ -195,32 +197,6 @@ class PredictionError:
                 (guess - targets[part]).square().mean().backward()
                 self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-
-
-class _Moments:
-    """Number, mean and squared deviations of numbers that come in parts (Chan et al. 1979)."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def add(self, values: Tensor) -> None:
-        if not len(values):
-            return
-        mean = float(values.mean())
-        delta, total = mean - self.mean, self.count + len(values)
-        self.squares += float((values - mean).square().sum())
-        self.squares += delta**2 * self.count * len(values) / total
-        self.mean += delta * len(values) / total
-        self.count = total
-
-    def deviation(self) -> float:
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
 
 
 def _weights(sizes: Sequence[int], generator: torch.Generator) -> Weights:

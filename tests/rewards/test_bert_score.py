@@ -88,14 +88,14 @@ def test_several_references_none_empty_and_long_texts(folder):
     reward = BERTScore(folder, num_layers=3)
     chat = [{"role": "assistant", "content": TEXTS[0]}]
     one, two = call(reward, [TEXTS[0]] * 2, REFERENCES[:2])
-    given = call(reward, [chat, TEXTS[0], TEXTS[0]], [REFERENCES[:2], None, []])
-    assert given == [pytest.approx(max(one, two)), None, None]
+    given = call(reward, [chat, TEXTS[0]], [REFERENCES[:2], None])
+    assert given == [pytest.approx(max(one, two)), None]
     assert call(reward, ["", " ", "the cat"], ["the cat", "", ""]) == [0.0, 0.0, 0.0]
     long = "the cat sat on " * 20
     assert call(reward, [long, "the cat"], [long, "the cat"]) == pytest.approx([1.0, 1.0])
-    with pytest.raises(ValueError, match="expected the column 'reference'"):
+    with pytest.raises(ValueError, match="expected a column 'reference'"):
         reward(["p"], ["c"])
-    with pytest.raises(TypeError, match="expected references of text"):
+    with pytest.raises(ValueError, match="expected column 'reference' of texts"):
         call(reward, ["a"], [3])
 
 

@@ -137,6 +137,14 @@ def test_bad_references(columns, message):
         ChrF()(["p"], ["a"], [[1]], **columns)
 
 
+def test_one_text_is_scored_against_one_reference_or_several():
+    for metric in (ChrF(), BLEU()):
+        assert metric.score("a b c d", "a b c d") == metric.score("a b c d", ["x", "a b c d"])
+        assert metric.score("a b c d", "a b c d") == pytest.approx(1.0)
+        with pytest.raises(ValueError, match="expected references to score a text, got none"):
+            metric.score("a b c d")
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="BLEU: expected tokenizer with immediate=True, got None"):
         BLEU(immediate=True)

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastrl.rewards.prediction_error import PredictionError, _Moments
+from fastrl.rewards._moments import Moments
+from fastrl.rewards.prediction_error import PredictionError
 from fastrl.trainers import _tree
 
 SMALL = dict(vocab_size=50, n=2, dim=8, hidden=32, outputs=8)
@@ -139,10 +140,12 @@ def test_features_of_ones_own_sums_and_annealing():
 
 def test_moments_come_in_parts():
     values = torch.randn(100, dtype=torch.float64) * 3 + 1e4
-    moments = _Moments()
+    moments = Moments()
     for part in values.split([1, 0, 60, 39]):
-        moments.add(part)
-    assert moments.deviation() == pytest.approx(float(values.std(correction=0)), rel=1e-9)
+        moments.merge(part.tolist(), part.abs().tolist())
+    assert moments.deviation(sample=False) == pytest.approx(
+        float(values.std(correction=0)), rel=1e-9
+    )
 
 
 def test_bad_arguments_are_refused():

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from fastrl.rewards._moments import Moments, divided
 from fastrl.rewards.composition._entries import Entry, usable_totals
-from fastrl.rewards.composition._moments import Moments, divided
 from fastrl.rewards.composition._state import check_keys
 
 OVER = ("batch", "group", "running")

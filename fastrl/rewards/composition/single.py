@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 
 from fastrl.rewards._calling import distinct_names
+from fastrl.rewards._moments import Moments, divided
 from fastrl.rewards.composition._composition import Batch, Composition, Part
 from fastrl.rewards.composition._entries import Entry, is_usable, numbers_of, weighted_sum
-from fastrl.rewards.composition._moments import Moments, divided
 from fastrl.rewards.composition._normalizer import checked_decay
 
 
