@@ -1,5 +1,6 @@
 """Asking a person in a terminal: keys as they are pressed, and texts that may hold anything."""
 
+import codecs
 import errno
 import math
 import os
@@ -132,7 +133,7 @@ class Keys:
 
 
 class Screen:
-    """Shows texts to a person: with rich in a terminal, plain elsewhere.
+    """Shows texts to a person: with rich in a terminal with UTF-8, plain elsewhere.
 
     Args:
         file: None: standard output.
@@ -142,7 +143,9 @@ class Screen:
 
     def __init__(self, file: TextIO | None = None) -> None:
         self._file = sys.stdout if file is None else file
-        self._console: Any = _console(self._file) if self._file.isatty() else None
+        # What rich draws with needs more than ASCII and the old encodings have.
+        has_all = codecs.lookup(self._file.encoding or "utf-8").name == "utf-8"
+        self._console: Any = _console(self._file) if has_all and self._file.isatty() else None
 
     def say(self, line: str) -> None:
         """A line about what goes on."""

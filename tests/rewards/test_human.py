@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ import torch
 import fastrl
 from fastrl.models import LSTMLanguageModel
 from fastrl.rewards._judgements import Answers, RecordFile, Tail
+from fastrl.rewards._terminal import Screen
 from fastrl.rewards.file_ratings import FileRatings
 from fastrl.rewards.human import HumanReward
 from fastrl.trainers import PolicyGradientConfig, PolicyGradientTrainer
@@ -237,6 +239,18 @@ def test_in_this_terminal_a_key_is_an_answer(tmp_path):
     assert "\x1b[2J" not in shown and "␛[2J" in shown  # a completion does not steer the terminal
     rows = lines(tmp_path / "ratings.jsonl")
     assert [row.get("rating", "retracted") for row in rows] == [1, 5, "retracted", 4, None]
+
+
+def test_a_terminal_without_utf_8_shows_escapes():
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    terminal = Terminal(io.BytesIO(), encoding="ascii")
+    Screen(terminal).show("1/1", "日", {"A": "é" * 200, "B": "…"})
+    terminal.flush()
+    shown = terminal.buffer.getvalue().decode("ascii")
+    assert "\\u65e5" in shown and "\\xe9" * 200 in shown and "\\u2026" in shown
 
 
 def test_ratings_of_a_file_are_found_by_text(tmp_path):
