@@ -66,6 +66,7 @@ class MetricReward:
         cache_size: completions, and references, that are remembered.
     Raises:
         ValueError: immediate=True without a tokenizer; cache_size below 1.
+        TypeError: metric is neither.
     """
 
     def __init__(
@@ -80,6 +81,11 @@ class MetricReward:
         cache_size: int = 4096,
     ) -> None:
         self._op = type(self).__name__
+        if not hasattr(metric, "against") and not callable(metric):
+            raise TypeError(
+                f"{self._op}: expected metric a Metric or a function of text and references, got "
+                f"{type(metric).__name__}. Pass one of these."
+            )
         if immediate and tokenizer is None and self._cuts_text():
             raise ValueError(
                 f"{self._op}: expected tokenizer with immediate=True, got None. Pass the "

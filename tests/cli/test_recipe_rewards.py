@@ -102,6 +102,9 @@ def test_functions_are_built_with_their_arguments(recipe, tmp_path, monkeypatch)
     assert isinstance(by_name, ContinuationReward) and by_name.repetition_penalty == 0
     rewards = by_name(["a"], [""], [[1]], reference=[" b"])
     assert rewards == [[pytest.approx(1.0)]]
+    shaping = {"use": "PotentialShaping", "reward_function": "ChrF", "potential": "DistinctN"}
+    (shaped,) = load_reward_functions([shaping])
+    assert shaped.__name__ == "shaped_chrf" and shaped.potential.__name__ == "distinct_2"
 
 
 @pytest.mark.parametrize(

@@ -150,5 +150,7 @@ def test_bad_arguments():
         BLEU(immediate=True)
     with pytest.raises(ValueError, match="expected cache_size >= 1, got 0"):
         ChrF(cache_size=0)
+    with pytest.raises(TypeError, match="MetricReward: expected metric a Metric or a function"):
+        MetricReward("chrf")
     with pytest.raises(TypeError, match="expected completions of text"):
         ChrF()(["p"], [[1, 2]], [[1, 2]], reference=["a"])

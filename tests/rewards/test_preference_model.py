@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -164,6 +165,13 @@ def test_a_tokenizer_that_cannot_be_saved_is_asked_for(tmp_path):
         PreferenceModel.load(tmp_path)
     again = PreferenceModel.load(tmp_path, tokenizer=Digits())
     assert torch.equal(again.score(["12"], ["345"]), model.score([[1, 2]], [[3, 4, 5]]))
+
+
+def test_a_saved_tokenizer_needs_its_package(tokenizer, tmp_path, monkeypatch):
+    made(tokenizer=tokenizer).save(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="PreferenceModel: expected the package transformers"):
+        PreferenceModel.load(tmp_path)
 
 
 def test_a_broken_folder_is_an_error(tmp_path):

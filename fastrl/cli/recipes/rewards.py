@@ -11,8 +11,8 @@ from fastrl.cli.recipes.toml import RecipeError
 
 PACKAGE = "fastrl.rewards"  # of names alone
 KEY = "rewards.functions"
-# Arguments whose texts are names too: those of compositions, and what others may call so.
-NAMES_OF_FUNCTIONS = ("part", "parts", "function", "functions")
+# Arguments whose texts are names too: those of our classes, and what others may call so.
+NAMES_OF_FUNCTIONS = ("part", "parts", "function", "functions", "reward_function", "potential")
 Entry = str | dict[str, Any]
 Provided = Mapping[str, Callable[[], Any]]  # what the recipe has for a parameter of that name
 

@@ -160,13 +160,12 @@ class PreferenceModel:
             tokenizer: where the folder has none; one that it has is taken before this.
         Raises:
             ValueError: not such a folder, or cut short; no tokenizer where the model had one.
+            ImportError: a tokenizer was saved, and transformers is not installed.
         """
         folder = Path(folder)
         document = _document(folder / _DOCUMENT)
         if document["tokenizer_is_saved"]:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(folder / _TOKENIZER)
+            tokenizer = _saved_tokenizer(folder / _TOKENIZER)
         elif document["tokenizer"] is not None and tokenizer is None:
             expected = f"tokenizer, a {document['tokenizer']}, for {folder}"
             raise fail(_OP, expected, "None", "It has no save_pretrained: pass it again.")
@@ -217,6 +216,17 @@ def _end_token(tokenizer: Any, language_model: Any) -> int | None:
         if found is not None:
             return found if isinstance(found, int) else found[0]
     return None
+
+
+def _saved_tokenizer(folder: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError(
+            f"{_OP}: expected the package transformers for the tokenizer in {folder}, got none. "
+            'Install it: pip install "fastrl[hf]"'
+        ) from error
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _document(path: Path) -> dict[str, Any]:
