@@ -5,6 +5,7 @@ The p-values have tests of their own in test_over_optimization_test.py.
 
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +160,14 @@ def test_the_divergence_is_that_of_whole_completions():
     assert exact > 0.5
     assert abs(float(got.mean()) - exact) < 4 * float(got.std()) / 2000**0.5
     assert float(got.std()) / 2000**0.5 < 0.02 * exact
+
+
+def test_the_answers_of_an_environment_are_not_the_policys_variety():
+    rollout = SimpleNamespace(
+        completion_ids=[torch.tensor([1, 2, 9, 9, 9, 1, 2]), torch.tensor([3])],
+        is_target=[torch.tensor([1, 1, 0, 0, 0, 1, 1]).bool(), torch.tensor([True])],
+    )
+    assert measures.distinct_2(rollout) == 1 / 2  # of (1, 2) and (1, 2)
 
 
 def test_disagreement_is_recorded():

@@ -3,10 +3,11 @@
 import random
 import warnings
 
+import gamed_runs
 import numpy as np
 import pytest
 import torch
-from gamed_runs import make_run, share, up_to_a_half
+from gamed_runs import HELD_OUT, make_run, share, up_to_a_half
 
 from fastrl.trainers import PolicyGradientTrainer
 
@@ -111,6 +112,29 @@ def test_a_resumed_monitor_has_to_be_the_same(tmp_path):
         with pytest.raises(ValueError, match=message):
             second.resume(tmp_path / "run")
         assert second.step == 0
+
+
+def test_held_out_prompts_have_to_be_the_same_ones(tmp_path, monkeypatch):
+    """As many, but others: their rewards cannot be compared with those before."""
+    first, _ = make_run(share, max_steps=3)
+    first.train()
+    first.save(tmp_path / "run")
+    monkeypatch.setattr(gamed_runs, "HELD_OUT", HELD_OUT[1:] + HELD_OUT[:1])
+    second, _ = make_run(share)
+    with pytest.raises(ValueError, match="expected held-out prompts with SHA-256 '[0-9a-f]{64}'"):
+        second.resume(tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore:KL budget")
+def test_a_stopped_run_makes_no_further_step(tmp_path):
+    options = {"monitor": {"action": "stop", "kl_budget": 1e-9}, "output_dir": tmp_path}
+    trainer, _ = make_run(share, **options)
+    assert len(trainer.train()) == 3 and trainer.train() == []
+    again, monitor = make_run(share, **options)
+    assert again.resume(tmp_path / "checkpoint").train() == []
+    assert again.step == 3 and len(monitor.evaluations) == 2
+    warned, _ = make_run(share, **options | {"monitor": {"kl_budget": 1e-9}}, max_steps=4)
+    assert len(warned.resume(tmp_path / "checkpoint").train()) == 1
 
 
 def test_a_checkpoint_without_a_monitor_resumes_with_one(tmp_path):

@@ -1,10 +1,12 @@
 """What a monitor can be built with."""
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from fastrl.trainers.over_optimization.sequential_test import fewest_prompts
 
 if TYPE_CHECKING:
+    from fastrl.trainers.prompts import PromptDataset
     from fastrl.trainers.trainer import Trainer
 
 ACTIONS = ("warn", "lower", "stop")
@@ -45,6 +47,14 @@ def check_prompts(number: int, planned: int, alpha: float) -> None:
             number,
             "With fewer no alarm is possible: add prompts, or evaluate less often.",
         )
+
+
+def digest(prompts: "PromptDataset") -> str:
+    """Of the prompts' tokens, in their order: evaluations are compared prompt by prompt."""
+    found = hashlib.sha256()
+    for index in range(len(prompts)):
+        found.update(f"{prompts[index].token_ids.tolist()}\n".encode())
+    return found.hexdigest()
 
 
 def wrong(expected: str, got: object, remedy: str) -> ValueError:

@@ -82,9 +82,16 @@ def weighing(scorer: RewardScorer, weights: Sequence[float]) -> Iterator[None]:
 
 
 def distinct_2(rollout: Rollout) -> float:
-    """Different pairs of neighbouring tokens over all such pairs, in all completions together."""
-    pairs = [torch.stack([ids[:-1], ids[1:]], 1) for ids in rollout.completion_ids]
-    together = torch.cat(pairs)
+    """Different pairs of neighbouring tokens over all such pairs, in all completions together.
+
+    Of pairs that the policy wrote: what an environment answers is not its own variety.
+    """
+    together = torch.cat(
+        [
+            torch.stack([ids[:-1], ids[1:]], 1)[own[:-1] & own[1:]]
+            for ids, own in zip(rollout.completion_ids, rollout.is_target, strict=True)
+        ]
+    )
     return len(together.unique(dim=0)) / len(together) if len(together) else math.nan
 
 

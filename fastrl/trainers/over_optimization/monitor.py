@@ -13,7 +13,7 @@ from fastrl.models import reference_policy
 from fastrl.rollout import completion_seeds
 from fastrl.trainers import checkpoint
 from fastrl.trainers._attachments import StopTraining
-from fastrl.trainers.over_optimization._arguments import check_arguments, check_prompts
+from fastrl.trainers.over_optimization._arguments import check_arguments, check_prompts, digest
 from fastrl.trainers.over_optimization.measures import measure
 from fastrl.trainers.over_optimization.sequential_test import PartingTest, Verdict
 from fastrl.trainers.scoring import RewardFunction, RewardScorer
@@ -48,10 +48,11 @@ class OverOptimizationMonitor:
     **What an alarm does.** Each warns (RuntimeWarning), and stands in the record. "lower" also
     doubles `trainer.kl.coef`, or sets it to `kl_start` where it was 0, and halves the weights of
     the reward functions, and with them "reward" in the record (an algorithm that divides
-    advantages by their deviation only notices the former). "stop" ends the run; `train` returns.
-    Where the trainer has an output_dir, the checkpoint with the highest mean of gold so far is
-    kept in `output_dir/best`, with every action. It is the best as measured: the highest of
-    several means is a little too high.
+    advantages by their deviation only notices the former). "stop" ends the run: `train` returns,
+    and makes no further step when it is called again or after a resume. Where the trainer has an
+    output_dir, the checkpoint with the highest mean of gold so far is kept in `output_dir/best`,
+    with every action. It is the best as measured: the highest of several means is a little too
+    high.
 
     **The KL budget**: an evaluation whose summed divergence per completion is above `kl_budget`
     sets off the same action; "warn" then warns again only when it has been below in between.
@@ -106,6 +107,7 @@ class OverOptimizationMonitor:
         self._prompts = trainer.prompts(held_out)
         planned = max(1, (trainer.config.max_steps - trainer.step) // every)
         check_prompts(len(self._prompts), planned, alpha)
+        self._digest = digest(self._prompts)
         self._test = PartingTest(alpha, planned)
         self._gold = _scorer(trainer, gold)
         self._disagreement = None if disagreement is None else _scorer(trainer, disagreement)
@@ -128,9 +130,14 @@ class OverOptimizationMonitor:
         """Evaluate the policy that the run starts from, unless that was done.
 
         Raises:
+            StopTraining: with action "stop", at the step of an alarm, where a run has ended.
             ValueError: output_dir holds the best checkpoint of another run.
         """
         if self.evaluations:
+            last = self.evaluations[-1]
+            is_alarm = last["gold/alarm"] or last["gold/over_budget"]
+            if self._action == "stop" and is_alarm and last["step"] == self._trainer.step:
+                raise StopTraining(f"Stopped by the alarm at step {last['step']:g}.")
             return
         folder = self.best_folder
         if folder is not None and folder.resolve() not in self._trainer.own_checkpoints:
@@ -279,6 +286,7 @@ class OverOptimizationMonitor:
             "seed": self._seed,
             "gold": self._gold.names,
             "number of held-out prompts": len(self._prompts),
+            "held-out prompts with SHA-256": self._digest,
         }
 
 
