@@ -20,7 +20,7 @@ from fastrl.cli.recipes.models import load_tokenizer, train_tokenizer  # noqa: E
 from fastrl.cli.recipes.packing import RowBatches, encoded, packed  # noqa: E402
 from fastrl.cli.recipes.schema import Supervised  # noqa: E402
 from fastrl.cli.recipes.supervised import SupervisedTraining  # noqa: E402
-from fastrl.models import LSTMLanguageModel, load_model  # noqa: E402
+from fastrl.models import LSTMLanguageModel, as_policy, load_model  # noqa: E402
 from fastrl.trainers.loggers import JsonLines  # noqa: E402
 
 ROWS = [
@@ -261,3 +261,27 @@ def test_rows_without_references_are_an_error(recipe, tmp_path, capsys):
     assert train.main([str(recipe), *sets, "--output", str(tmp_path / "run")]) == 2
     assert 'with texts "prompt" and "reference"' in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_dropout_of_a_hugging_face_model_is_off():
+    """GPT-2 has some by default: two trainings are the same, and the loss that of evaluation."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer("bytes")
+    config = transformers.GPT2Config(
+        vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=32, resid_pdrop=0.5,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    rows = [{"prompt": f"{i}: ", "reference": "abc"} for i in range(4)]
+
+    def records():
+        torch.manual_seed(0)
+        policy = as_policy(transformers.GPT2LMHeadModel(config))
+        training = SupervisedTraining(policy, tokenizer, rows, rows, Supervised(steps=2), 0)
+        start = training._validate()
+        torch.manual_seed(1)  # what dropout would draw
+        found = []
+        training.train(found.append)
+        return start, [record["loss"] for record in found]
+
+    (start, losses), (_, again) = records(), records()
+    assert losses == again and losses[0] == pytest.approx(start, rel=1e-5)

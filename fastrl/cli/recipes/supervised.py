@@ -3,9 +3,9 @@
     loss = −Σ_t w_t log P(x_t | x_<t) / Σ_t w_t,   w_t = 1 in a reference, prompt_weight in a prompt
 
 A reference ends with the token that ends completions. Steps are packed without padding, a prompt
-with several references standing once. Every random choice is a function of seed and step, so an
-interrupted part goes on to the same weights. What is kept in the end are the weights that were
-best on the validation rows.
+with several references standing once. There is no dropout, and every random choice is a function
+of seed and step, so an interrupted part goes on to the same weights. What is kept in the end are
+the weights that were best on the validation rows.
 """
 
 import json
@@ -26,6 +26,7 @@ from fastrl.cli.recipes.packing import RowBatches, encoded, packed
 from fastrl.cli.recipes.schema import Supervised
 from fastrl.cli.training.run_folder import RunFolderError, write_atomically
 from fastrl.layout import PackedBatch
+from fastrl.trainers.health import without_dropout
 from fastrl.trainers.tokens import token_scores
 
 LAST_RATE = 0.1  # of the learning rate, at the end
@@ -51,6 +52,7 @@ class SupervisedTraining:
     ) -> None:
         self.policy, self.settings = policy, settings
         self.device = policy.head.weight.device
+        without_dropout(policy)
         ends = end_ids(policy, tokenizer)[:1]
         size = settings.tokens_per_step
         self.batches = RowBatches(encoded(rows, tokenizer, ends), size, seed)
@@ -145,7 +147,6 @@ class SupervisedTraining:
         def loss_fn(logprobs: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
             return -logprobs * weights[rows]
 
-        self.policy.train()
         self.optimizer.zero_grad()
         hidden, head = self.policy.packed_hidden(batch), self.policy.head
         # The gradients form in the forward pass: three products, no logits kept.
@@ -158,7 +159,6 @@ class SupervisedTraining:
         )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.policy.eval()
         if not bool(norm.isfinite()):
             raise FloatingPointError(
                 f"train: expected finite gradients in [supervised], got {float(norm)} at step "
