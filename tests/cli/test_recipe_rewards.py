@@ -9,7 +9,8 @@ import pytest
 for package in ("rich", "safetensors", "transformers"):
     pytest.importorskip(package)
 
-from fastrl.cli import train  # noqa: E402
+import fastrl  # noqa: E402
+from fastrl.cli import report, train  # noqa: E402
 from fastrl.cli.recipes import toml  # noqa: E402
 from fastrl.cli.recipes.parse import read_recipe  # noqa: E402
 from fastrl.cli.recipes.rewards import load_reward_functions  # noqa: E402
@@ -193,11 +194,24 @@ def test_a_monitor_watches_a_run(tmp_path):
     assert len(records()) == 2
     assert {"gold/gold", "gold/kl", "gold/alarm"} <= records()[0].keys()
     assert (run / "best" / "trainer.json").is_file()
+    seen = json.loads((run / "results.json").read_text())["monitor"]
+    assert [evaluation["step"] for evaluation in seen] == [0, 1, 2] and seen[0]["gold/kl"] == 0
+    assert seen[2]["gold/gold"] == records()[1]["gold/gold"]
+    made = json.loads((run / "versions.json").read_text())["starts"]
+    assert [start["step"] for start in made] == [0] and made[0]["fastrl"] == fastrl.__version__
     shutil.rmtree(run / "checkpoint")  # as if it had been killed before its first one
     assert train.main(["--resume", str(run)]) == 0
     assert train.main(["--resume", str(run), "--set", "train.max_steps=3"]) == 0
     assert [record["step"] for record in records()] == [1, 2, 3]
-    assert json.loads((run / "results.json").read_text())["after"]["step"] == 3
+    results = json.loads((run / "results.json").read_text())
+    assert results["after"]["step"] == 3 and len(results["monitor"]) == 4
+    made[0]["torch"] = "2.9.0"  # as if another one had begun
+    (run / "versions.json").write_text(json.dumps({"starts": made}))
+    assert train.main(["--resume", str(run)]) == 0
+    assert [s["step"] for s in json.loads((run / "versions.json").read_text())["starts"]] == [0, 3]
+    assert report.main([str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert f"from step 3: fastrl {fastrl.__version__}" in page
 
 
 @pytest.mark.filterwarnings("ignore:KL budget")

@@ -19,6 +19,7 @@ from fastrl.cli.recipes.toml import RecipeError
 from fastrl.trainers import ActorCriticConfig, ActorCriticTrainer, PolicyGradientTrainer
 from fastrl.trainers.prompts import PromptDataset
 
+MONITOR = "over_optimization"  # what it is attached as
 CHECKED_PROMPTS = 1000  # of which a prompt without tokens is found before the run begins
 
 
@@ -138,7 +139,7 @@ class Parts:
             kl_budget=settings.kl_budget,
             seed=self.recipe.seed,
         )
-        trainer.attach("over_optimization", monitor)
+        trainer.attach(MONITOR, monitor)
 
 
 def tokenizer_of(recipe: Recipe, data: TaskData) -> Any:

@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from fastrl.cli.recipes.build import Parts
+from fastrl.cli.recipes.build import MONITOR, Parts
 from fastrl.cli.recipes.parse import read_recipe
 from fastrl.cli.recipes.preference import train_preference
 from fastrl.cli.recipes.result import show_result
 from fastrl.cli.recipes.schema import Recipe, find_recipe
 from fastrl.cli.recipes.start import prepare_start
 from fastrl.cli.recipes.toml import RecipeError, write_toml
+from fastrl.cli.recipes.versions import note_versions
 from fastrl.cli.training.interruption import Interrupted, StopRequest
 from fastrl.cli.training.run_folder import RunFolder, RunFolderError, write_atomically
 from fastrl.trainers import checkpoint
@@ -34,9 +35,11 @@ class RecipeFolder(RunFolder):
     """The folder of a run that a recipe describes.
 
     recipe.toml  config.json  metrics.jsonl  samples.jsonl  tensorboard/  results.json  checkpoint/
+    versions.json              what it is made with
     tokenizer/                 of a tokenizer that is trained
     supervised.jsonl  start/   of [supervised]: its steps, and the model that it gives
-    best/                      of [over_optimization]: the checkpoint with the most gold
+    best/                      of [over_optimization]: the checkpoint with the most gold; "monitor"
+                               of results.json has all its evaluations
     model/                     of a preference model, which has no checkpoint/ and no samples.jsonl
 
     The recipe has what was asked for, config.json each field of the trainer's config, defaults too.
@@ -70,6 +73,7 @@ def start(name: str, sets: Sequence[str], output: Path | None, stop: StopRequest
     folder = RecipeFolder.create(path)
     with folder.lock():
         folder.write_recipe(recipe)
+        note_versions(folder, 0)
         return _run(parts, learner, folder, stop)
 
 
@@ -97,6 +101,7 @@ def go_on(path: Path, name: str | None, sets: Sequence[str], stop: StopRequest) 
                 _resume(learner, folder)
         if recipe.to_dict() != saved.to_dict():
             folder.write_recipe(recipe)
+        note_versions(folder, 0 if recipe.is_preference else learner.step)
         return _run(parts, learner, folder, stop)
 
 
@@ -204,10 +209,12 @@ class Run:
             finally:  # a step that was taken is logged, whatever becomes of its evaluation
                 for logger in loggers:
                     logger({**record, **figures})
+            self._note_monitor()
             self.stop.check()
 
         if not self.results.get(AFTER, {}).get("stopped"):
             trainer.train(on_step=on_step)
+            self._note_monitor()
         if self.results.get(AFTER, {}).get("step") != trainer.step:
             self._evaluate(AFTER, stopped=trainer.step < last)
 
@@ -248,6 +255,13 @@ class Run:
             **({"stopped": True} if stopped else {}),
         }
         self.folder.write_json(self.folder.results, self.results)
+
+    def _note_monitor(self) -> None:
+        """Its evaluations into results.json: the first one is of no step."""
+        monitor = self.trainer.attachments.get(MONITOR)
+        if monitor is not None and self.results.get("monitor") != (found := monitor.evaluations):
+            self.results["monitor"] = [dict(evaluation) for evaluation in found]
+            self.folder.write_json(self.folder.results, self.results)
 
     def _evaluation(self) -> dict[str, Any]:
         """What `Trainer.evaluate` gives; a signal ends it at once."""

@@ -56,6 +56,19 @@ def data_of(run: RunData) -> str:
     return "a text" if run.is_demo else "unknown"
 
 
+def versions_of(run: RunData) -> str:
+    """What the run was made with; nothing where it is not known."""
+    parts = []
+    for start in run.versions:
+        commit = str(start.get("commit") or "")
+        changed = ", changed" if commit.endswith("+") else ""
+        of = f" ({commit[:12]}{changed})" if commit else ""
+        others = ", ".join(f"{name} {start[name]}" for name in ("torch", "python") if name in start)
+        since = f"from step {start['step']:g}: " if len(run.versions) > 1 else ""
+        parts.append(f"{since}fastrl {start.get('fastrl')}{of}, {others}")
+    return "; ".join(parts)
+
+
 def interval(mean_and_half: tuple[float, float], sign: str = "") -> str:
     """A mean with its half-width, unless that is NaN."""
     mean, half = mean_and_half

@@ -13,6 +13,7 @@ from fastrl.cli.reporting.facts import (
     model_of,
     steps_of,
     time_of,
+    versions_of,
 )
 from fastrl.cli.reporting.numbers import duration, escape, fixed, is_number, number
 from fastrl.cli.reporting.run_data import RunData
@@ -108,6 +109,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     ]
     if run.recipe.get("seed") is not None or run.config.get("seed") is not None:
         facts.insert(5, ("Seed", str(run.recipe.get("seed", run.config.get("seed")))))
+    if run.versions:
+        facts.append(("Made with", versions_of(run)))
     return facts
 
 
