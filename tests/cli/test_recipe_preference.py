@@ -13,6 +13,7 @@ preference = pytest.importorskip("fastrl.rewards.preference")
 
 from fastrl.cli import eval as evaluation  # noqa: E402
 from fastrl.cli import train  # noqa: E402
+from fastrl.cli.recipes.data import load_data  # noqa: E402
 from fastrl.cli.recipes.parse import read_recipe  # noqa: E402
 from fastrl.cli.recipes.toml import RecipeError  # noqa: E402
 from fastrl.trainers.loggers import JsonLines  # noqa: E402
@@ -71,6 +72,18 @@ def test_a_preference_model_is_trained_from_pairs(recipe, tmp_path, capsys):
     assert written == {p: p.read_bytes() for p in written}
     assert evaluation.main([str(folder)]) == 2
     assert "eval: expected a recipe of a policy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sets", [[], ["data.eval_pairs=''"]])
+def test_what_is_measured_on_is_in_no_part_of_training(recipe, sets):
+    """With held-out pairs of their own, and with those that are split off."""
+    data = load_data(read_recipe(recipe, sets))
+    parts = [data.train, data.calibration, data.held_out]
+    prompts = [{row["prompt"] for row in part} for part in parts]
+    assert len(set.union(*prompts)) == sum(map(len, parts)) == (60 if sets else 80)
+    assert len(prompts[1]) == 6 and len(prompts[2]) == (5 if sets else 20)
+    read = {row["prompt"] for row in [*data.supervised, *data.validation]}
+    assert read == prompts[0]
 
 
 def test_an_interrupted_training_begins_again(recipe, tmp_path, monkeypatch, capsys):

@@ -2,7 +2,9 @@
 
 The run's folder gets model/ (`fastrl.rewards.preference.PreferenceModel.load`), metrics.jsonl and
 results.json: what the model is worth on the held-out pairs "before" and "after", "uncalibrated"
-with the temperature that training leaves, "calibration", and "cross_validation".
+with the temperature that training leaves, "calibration", and "cross_validation", of all pairs that
+are not held out. A [supervised] part without rows of its own reads the preferred completions of
+those, so the folds' models have read them as texts; the held-out and calibrating pairs' never.
 """
 
 import math
@@ -13,17 +15,12 @@ from rich.console import Console
 from fastrl.cli.recipes.build import Parts
 from fastrl.cli.recipes.schema import FOLDS
 from fastrl.cli.recipes.start import write_whole
-from fastrl.cli.recipes.tasks.files import split_off, without
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.cli.training.interruption import StopRequest
 from fastrl.trainers.loggers import JsonLines, ProgressBar
 
 if TYPE_CHECKING:
     from fastrl.cli.recipes.run import RecipeFolder
-
-# Of the pairs: the temperature is fitted to them, the weights are not. As many are held out where
-# the recipe has no held-out pairs.
-CALIBRATION = 0.1
 
 
 def train_preference(
@@ -63,12 +60,8 @@ def _trained(
 
     recipe = parts.recipe
     config = recipe.config()
-    others, chosen = split_off(list(parts.data.train), CALIBRATION, recipe.seed)
-    fitted = without(others, chosen)
-    held_out = parts.data.held_out
-    if held_out is None:
-        fitted, held_out = split_off(fitted, CALIBRATION, recipe.seed + 1)
-        fitted = without(fitted, held_out)
+    data = parts.data
+    fitted, chosen, held_out = data.train, data.calibration, data.held_out
     console.print(
         f"preference: {len(fitted)} pairs, {len(chosen)} to calibrate on, "
         f"{len(held_out)} held out; run folder {folder.path}",
@@ -108,7 +101,7 @@ def _cross_validated(parts: Parts, config: Any, folds: int) -> dict[str, Any]:
 
     found = cross_validate(
         parts.policy,
-        list(parts.data.train),
+        [*parts.data.train, *parts.data.calibration],
         config,
         folds=folds,
         seed=parts.recipe.seed,
