@@ -253,6 +253,21 @@ def test_another_algorithm_starts_from_the_same_start(finished, recipe, tmp_path
     assert len(lines(folder, "metrics.jsonl")) == 3
 
 
+def test_a_start_is_not_measured_on_what_it_was_trained_on(finished, recipe, tmp_path, capsys):
+    """As with data of another seed; the copy of a copy knows as well."""
+    (tmp_path / "other.py").write_text(TASK.replace("range(50, 53)", "range(38, 40)").replace(
+        "range(40)", "range(38)"))  # fmt: skip
+    copy = tmp_path / "run"
+    sets = ["--set", f"model.start={finished / 'start'}"]
+    assert train.main([str(recipe), *sets, "--output", str(copy)]) == 0
+    sets = ["--set", f"model.start={copy / 'start'}", "--output", str(tmp_path / "third")]
+    sets += ["--set", f"data.builder={tmp_path}/other.py:build"]
+    capsys.readouterr()
+    assert train.main([str(recipe), *sets]) == 2
+    assert "was not trained on, got 'count 38 '" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
 def test_rows_without_references_are_an_error(recipe, tmp_path, capsys):
     (tmp_path / "bad.py").write_text(
         "def rows(folder, seed):\n    return {'train': [{'prompt': str(i)} for i in range(40)]}\n"

@@ -16,6 +16,7 @@ from fastrl.cli.recipes.models import (
 from fastrl.cli.recipes.rewards import Provided, load_reward_functions
 from fastrl.cli.recipes.schema import Recipe
 from fastrl.cli.recipes.toml import RecipeError
+from fastrl.cli.recipes.trained_on import check_held_out
 from fastrl.trainers import ActorCriticConfig, ActorCriticTrainer, PolicyGradientTrainer
 from fastrl.trainers.prompts import PromptDataset
 
@@ -62,6 +63,7 @@ class Parts:
                     f"train: expected model.start a folder like RUN/start, got {start}, which is "
                     "not there. A run with [supervised] writes it."
                 )
+            check_held_out(start, data.held_out)
         has_start = start.is_dir()
         if has_start:
             found = load_tokenizer(str(start))
@@ -79,7 +81,7 @@ class Parts:
             data=data,
             tokenizer=found,
             functions=load_reward_functions(recipe.rewards.functions, given),
-            gold=None if gold is None else load_reward_functions([gold], given, key)[0],
+            gold=load_reward_functions([gold], given, key)[0] if gold else None,
         )
 
     def policy(self) -> Any:
