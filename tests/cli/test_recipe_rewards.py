@@ -11,7 +11,8 @@ for package in ("rich", "safetensors", "transformers"):
 
 import fastrl  # noqa: E402
 from fastrl.cli import report, train  # noqa: E402
-from fastrl.cli.recipes import toml  # noqa: E402
+from fastrl.cli.recipes import schema, toml  # noqa: E402
+from fastrl.cli.recipes.build import Parts  # noqa: E402
 from fastrl.cli.recipes.parse import read_recipe  # noqa: E402
 from fastrl.cli.recipes.rewards import load_reward_functions  # noqa: E402
 from fastrl.cli.recipes.toml import RecipeError  # noqa: E402
@@ -84,6 +85,16 @@ def test_tables_have_absolute_paths_and_are_written_as_they_are(recipe, tmp_path
     assert other.rewards.functions[0]["factor"] == 2
 
 
+def test_paths_among_arguments_are_those_of_the_recipes_folder(recipe, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    text = recipe.read_text().replace(
+        "factor = 3", 'factor = 3, model = ["run/model", "no/model"], url = "http://a/b"'
+    )
+    recipe.write_text(text)
+    table = read_recipe(recipe).rewards.functions[0]
+    assert table["model"] == [f"{tmp_path}/run/model", "no/model"] and table["url"] == "http://a/b"
+
+
 def test_functions_are_built_with_their_arguments(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     read = read_recipe(recipe)
@@ -153,6 +164,8 @@ def test_fields_of_one_algorithm(recipe, tmp_path):
         (["algorithm=a2c", "train.a2c.gamma=3"], r"gamma .*in \[0, 1\], got 3"),
         (["rewards.functions=[3, 4]"], "a list, each entry a text or a table"),
         (["over_optimization.gold=3"], "to be a text or a table, got 3"),
+        (["data.pairs=pairs.jsonl"], "data.pairs with algorithm preference, got grpo"),
+        (["preference.epochs=2"], r"\[preference\] in .* with algorithm preference, got grpo"),
         (["data.builder=multi30k_pairs"], "data.prompts in .* without data.builder, got both"),
         (["model.vocab_size=3"], "vocab_size >= 257, got 3"),
         (["supervised.learning_rate=0.0"], "learning_rate > 0, got 0.0"),
@@ -224,6 +237,15 @@ def test_a_run_that_its_monitor_has_stopped_stays_stopped(tmp_path):
     assert after["step"] == 1 and after["stopped"]
     assert train.main(["--resume", str(run)]) == 0
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_monitor_needs_a_gold_reward(tmp_path):
+    tiny = schema.find_recipe("tiny_grpo")
+    with pytest.raises(RecipeError, match="gold in .* with other keys of that table, got nothing"):
+        read_recipe(tiny, ['over_optimization.action="stop"'])
+    off = read_recipe(tiny, ["over_optimization.gold=''", 'over_optimization.action="stop"'])
+    parts = Parts.load(off, tmp_path, tokenizer=tmp_path / "no", start=tmp_path / "no")
+    assert parts.gold is None
 
 
 def test_a_monitor_needs_held_out_prompts(tmp_path, capsys):
