@@ -3,11 +3,13 @@
 The run's folder gets model/ (`fastrl.rewards.preference.PreferenceModel.load`), metrics.jsonl and
 results.json: what the model is worth on the held-out pairs "before" and "after", "uncalibrated"
 with the temperature that training leaves, "calibration", and "cross_validation", of all pairs that
-are not held out. A [supervised] part without rows of its own reads the preferred completions of
-those, so the folds' models have read them as texts; the held-out and calibrating pairs' never.
+are not held out, by the models in folds/0, folds/1, ..., each trained without those of its fold. A
+[supervised] part without rows of its own reads the preferred completions of the pairs that are
+trained on, so the folds' models have read those as texts.
 """
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -79,7 +81,8 @@ def _trained(
 
         def on_step(record: dict[str, float]) -> None:
             step = int(record["step"]) + 1
-            log({**record, "step": step})
+            others = {name: value for name, value in record.items() if name != "time"}
+            log({**others, "step": step, "time/step": record["time"]})
             bar.update(step, f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.2f}")
             stop.check()
 
@@ -90,12 +93,14 @@ def _trained(
     folds = recipe.preference.get(FOLDS, 0)
     if folds:
         with stop.at_once():
-            results["cross_validation"] = _cross_validated(parts, config, folds)
+            results["cross_validation"] = _cross_validated(parts, folder, config, folds)
     write_whole(folder.path / "model", model.save)
     return results
 
 
-def _cross_validated(parts: Parts, config: Any, folds: int) -> dict[str, Any]:
+def _cross_validated(
+    parts: Parts, folder: "RecipeFolder", config: Any, folds: int
+) -> dict[str, Any]:
     """Of each fold, and of all pairs by models that have not seen their prompts."""
     from fastrl.rewards.preference import cross_validate
 
@@ -107,6 +112,12 @@ def _cross_validated(parts: Parts, config: Any, folds: int) -> dict[str, Any]:
         seed=parts.recipe.seed,
         tokenizer=parts.tokenizer,
     )
+
+    def write(place: Path) -> None:
+        for number, model in enumerate(found.models):
+            model.save(place / str(number))
+
+    write_whole(folder.path / "folds", write)
     return {
         **_figures(found.evaluation),
         "folds": [_figures(evaluation) for evaluation in found.evaluations],

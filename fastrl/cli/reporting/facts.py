@@ -56,6 +56,17 @@ def data_of(run: RunData) -> str:
     return "a text" if run.is_demo else "unknown"
 
 
+def cross_validation_of(run: RunData) -> str:
+    """What models that have not seen a pair's prompt say of it; nothing without them."""
+    found = run.cross_validation
+    keys = [f"eval/{key}" for key in ("accuracy", "accuracy_low", "accuracy_high")]
+    if not all(is_number(found.get(key)) for key in keys):
+        return ""
+    mean, low, high = (fixed(found[key]) for key in keys)
+    folds = len(found.get("folds", ()))
+    return f"accuracy {mean} (95 % interval {low} to {high}) in {folds} folds"
+
+
 def versions_of(run: RunData) -> str:
     """What the run was made with; nothing where it is not known."""
     parts = []

@@ -8,6 +8,7 @@ from fastrl.cli.reporting.charts import letter
 from fastrl.cli.reporting.evaluations import Gain, figure_rows, gain_of
 from fastrl.cli.reporting.facts import (
     INTERVAL_NOTE,
+    cross_validation_of,
     data_of,
     interval,
     model_of,
@@ -109,6 +110,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     ]
     if run.recipe.get("seed") is not None or run.config.get("seed") is not None:
         facts.insert(5, ("Seed", str(run.recipe.get("seed", run.config.get("seed")))))
+    if cross_validation_of(run):
+        facts.append(("Cross-validation", cross_validation_of(run)))
     if run.versions:
         facts.append(("Made with", versions_of(run)))
     return facts

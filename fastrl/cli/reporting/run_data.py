@@ -33,6 +33,7 @@ class RunData:
         samples: of samples.jsonl.
         monitor: evaluations of the over-optimisation monitor, that before the first step too.
         versions: of versions.json: what the run was made with, from which step.
+        cross_validation: of a preference model; empty without one.
         before, after: evaluations of held-out prompts; empty before they were made.
         total: planned steps; None: unknown.
         written: when a step was last logged, or else when the run began.
@@ -51,6 +52,7 @@ class RunData:
     samples: list[Record] = field(default_factory=list)
     monitor: list[Record] = field(default_factory=list)
     versions: list[Record] = field(default_factory=list)
+    cross_validation: Record = field(default_factory=dict)
     before: Record = field(default_factory=dict)
     after: Record = field(default_factory=dict)
     total: int | None = None
@@ -136,6 +138,7 @@ def _recipe_run(folder: RunFolder) -> RunData:
         samples=_with_step(read_lines(path / "samples.jsonl", notes)),
         monitor=_with_step(results.get("monitor", ())),
         versions=_versions(folder),
+        cross_validation=results.get("cross_validation", {}),
         before=results.get("before", {}),
         after=results.get("after", {}),
         total=config.get("max_steps"),
