@@ -192,6 +192,7 @@ def monitored(tmp_path, *more):
         "train.max_steps=2", "train.max_new_tokens=4", "log.tensorboard=false",
         f"data.eval={tmp_path}/held_out.txt", f"over_optimization.gold={tmp_path}/gold.py:gold",
         "over_optimization.every=1", "over_optimization.kl_budget=50",
+        "over_optimization.proxy={use='DistinctN', n=1}",
     ]  # fmt: skip
     return [option for text in (*sets, *more) for option in ("--set", text)]
 
@@ -206,6 +207,7 @@ def test_a_monitor_watches_a_run(tmp_path):
 
     assert len(records()) == 2
     assert {"gold/gold", "gold/kl", "gold/alarm"} <= records()[0].keys()
+    assert all(0 < record["gold/proxy"] <= 1 for record in records())  # the rewards give more
     assert (run / "best" / "trainer.json").is_file()
     seen = json.loads((run / "results.json").read_text())["monitor"]
     assert [evaluation["step"] for evaluation in seen] == [0, 1, 2] and seen[0]["gold/kl"] == 0
@@ -235,8 +237,13 @@ def test_a_run_that_its_monitor_has_stopped_stays_stopped(tmp_path):
     assert train.main(["tiny_grpo", *options, "--output", str(run)]) == 0
     after = json.loads((run / "results.json").read_text())["after"]
     assert after["step"] == 1 and after["stopped"]
-    assert train.main(["--resume", str(run)]) == 0
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+    # Finished, or ended while what it is worth was measured.
+    for _ in range(2):
+        assert train.main(["--resume", str(run)]) == 0
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+        results = json.loads((run / "results.json").read_text())
+        assert results["after"]["stopped"]
+        (run / "results.json").write_text(json.dumps({"before": results["before"]}))
 
 
 def test_a_monitor_needs_a_gold_reward(tmp_path):

@@ -32,7 +32,7 @@ class Parts:
         output: the run's folder.
         start: the folder of the policy that the algorithm starts from; None: as the recipe has it.
         functions: reward functions.
-        gold: the monitor's; None without one.
+        gold, proxy: the monitor's; None without one.
     """
 
     recipe: Recipe
@@ -42,6 +42,7 @@ class Parts:
     tokenizer: Any
     functions: list[Any]
     gold: Any
+    proxy: Any
 
     @classmethod
     def load(cls, recipe: Recipe, output: Path, *, tokenizer: Path, start: Path) -> "Parts":
@@ -72,8 +73,11 @@ class Parts:
         else:
             found = tokenizer_of(recipe, data)
         given = provided(found, data)
-        gold = recipe.over_optimization.gold
-        key = "over_optimization.gold"
+        watching = {
+            name: load_reward_functions([entry], given, f"over_optimization.{name}")[0]
+            for name in ("gold", "proxy")
+            if (entry := getattr(recipe.over_optimization, name))
+        }
         return cls(
             recipe=recipe,
             output=output,
@@ -81,7 +85,8 @@ class Parts:
             data=data,
             tokenizer=found,
             functions=load_reward_functions(recipe.rewards.functions, given),
-            gold=load_reward_functions([gold], given, key)[0] if gold else None,
+            gold=watching.get("gold"),
+            proxy=watching.get("proxy"),
         )
 
     def policy(self) -> Any:
@@ -134,6 +139,7 @@ class Parts:
             trainer,
             self.gold,
             self.data.held_out,
+            proxy=self.proxy,
             every=settings.every,
             completions_per_prompt=settings.completions_per_prompt,
             alpha=settings.alpha,

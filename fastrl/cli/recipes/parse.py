@@ -18,7 +18,10 @@ PATHS = ("model.path", "model.tokenizer", "model.critic", "data.prompts", "data.
 )
 ONLY_PATHS = ("model.start", "data.folder")  # nothing but paths, whether or not they exist
 # Names of Python code: "file.py:function" is a path as well.
-CODE = ("rewards.functions[]", "over_optimization.gold", "data.builder")
+CODE = ("rewards.functions[]", "data.builder") + (
+    "over_optimization.gold",
+    "over_optimization.proxy",
+)
 ALGORITHMS = tuple(name for config in CONFIGS for name in config.ALGORITHMS)
 
 

@@ -257,7 +257,7 @@ class Run:
         self.folder.write_json(self.folder.results, self.results)
 
     def _note_monitor(self) -> None:
-        """Its evaluations into results.json: the first one is of no step."""
+        """Into results.json: the first of its evaluations is of no step."""
         monitor = self.trainer.attachments.get(MONITOR)
         if monitor is not None and self.results.get("monitor") != (found := monitor.evaluations):
             self.results["monitor"] = [dict(evaluation) for evaluation in found]

@@ -77,6 +77,8 @@ temperature = 1.0               default: that of training
 gold = {use = "ROUGE"}          that reward, like one of rewards.functions; default, and "": nothing
 every = 10                      is watched. The others are OverOptimizationMonitor's: steps between
 completions_per_prompt = 1      two looks,
+proxy = {use = "ChrF"}          what is trained on, where the rewards are normalised or follow a
+                                schedule, so that they cannot be compared; default: these
 alpha = 0.05                    the level of its test,
 action = "warn"                 what an alarm does,
 kl_budget = 20.0                nats per completion from the start; default: any
@@ -192,6 +194,7 @@ class Eval:
 @dataclass(frozen=True, kw_only=True)
 class OverOptimization:
     gold: str | dict[str, Any] | None = None
+    proxy: str | dict[str, Any] | None = None
     every: int = 10
     completions_per_prompt: int = 1
     alpha: float = 0.05

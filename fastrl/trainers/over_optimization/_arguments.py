@@ -1,9 +1,11 @@
 """What a monitor can be built with."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastrl.trainers.over_optimization.sequential_test import fewest_prompts
+from fastrl.trainers.scoring import RewardFunction, RewardScorer
 
 if TYPE_CHECKING:
     from fastrl.trainers.prompts import PromptDataset
@@ -55,6 +57,14 @@ def digest(prompts: "PromptDataset") -> str:
     for index in range(len(prompts)):
         found.update(f"{prompts[index].token_ids.tolist()}\n".encode())
     return found.hexdigest()
+
+
+def scorer_of(
+    trainer: "Trainer", functions: RewardFunction | Sequence[RewardFunction]
+) -> RewardScorer:
+    """Of reward functions, as patient as the trainer's."""
+    config = trainer.config
+    return RewardScorer(functions, timeout=config.reward_timeout, errors=config.reward_errors)
 
 
 def wrong(expected: str, got: object, remedy: str) -> ValueError:

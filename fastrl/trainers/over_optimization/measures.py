@@ -42,6 +42,7 @@ def measure(
     prompts: PromptDataset,
     reference: Any,
     gold: RewardScorer,
+    proxy: RewardScorer | None,
     disagreement: RewardScorer | None,
     *,
     proxy_weights: Sequence[float],
@@ -52,13 +53,17 @@ def measure(
 
     Args:
         reference: whose divergence "kl" is.
+        proxy: None: the trainer's own.
         proxy_weights: of the trainer's reward functions, whatever theirs are at the moment.
         seed: decides everything that is drawn.
     """
     temperature = trainer.config.temperature
     drawn = draw(trainer, prompts, None, completions_per_prompt, temperature, seed)
-    with weighing(trainer.scorer, proxy_weights):
-        proxies = score(trainer, trainer.scorer, drawn, seed)
+    if proxy is not None:
+        proxies = score(trainer, proxy, drawn, seed)
+    else:
+        with weighing(trainer.scorer, proxy_weights):
+            proxies = score(trainer, trainer.scorer, drawn, seed)
     golds = score(trainer, gold, drawn, seed)
     gold_means, proxy_means = (_by_prompt(scores, len(prompts)) for scores in (golds, proxies))
     numbers = _mean("gold/gold", gold_means) | _mean("gold/proxy", proxy_means)

@@ -13,10 +13,15 @@ from fastrl.models import reference_policy
 from fastrl.rollout import completion_seeds
 from fastrl.trainers import checkpoint
 from fastrl.trainers._attachments import StopTraining
-from fastrl.trainers.over_optimization._arguments import check_arguments, check_prompts, digest
+from fastrl.trainers.over_optimization._arguments import (
+    check_arguments,
+    check_prompts,
+    digest,
+    scorer_of,
+)
 from fastrl.trainers.over_optimization.measures import measure
 from fastrl.trainers.over_optimization.sequential_test import PartingTest, Verdict
-from fastrl.trainers.scoring import RewardFunction, RewardScorer
+from fastrl.trainers.scoring import RewardFunction
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
@@ -65,10 +70,13 @@ class OverOptimizationMonitor:
     for. `evaluations` lists those of all evaluations, that before the first step included.
 
     Args:
-        trainer: whose run is watched. Its reward, with the weights as they are now, is the proxy.
+        trainer: whose run is watched.
         gold: the reward that counts, as reward functions: one, or a list that is added up. It
             must not be what is trained on. Where the proxy is a reward model, a model that was
             fitted on the other folds of the preferences is one, or a list of several.
+        proxy: what is trained on, as a reward that means the same at every step, likewise; None:
+            the trainer's, with its weights as they are now. One that is normalised over a group or
+            a batch, or whose parts follow a schedule, does not: pass its parts.
         held_out: prompts that are not trained on, in the forms of a trainer's dataset. Too few of
             them are an error: the test could then never say anything.
         every: steps between two evaluations.
@@ -97,6 +105,7 @@ class OverOptimizationMonitor:
         action: str = "warn",
         kl_budget: float | None = None,
         seed: int = 0,
+        proxy: RewardFunction | Sequence[RewardFunction] | None = None,
         disagreement: RewardFunction | Sequence[RewardFunction] | None = None,
         kl_start: float = 0.05,
     ) -> None:
@@ -109,12 +118,12 @@ class OverOptimizationMonitor:
         check_prompts(len(self._prompts), planned, alpha)
         self._digest = digest(self._prompts)
         self._test = PartingTest(alpha, planned)
-        self._gold = _scorer(trainer, gold)
-        self._disagreement = None if disagreement is None else _scorer(trainer, disagreement)
+        self._gold = scorer_of(trainer, gold)
+        self._proxy = None if proxy is None else scorer_of(trainer, proxy)
+        self._disagreement = None if disagreement is None else scorer_of(trainer, disagreement)
         self._weights = list(trainer.scorer.weights)
-        self._own_reference: Any = None
-        if trainer.reference is None:
-            self._own_reference = reference_policy(trainer.policy)
+        own = reference_policy(trainer.policy) if trainer.reference is None else None
+        self._own_reference: Any = own
         self._lowered = 0  # how often
         self._said: list[str] = []  # what is said once
         self._best = -math.inf
@@ -161,6 +170,7 @@ class OverOptimizationMonitor:
             self._prompts,
             self._own_reference if trainer.reference is None else trainer.reference,
             self._gold,
+            self._proxy,
             self._disagreement,
             proxy_weights=self._weights,
             completions_per_prompt=self._count,
@@ -285,13 +295,7 @@ class OverOptimizationMonitor:
             "alpha": self._test.alpha,
             "seed": self._seed,
             "gold": self._gold.names,
+            "proxy": (self._trainer.scorer if self._proxy is None else self._proxy).names,
             "number of held-out prompts": len(self._prompts),
             "held-out prompts with SHA-256": self._digest,
         }
-
-
-def _scorer(
-    trainer: "Trainer", functions: RewardFunction | Sequence[RewardFunction]
-) -> RewardScorer:
-    config = trainer.config
-    return RewardScorer(functions, timeout=config.reward_timeout, errors=config.reward_errors)
