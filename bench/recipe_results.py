@@ -117,7 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="data.folder of the recipes")
     parser.add_argument("--actor-critic", default="a2c", metavar="ALGORITHM")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[RECIPE:]KEY=VALUE",
+        help="for all recipes, or for one",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, help="of a run; default: cores / jobs")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="gets the table too")
@@ -128,6 +134,7 @@ def jobs_of(
     name: str, seed: int, output: Path, sets: tuple[str, ...], actor_critic: str
 ) -> list[Job]:
     """The runs of one recipe and seed, in an order in which each has what it starts from."""
+    sets = _of_recipe(Path(name).stem, sets)
     own = read_recipe(find_recipe(name), sets).algorithm
     place = output / Path(name).stem
     first = Job(name, own, seed, place / f"{own}-{seed}", None, sets)
@@ -135,6 +142,18 @@ def jobs_of(
         return [first]
     second = place / f"{actor_critic}-{seed}"
     return [first, Job(name, actor_critic, seed, second, first.folder, sets)]
+
+
+def _of_recipe(recipe: str, sets: tuple[str, ...]) -> tuple[str, ...]:
+    """KEY=VALUE of those that are for all recipes, or for this one."""
+    found = []
+    for text in sets:
+        name, colon, _ = text.partition("=")[0].partition(":")
+        if not colon:
+            found.append(text)
+        elif name == recipe:
+            found.append(text.partition(":")[2])
+    return tuple(found)
 
 
 def finish_all(groups: Sequence[Sequence[Job]], threads: int, each: Callable[..., Any]) -> None:

@@ -81,6 +81,13 @@ def test_runs_are_collected_and_not_repeated(tmp_path, monkeypatch):
     assert "- `count 51 ` → `None`" in text and f"  - a2c: `{said.replace('`', chr(39))}`" in text
 
 
+def test_a_key_can_be_set_for_one_recipe(tmp_path):
+    sets = ("train.max_steps=3", "mine:train.seed=7", "other:train.max_steps=4")
+    (tmp_path / "mine.toml").write_text(RECIPE)
+    job, _ = recipe_results.jobs_of(str(tmp_path / "mine.toml"), 0, tmp_path / "out", sets, "a2c")
+    assert job.sets == ("train.max_steps=3", "train.seed=7")
+
+
 def test_a_table_takes_the_place_of_the_old_one(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"# Mine\n{recipe_tables.BEGIN}\nold\n{recipe_tables.END}\nafter\n")

@@ -19,6 +19,7 @@ def build(
     stretch_words: int = 96,
     stride: int = 24,
     held_out: int = 200,
+    offset: int = 0,
 ) -> dict[str, Any]:
     """Trains on valid.txt, holds out test.txt.
 
@@ -29,6 +30,7 @@ def build(
         stretch_words: of a row of the supervised part, prompt and reference together.
         stride: words from one training prompt to the next in a paragraph.
         held_out: prompts, one of a paragraph.
+        offset: 1 holds out other prompts than 0, 2 again others, as far as there are.
     Returns:
         rows with "prompt" and "reference", which begins with the blank between them.
     """
@@ -41,7 +43,7 @@ def build(
     )
     return {
         "train": train,
-        "held_out": without(spread(test, held_out), train, supervised, checked),
+        "held_out": without(spread(test, held_out, offset), train, supervised, checked),
         "supervised": supervised,
         "validation": checked,
         "texts": paragraphs,

@@ -19,6 +19,7 @@ def build(
     turn_words: int = 30,
     reference_words: int = 16,
     held_out: int = 200,
+    offset: int = 0,
 ) -> dict[str, Any]:
     """Holds out every eighth scene of 40 turns.
 
@@ -30,6 +31,7 @@ def build(
         reference_words: a turn that is asked for has at most so many; the supervised part learns
             longer ones too, as far as turn_words.
         held_out: prompts.
+        offset: 1 holds out other prompts than 0, 2 again others, as far as there are.
     Returns:
         rows with "prompt", which ends with the speaker's name, "reference" and "speaker".
     """
@@ -47,7 +49,7 @@ def build(
     supervised, checked = rows(others), rows(validation)
     return {
         "train": short(supervised),
-        "held_out": without(spread(short(rows(test)), held_out), supervised, checked),
+        "held_out": without(spread(short(rows(test)), held_out, offset), supervised, checked),
         "supervised": supervised,
         "validation": without(checked, supervised),
     }

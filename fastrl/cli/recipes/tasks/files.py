@@ -43,10 +43,21 @@ def read_text(folder: Path | None, data_set: str, name: str) -> str:
         ) from error
 
 
-def spread(entries: Sequence[Entry], count: int) -> list[Entry]:
-    """At most so many, evenly from the whole list."""
+def spread(entries: Sequence[Entry], count: int, offset: int = 0) -> list[Entry]:
+    """At most so many, evenly from the whole list.
+
+    Args:
+        offset: how far behind the usual ones; others have none of them in common.
+    Raises:
+        RecipeError: there are too few for that offset.
+    """
     count = min(count, len(entries))
-    return [entries[i * len(entries) // count] for i in range(count)]
+    if offset and not 0 < offset < len(entries) // max(1, count):
+        raise RecipeError(
+            f"train: expected offset below {len(entries)} rows / {count} held out, got {offset}. "
+            "Lower data.arguments.held_out."
+        )
+    return [entries[i * len(entries) // count + offset] for i in range(count)]
 
 
 def split_off(entries: Sequence[Entry], share: float, seed: int) -> tuple[list[Entry], list[Entry]]:
