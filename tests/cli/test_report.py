@@ -108,6 +108,20 @@ def test_what_the_monitor_found_before_the_first_step_is_the_origin(tmp_path):
     assert [r["step"] for r in read_runs([run])[0].evaluations] == [0, 5, 10, 15, 20]
 
 
+def test_what_an_alarm_did_and_kept_is_said(tmp_path):
+    run = written_run(tmp_path / "run", steps=45, total=60)
+    assert "is in best/" not in reported(run).text
+    (run / "best").mkdir()
+    results = json.loads((run / "results.json").read_text())
+    results["after"] = {"step": 45, "stopped": True}
+    (run / "results.json").write_text(json.dumps(results))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    golds = {r["gold/gold"]: r["step"] for r in records if "gold/gold" in r}
+    text = reported(run).text
+    assert "Stopped by its monitor after step 45 of 60." in text and "Not finished" not in text
+    assert f"{max(golds):.3f} at step {golds[max(golds)]}, is in best/" in text
+
+
 def test_the_versions_that_made_a_run_are_shown(tmp_path):
     run = written_run(tmp_path / "run", steps=2)
     starts = [{"step": 0, "fastrl": "0.1.0", "commit": "0123456789abcdef+", "torch": "2.13.0"}]

@@ -39,6 +39,12 @@ def problems(runs: Sequence[RunData]) -> str:
         for record in run.alarms:
             said.append(f'<li class="warn">{_sign()}<span>{who}{_alarm(record)}</span></li>')
         said += [f"<li>{_sign()}<span>{who}{text}</span></li>" for text in _warnings(run)]
+        if run.alarms and _best(run):
+            said.append(f"<li>{_sign('i')}<span>{who}{_best(run)}</span></li>")
+        if run.after.get("stopped"):
+            stopped = f"<strong>Stopped</strong> by its monitor after step {run.step:,}"
+            of = "" if run.total is None else f" of {run.total:,}"
+            said.append(f"<li>{_sign('i')}<span>{who}{stopped}{of}.</span></li>")
         if not run.is_finished:
             said.append(f"<li>{_sign('i')}<span>{who}{_unfinished(run)}</span></li>")
         if index == 0 or run.folder != runs[index - 1].folder:
@@ -85,6 +91,19 @@ def _alarm(record: dict[str, Any]) -> str:
     return (
         f"<strong>Alarm at step {record['step']:g}</strong>: {', and '.join(parts)}. "
         f"There gold was {gold} and the proxy {proxy}."
+    )
+
+
+def _best(run: RunData) -> str:
+    """Which checkpoint has the most gold."""
+    if not (run.folder / "best").is_dir():
+        return ""
+    golds = {r["step"]: r["gold/gold"] for r in run.evaluations if is_number(r.get("gold/gold"))}
+    if not golds:
+        return ""
+    step = max(golds, key=golds.__getitem__)  # the first of equals, as the monitor keeps it
+    return (
+        f"The checkpoint with the most gold, {number(golds[step])} at step {step:g}, is in best/."
     )
 
 
