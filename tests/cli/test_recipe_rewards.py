@@ -214,7 +214,9 @@ def test_a_monitor_watches_a_run(tmp_path):
     assert seen[2]["gold/gold"] == records()[1]["gold/gold"]
     made = json.loads((run / "versions.json").read_text())["starts"]
     assert [start["step"] for start in made] == [0] and made[0]["fastrl"] == fastrl.__version__
-    shutil.rmtree(run / "checkpoint")  # as if it had been killed before its first one
+    # As if it had been killed before its first one, while it cleared away the last but one best.
+    shutil.rmtree(run / "checkpoint")
+    (run / ".best.previous").mkdir()
     assert train.main(["--resume", str(run)]) == 0
     assert train.main(["--resume", str(run), "--set", "train.max_steps=3"]) == 0
     assert [record["step"] for record in records()] == [1, 2, 3]
@@ -230,13 +232,14 @@ def test_a_monitor_watches_a_run(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:KL budget")
-def test_a_run_that_its_monitor_has_stopped_stays_stopped(tmp_path):
+def test_a_run_that_its_monitor_has_stopped_stays_stopped(tmp_path, capsys):
     options = monitored(tmp_path, 'over_optimization.action="stop"', "train.max_steps=5")
     options += ["--set", "over_optimization.kl_budget=1e-9"]
     run = tmp_path / "run"
     assert train.main(["tiny_grpo", *options, "--output", str(run)]) == 0
     after = json.loads((run / "results.json").read_text())["after"]
     assert after["step"] == 1 and after["stopped"]
+    assert "Stopped by [over_optimization] after step 1." in capsys.readouterr().out
     # Finished, or ended while what it is worth was measured.
     for _ in range(2):
         assert train.main(["--resume", str(run)]) == 0

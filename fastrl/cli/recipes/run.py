@@ -24,6 +24,7 @@ from fastrl.cli.recipes.versions import note_versions
 from fastrl.cli.training.interruption import Interrupted, StopRequest
 from fastrl.cli.training.run_folder import RunFolder, RunFolderError, write_atomically
 from fastrl.trainers import checkpoint
+from fastrl.trainers._checkpoint_files import beside
 from fastrl.trainers.loggers import JsonLines, ProgressBar, SampleTable, TensorBoard
 
 BEFORE, AFTER = "before", "after"  # the entries of results.json
@@ -154,7 +155,8 @@ def _interrupted(
 def _resume(trainer: Any, folder: RecipeFolder) -> None:
     """From the last checkpoint; a run that was stopped before its first one begins again."""
     if not checkpoint.exists(folder.checkpoint):
-        shutil.rmtree(folder.best, ignore_errors=True)  # of the steps that are repeated
+        for place in (folder.best, beside(folder.best, "previous")):  # of steps that are repeated
+            shutil.rmtree(place, ignore_errors=True)
         return
     try:
         trainer.resume(folder.checkpoint)
@@ -190,6 +192,8 @@ class Run:
             self.stop.check()
             self._train(stack)
         show_result(self.console, self.folder.metrics, self.results, self.recipe)
+        if self.results[AFTER].get("stopped"):
+            self._say(f"\nStopped by [over_optimization] after step {self.trainer.step}.")
         self._say(f"\nThe run and its checkpoint are in {self.folder.path}")
         return 0
 
