@@ -23,6 +23,10 @@ class Attachments:
     def __iter__(self) -> Iterator[Part]:
         return iter(self._parts.values())
 
+    def get(self, name: str) -> Any:
+        """The part of that name, or None."""
+        return self._parts.get(name)
+
     def add(self, name: str, part: Part) -> None:
         """See `Trainer.attach`."""
         if not isinstance(name, str) or not callable(part):

@@ -1,6 +1,7 @@
 """algorithm = "preference": a run that ends with a reward model."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,8 @@ for package in ("rich", "safetensors", "transformers"):
 preference = pytest.importorskip("fastrl.rewards.preference")
 
 from fastrl.cli import eval as evaluation  # noqa: E402
-from fastrl.cli import train  # noqa: E402
+from fastrl.cli import report, sample, train  # noqa: E402
+from fastrl.cli.recipes.data import load_data  # noqa: E402
 from fastrl.cli.recipes.parse import read_recipe  # noqa: E402
 from fastrl.cli.recipes.toml import RecipeError  # noqa: E402
 from fastrl.trainers.loggers import JsonLines  # noqa: E402
@@ -71,6 +73,67 @@ def test_a_preference_model_is_trained_from_pairs(recipe, tmp_path, capsys):
     assert written == {p: p.read_bytes() for p in written}
     assert evaluation.main([str(folder)]) == 2
     assert "eval: expected a recipe of a policy" in capsys.readouterr().err
+    assert sample.main([str(folder), "--prompt", "a"]) == 2
+    assert "expected a run of a policy" in capsys.readouterr().err
+    assert report.main([str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert "accuracy 1.000 (95 % interval" in page and "in 2 folds" in page
+
+
+POLICY = """
+algorithm = "rloo"
+[model]
+lstm = {embed_dim = 16, hidden_dim = 16}
+tokenizer = "bytes"
+[data]
+prompts = "pairs.jsonl"
+eval = "held_out.jsonl"
+[rewards]
+functions = [{use = "PreferenceReward", model = "judge/model", immediate = true}]
+[train]
+max_steps = 2
+prompts_per_step = 2
+completions_per_prompt = 4
+max_new_tokens = 4
+[over_optimization]
+gold = {use = "PreferenceReward", model = ["judge/folds/0", "judge/folds/1"]}
+every = 1
+kl_budget = 1e-9
+action = "lower"
+[log]
+tensorboard = false
+"""
+
+
+@pytest.mark.filterwarnings("ignore:KL budget")
+def test_a_policy_learns_from_the_model_and_is_watched_by_the_folds(recipe, monkeypatch, tmp_path):
+    """From another folder than the recipe's, and resumed from a third one."""
+    folder = recipe.parent
+    sets = ["--set", "preference.epochs=1", "--output", str(folder / "judge")]
+    assert train.main([str(recipe), *sets]) == 0
+    (folder / "policy.toml").write_text(POLICY)
+    assert train.main([str(folder / "policy.toml"), "--output", str(folder / "run")]) == 0
+    monkeypatch.chdir(tmp_path)
+    sets = ["--set", "train.max_steps=3"]
+    assert train.main(["--resume", str(folder / "run"), *sets]) == 0
+    records = [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3]
+    assert all(math.isfinite(r["rewards/preference/mean"] + r["gold/gold"]) for r in records)
+    # Each alarm doubles it; a record has that of its own step, before its evaluation.
+    assert [r["kl_coef"] for r in records] == [0, 0.05, 0.1]
+    assert evaluation.main([str(folder / "run"), "--limit", "3"]) == 0
+
+
+@pytest.mark.parametrize("sets", [[], ["data.eval_pairs=''"]])
+def test_what_is_measured_on_is_in_no_part_of_training(recipe, sets):
+    """With held-out pairs of their own, and with those that are split off."""
+    data = load_data(read_recipe(recipe, sets))
+    parts = [data.train, data.calibration, data.held_out]
+    prompts = [{row["prompt"] for row in part} for part in parts]
+    assert len(set.union(*prompts)) == sum(map(len, parts)) == (60 if sets else 80)
+    assert len(prompts[1]) == 6 and len(prompts[2]) == (5 if sets else 20)
+    read = {row["prompt"] for row in [*data.supervised, *data.validation]}
+    assert read == prompts[0]
 
 
 def test_an_interrupted_training_begins_again(recipe, tmp_path, monkeypatch, capsys):
@@ -100,6 +163,7 @@ def test_an_interrupted_training_begins_again(recipe, tmp_path, monkeypatch, cap
         (["preference.epochs=0"], r"in \[preference\] of .*epochs a whole number >= 1"),
         (["preference.folds=1"], "preference.folds to be 0, or a whole number >= 2, got 1"),
         (["train.gamma=1"], "without algorithm preference"),
+        (["rewards.functions=['a:b']"], "without algorithm preference, got preference"),
         (["data.builder=multi30k_pairs"], "data.pairs in .* or else data.builder, got both"),
     ],
 )

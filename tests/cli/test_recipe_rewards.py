@@ -9,8 +9,10 @@ import pytest
 for package in ("rich", "safetensors", "transformers"):
     pytest.importorskip(package)
 
-from fastrl.cli import train  # noqa: E402
-from fastrl.cli.recipes import toml  # noqa: E402
+import fastrl  # noqa: E402
+from fastrl.cli import report, train  # noqa: E402
+from fastrl.cli.recipes import schema, toml  # noqa: E402
+from fastrl.cli.recipes.build import Parts  # noqa: E402
 from fastrl.cli.recipes.parse import read_recipe  # noqa: E402
 from fastrl.cli.recipes.rewards import load_reward_functions  # noqa: E402
 from fastrl.cli.recipes.toml import RecipeError  # noqa: E402
@@ -81,6 +83,16 @@ def test_tables_have_absolute_paths_and_are_written_as_they_are(recipe, tmp_path
     assert dataclasses.replace(read_recipe(copy), source="") == dataclasses.replace(read, source="")
     other = read_recipe(recipe, ['rewards.functions=[{use="mine.py:Scaled", factor=2}, "a:b"]'])
     assert other.rewards.functions[0]["factor"] == 2
+
+
+def test_paths_among_arguments_are_those_of_the_recipes_folder(recipe, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    text = recipe.read_text().replace(
+        "factor = 3", 'factor = 3, model = ["run/model", "no/model"], url = "http://a/b"'
+    )
+    recipe.write_text(text)
+    table = read_recipe(recipe).rewards.functions[0]
+    assert table["model"] == [f"{tmp_path}/run/model", "no/model"] and table["url"] == "http://a/b"
 
 
 def test_functions_are_built_with_their_arguments(recipe, tmp_path, monkeypatch):
@@ -155,6 +167,8 @@ def test_fields_of_one_algorithm(recipe, tmp_path):
         (["algorithm=a2c", "train.a2c.gamma=3"], r"gamma .*in \[0, 1\], got 3"),
         (["rewards.functions=[3, 4]"], "a list, each entry a text or a table"),
         (["over_optimization.gold=3"], "to be a text or a table, got 3"),
+        (["data.pairs=pairs.jsonl"], "data.pairs with algorithm preference, got grpo"),
+        (["preference.epochs=2"], r"\[preference\] in .* with algorithm preference, got grpo"),
         (["data.builder=multi30k_pairs"], "data.prompts in .* without data.builder, got both"),
         (["model.vocab_size=3"], "vocab_size >= 257, got 3"),
         (["supervised.learning_rate=0.0"], "learning_rate > 0, got 0.0"),
@@ -181,6 +195,7 @@ def monitored(tmp_path, *more):
         "train.max_steps=2", "train.max_new_tokens=4", "log.tensorboard=false",
         f"data.eval={tmp_path}/held_out.txt", f"over_optimization.gold={tmp_path}/gold.py:gold",
         "over_optimization.every=1", "over_optimization.kl_budget=50",
+        "over_optimization.proxy={use='DistinctN', n=1}",
     ]  # fmt: skip
     return [option for text in (*sets, *more) for option in ("--set", text)]
 
@@ -195,24 +210,55 @@ def test_a_monitor_watches_a_run(tmp_path):
 
     assert len(records()) == 2
     assert {"gold/gold", "gold/kl", "gold/alarm"} <= records()[0].keys()
+    assert all(0 < record["gold/proxy"] <= 1 for record in records())  # the rewards give more
     assert (run / "best" / "trainer.json").is_file()
-    shutil.rmtree(run / "checkpoint")  # as if it had been killed before its first one
+    seen = json.loads((run / "results.json").read_text())["monitor"]
+    assert [evaluation["step"] for evaluation in seen] == [0, 1, 2] and seen[0]["gold/kl"] == 0
+    assert seen[2]["gold/gold"] == records()[1]["gold/gold"]
+    made = json.loads((run / "versions.json").read_text())["starts"]
+    assert [start["step"] for start in made] == [0] and made[0]["fastrl"] == fastrl.__version__
+    # As if it had been killed before its first one, while it cleared away the last but one best.
+    shutil.rmtree(run / "checkpoint")
+    (run / ".best.previous").mkdir()
     assert train.main(["--resume", str(run)]) == 0
     assert train.main(["--resume", str(run), "--set", "train.max_steps=3"]) == 0
     assert [record["step"] for record in records()] == [1, 2, 3]
-    assert json.loads((run / "results.json").read_text())["after"]["step"] == 3
+    results = json.loads((run / "results.json").read_text())
+    assert results["after"]["step"] == 3 and len(results["monitor"]) == 4
+    made[0]["torch"] = "2.9.0"  # as if another one had begun
+    (run / "versions.json").write_text(json.dumps({"starts": made}))
+    assert train.main(["--resume", str(run)]) == 0
+    assert [s["step"] for s in json.loads((run / "versions.json").read_text())["starts"]] == [0, 3]
+    assert report.main([str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert f"from step 3: fastrl {fastrl.__version__}" in page
 
 
 @pytest.mark.filterwarnings("ignore:KL budget")
-def test_a_run_that_its_monitor_has_stopped_stays_stopped(tmp_path):
+def test_a_run_that_its_monitor_has_stopped_stays_stopped(tmp_path, capsys):
     options = monitored(tmp_path, 'over_optimization.action="stop"', "train.max_steps=5")
     options += ["--set", "over_optimization.kl_budget=1e-9"]
     run = tmp_path / "run"
     assert train.main(["tiny_grpo", *options, "--output", str(run)]) == 0
     after = json.loads((run / "results.json").read_text())["after"]
     assert after["step"] == 1 and after["stopped"]
-    assert train.main(["--resume", str(run)]) == 0
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+    assert "Stopped by [over_optimization] after step 1." in capsys.readouterr().out
+    # Finished, or ended while what it is worth was measured.
+    for _ in range(2):
+        assert train.main(["--resume", str(run)]) == 0
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+        results = json.loads((run / "results.json").read_text())
+        assert results["after"]["stopped"]
+        (run / "results.json").write_text(json.dumps({"before": results["before"]}))
+
+
+def test_a_monitor_needs_a_gold_reward(tmp_path):
+    tiny = schema.find_recipe("tiny_grpo")
+    with pytest.raises(RecipeError, match="gold in .* with other keys of that table, got nothing"):
+        read_recipe(tiny, ['over_optimization.action="stop"'])
+    off = read_recipe(tiny, ["over_optimization.gold=''", 'over_optimization.action="stop"'])
+    parts = Parts.load(off, tmp_path, tokenizer=tmp_path / "no", start=tmp_path / "no")
+    assert parts.gold is None
 
 
 def test_a_monitor_needs_held_out_prompts(tmp_path, capsys):

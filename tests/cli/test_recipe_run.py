@@ -105,7 +105,7 @@ def test_a_run_depends_on_its_seed_and_on_nothing_that_was_drawn_before(recipe, 
 def test_a_run_leaves_what_it_promises(finished, recipe):
     assert {path.name for path in finished.iterdir()} == {
         ".lock", "recipe.toml", "config.json", "metrics.jsonl", "samples.jsonl", "tensorboard",
-        "results.json", "checkpoint",
+        "results.json", "checkpoint", "versions.json",
     }  # fmt: skip
     lines = records(finished)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]

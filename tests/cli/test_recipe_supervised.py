@@ -20,7 +20,7 @@ from fastrl.cli.recipes.models import load_tokenizer, train_tokenizer  # noqa: E
 from fastrl.cli.recipes.packing import RowBatches, encoded, packed  # noqa: E402
 from fastrl.cli.recipes.schema import Supervised  # noqa: E402
 from fastrl.cli.recipes.supervised import SupervisedTraining  # noqa: E402
-from fastrl.models import LSTMLanguageModel, load_model  # noqa: E402
+from fastrl.models import LSTMLanguageModel, as_policy, load_model  # noqa: E402
 from fastrl.trainers.loggers import JsonLines  # noqa: E402
 
 ROWS = [
@@ -253,6 +253,21 @@ def test_another_algorithm_starts_from_the_same_start(finished, recipe, tmp_path
     assert len(lines(folder, "metrics.jsonl")) == 3
 
 
+def test_a_start_is_not_measured_on_what_it_was_trained_on(finished, recipe, tmp_path, capsys):
+    """As with data of another seed; the copy of a copy knows as well."""
+    (tmp_path / "other.py").write_text(TASK.replace("range(50, 53)", "range(38, 40)").replace(
+        "range(40)", "range(38)"))  # fmt: skip
+    copy = tmp_path / "run"
+    sets = ["--set", f"model.start={finished / 'start'}"]
+    assert train.main([str(recipe), *sets, "--output", str(copy)]) == 0
+    sets = ["--set", f"model.start={copy / 'start'}", "--output", str(tmp_path / "third")]
+    sets += ["--set", f"data.builder={tmp_path}/other.py:build"]
+    capsys.readouterr()
+    assert train.main([str(recipe), *sets]) == 2
+    assert "was not trained on, got 'count 38 '" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
 def test_rows_without_references_are_an_error(recipe, tmp_path, capsys):
     (tmp_path / "bad.py").write_text(
         "def rows(folder, seed):\n    return {'train': [{'prompt': str(i)} for i in range(40)]}\n"
@@ -261,3 +276,27 @@ def test_rows_without_references_are_an_error(recipe, tmp_path, capsys):
     assert train.main([str(recipe), *sets, "--output", str(tmp_path / "run")]) == 2
     assert 'with texts "prompt" and "reference"' in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_dropout_of_a_hugging_face_model_is_off():
+    """GPT-2 has some by default: two trainings are the same, and the loss that of evaluation."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer("bytes")
+    config = transformers.GPT2Config(
+        vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=32, resid_pdrop=0.5,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    rows = [{"prompt": f"{i}: ", "reference": "abc"} for i in range(4)]
+
+    def records():
+        torch.manual_seed(0)
+        policy = as_policy(transformers.GPT2LMHeadModel(config))
+        training = SupervisedTraining(policy, tokenizer, rows, rows, Supervised(steps=2), 0)
+        start = training._validate()
+        torch.manual_seed(1)  # what dropout would draw
+        found = []
+        training.train(found.append)
+        return start, [record["loss"] for record in found]
+
+    (start, losses), (_, again) = records(), records()
+    assert losses == again and losses[0] == pytest.approx(start, rel=1e-5)

@@ -136,6 +136,9 @@ def test_pairs_prefer_the_true_translation(captions):
     for pair in rows["train"] + rows["held_out"]:
         number = pair["prompt"].split()[4]
         assert f" {number} ." in pair["chosen"] and pair["rejected"] != pair["chosen"]
+    known = {row["prompt"] for row in rows["train"] + rows["held_out"]}
+    assert len(rows["supervised"]) == 10
+    assert not known & {row["prompt"] for row in rows["supervised"]}
     made = {pairs.worse("a b c d e f", "u v w x y z", random.Random(i)) for i in range(40)}
     assert "u v w x y z" in made and "a b c x y z" in made
     assert any(sorted(text) == sorted("a b c d e f") for text in made)

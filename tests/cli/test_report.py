@@ -2,6 +2,7 @@ import json
 import math
 import re
 import statistics
+import subprocess
 
 import pytest
 
@@ -23,8 +24,10 @@ from reported_runs import (  # noqa: E402
 
 from fastrl.cli import main as cli  # noqa: E402
 from fastrl.cli import report  # noqa: E402
+from fastrl.cli.recipes.versions import commit_of  # noqa: E402
 from fastrl.cli.reporting.axes import limits, tick_labels, ticks  # noqa: E402
 from fastrl.cli.reporting.evaluations import pair_samples  # noqa: E402
+from fastrl.cli.reporting.run_data import read_runs  # noqa: E402
 from fastrl.cli.reporting.series import running_mean, thinned  # noqa: E402
 
 
@@ -89,6 +92,58 @@ def test_charts_are_of_what_was_logged(full, run):
     assert "Alarms at  45" in said
     last = math.sqrt(records[-1]["gold/kl"])
     assert f"{records[-1]['gold/gold']:.3f} at {last:.2f}" in full.descriptions["chart-gold-kl"]
+
+
+def test_what_the_monitor_found_before_the_first_step_is_the_origin(tmp_path):
+    """No step logs it; later ones stand in the log too, and those beyond it are repeated."""
+    run = written_run(tmp_path / "run", steps=20)
+    results = json.loads((run / "results.json").read_text())
+    results["monitor"] = [
+        {"step": step, "gold/gold": 0.123, "gold/proxy": 0.2, "gold/kl": 0.03 * step}
+        for step in (0, 5, 30)
+    ]
+    (run / "results.json").write_text(json.dumps(results))
+    said = reported(run).descriptions
+    assert "0.123 at 0," in said["chart-gold-kl"] and "0.123 at 0," in said["chart-gold"]
+    assert [r["step"] for r in read_runs([run])[0].evaluations] == [0, 5, 10, 15, 20]
+
+
+def test_what_an_alarm_did_and_kept_is_said(tmp_path):
+    run = written_run(tmp_path / "run", steps=45, total=60)
+    assert "is in best/" not in reported(run).text
+    (run / "best").mkdir()
+    results = json.loads((run / "results.json").read_text())
+    results["after"] = {"step": 45, "stopped": True}
+    (run / "results.json").write_text(json.dumps(results))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    golds = {r["gold/gold"]: r["step"] for r in records if "gold/gold" in r}
+    text = reported(run).text
+    assert "Stopped by its monitor after step 45 of 60." in text and "Not finished" not in text
+    assert f"{max(golds):.3f} at step {golds[max(golds)]}, is in best/" in text
+
+
+def test_the_versions_that_made_a_run_are_shown(tmp_path):
+    run = written_run(tmp_path / "run", steps=2)
+    starts = [{"step": 0, "fastrl": "0.1.0", "commit": "0123456789abcdef+", "torch": "2.13.0"}]
+    (run / "versions.json").write_text(json.dumps({"starts": starts}))
+    assert "Made withfastrl 0.1.0 (0123456789ab, changed), torch 2.13.0" in reported(run).text
+
+
+def test_a_commit_is_that_of_the_files_own_repository(tmp_path):
+    def git(*arguments):
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
+
+    file, other = tmp_path / "tracked.py", tmp_path / "other.py"
+    for path in (file, other):
+        path.write_text("")
+    assert commit_of(file) is None
+    git("init", "-q")
+    git("add", "tracked.py")
+    git("commit", "-qm", "message")
+    assert re.fullmatch("[0-9a-f]{40}", commit_of(file)) and commit_of(other) is None
+    file.write_text("1")
+    assert re.fullmatch("[0-9a-f]{40}[+]", commit_of(file))
 
 
 def curve(folder, identifier):

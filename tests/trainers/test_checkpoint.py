@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from compared_runs import Counting, contents, noise, seed_all, weights_of, without_times
 
 from fastrl.models import ActorCritic, LSTMLanguageModel
 from fastrl.trainers import load_model
@@ -31,50 +32,18 @@ FILES = [
 
 
 def noisy(completion_ids, **_):
-    """A reward function that draws from every global generator."""
-    noise = random.gauss(0, 1) + np.random.randn() + float(torch.rand(()))
-    return [[token / 8 + noise for token in ids] for ids in completion_ids]
+    shared = noise()
+    return [[token / 8 + shared for token in ids] for ids in completion_ids]
 
 
-class Counting:
-    """A reward function that changes from call to call."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, completion_ids, **_):
-        self.calls += 1
-        return [float(sum(ids) % (self.calls + 1)) for ids in completion_ids]
-
-    def state_dict(self):
-        return {"calls": self.calls}
-
-    def load_state_dict(self, state):
-        self.calls = state["calls"]
-
-
-def seed_all(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def weights_of(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-
-def without_times(records):
-    return [{k: v for k, v in r.items() if "time" not in k and "second" not in k} for r in records]
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def counting():
+    return Counting(lambda ids, calls: float(sum(ids) % (calls + 1)))
 
 
 @pytest.mark.parametrize("kind, config", RUNS)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(make_trainer, tmp_path, kind, config):
     def make():
-        return make_trainer(kind, [noisy, Counting()], max_steps=7, **config)
+        return make_trainer(kind, [noisy, counting()], max_steps=7, **config)
 
     seed_all(9)
     whole = make()
@@ -232,7 +201,7 @@ def test_no_checkpoint_at_all(make_trainer, tmp_path):
         ({"gamma": 0.5}, "expected config gamma 1.0 .*got 0.5"),
         ({"reward_weights": [2.0]}, r"expected config reward_weights None .*got \[2.0\]"),
         ({"dataset": [[1]]}, "expected dataset size 3 .*got 1"),
-        ({"reward_functions": Counting()}, r"expected the state .*functions \['Counting'\]"),
+        ({"reward_functions": counting()}, r"expected the state .*functions \['Counting'\]"),
         ({"kl_every": 0}, "expected config kl_every 1 .*got 0"),
     ],
 )

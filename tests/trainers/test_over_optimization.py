@@ -5,11 +5,13 @@ The p-values have tests of their own in test_over_optimization_test.py.
 
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from gamed_runs import (
     HELD_OUT,
+    TRAINED_ON,
     half_of_it_and_noise,
     make_run,
     share,
@@ -17,8 +19,9 @@ from gamed_runs import (
     up_to_a_half,
 )
 
+from fastrl.rewards import NormalizedSum
 from fastrl.rollout import completion_seeds
-from fastrl.trainers import StopTraining
+from fastrl.trainers import PolicyGradientTrainer, StopTraining
 from fastrl.trainers.over_optimization import OverOptimizationMonitor, measures
 
 pytestmark = pytest.mark.filterwarnings("ignore:Reward (falling|stalled)")
@@ -161,6 +164,14 @@ def test_the_divergence_is_that_of_whole_completions():
     assert float(got.std()) / 2000**0.5 < 0.02 * exact
 
 
+def test_the_answers_of_an_environment_are_not_the_policys_variety():
+    rollout = SimpleNamespace(
+        completion_ids=[torch.tensor([1, 2, 9, 9, 9, 1, 2]), torch.tensor([3])],
+        is_target=[torch.tensor([1, 1, 0, 0, 0, 1, 1]).bool(), torch.tensor([True])],
+    )
+    assert measures.distinct_2(rollout) == 1 / 2  # of (1, 2) and (1, 2)
+
+
 def test_disagreement_is_recorded():
     trainer, monitor = make_run(share, max_steps=3, monitor={"disagreement": up_to_a_half})
     trainer.train()
@@ -217,6 +228,23 @@ def test_arguments_that_do_not_fit(options, config, message):
         ValueError, match="^OverOptimizationMonitor: expected " + re.escape(message)
     ):
         make_run(share, monitor=options, **config)
+
+
+def test_a_normalised_reward_is_watched_by_its_parts():
+    """Over a group its mean is 0 for each prompt, at every step: such a proxy never rises."""
+    trainer, _ = make_run(share, max_steps=24)
+    normalised = NormalizedSum({"share": share}, over="group")
+    trainer = PolicyGradientTrainer(trainer.model, normalised, TRAINED_ON, trainer.config)
+    options = {"every": 3, "completions_per_prompt": 2}
+    blind = OverOptimizationMonitor(trainer, up_to_a_half, HELD_OUT, **options)
+    seeing = OverOptimizationMonitor(trainer, up_to_a_half, HELD_OUT, proxy=share, **options)
+    trainer.attach("blind", blind)
+    trainer.attach("seeing", seeing)
+    with pytest.warns(RuntimeWarning, match="Over-optimisation"):
+        trainer.train()
+    assert max(e["gold/alarm"] for e in seeing.evaluations) == 1
+    assert max(e["gold/alarm"] for e in blind.evaluations) == 0
+    assert abs(blind.evaluations[-1]["gold/proxy"]) < 1e-5 < seeing.evaluations[-1]["gold/proxy"]
 
 
 def test_gold_that_is_no_function_is_refused():

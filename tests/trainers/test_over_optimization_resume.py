@@ -3,63 +3,33 @@
 import random
 import warnings
 
-import numpy as np
+import gamed_runs
 import pytest
 import torch
-from gamed_runs import make_run, share, up_to_a_half
+from compared_runs import Counting, contents, noise, seed_all, weights_of, without_times
+from gamed_runs import HELD_OUT, make_run, share, up_to_a_half
 
 from fastrl.trainers import PolicyGradientTrainer
+from fastrl.trainers._attachments import Attachments
 
 pytestmark = pytest.mark.filterwarnings("ignore:Reward (falling|stalled)")
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def without_times(records):
-    return [{k: v for k, v in r.items() if "time" not in k and "second" not in k} for r in records]
-
-
 def noisy(completion_ids, **_):
-    """Draws from every global generator."""
-    noise = random.gauss(0, 1) + np.random.randn() + float(torch.rand(()))
-    return [ids.count(3) / 8 + noise for ids in completion_ids]
-
-
-class Counting:
-    """A reward that changes from call to call."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, completion_ids, **_):
-        self.calls += 1
-        return [ids.count(3) / 8 + self.calls for ids in completion_ids]
-
-    def state_dict(self):
-        return {"calls": self.calls}
-
-    def load_state_dict(self, state):
-        self.calls = state["calls"]
-
-
-def seed_all(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def weights_of(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    shared = noise()
+    return [ids.count(3) / 8 + shared for ids in completion_ids]
 
 
 @pytest.mark.filterwarnings("ignore:Over-optimisation")  # all of a call share their noise
 def test_watching_changes_nothing():
-    def run(every):
+    def run(every=6, is_watched=True):
         trainer, monitor = make_run(noisy, max_steps=6, monitor={"every": every, "alpha": 0.5})
-        trainer.scorer = type(trainer.scorer)([noisy, Counting()])
+        trainer.scorer = type(trainer.scorer)(
+            [noisy, Counting(lambda ids, calls: ids.count(3) / 8 + calls)]
+        )
         monitor._weights = [1.0, 1.0]
+        if not is_watched:
+            trainer.attachments = Attachments()
         seed_all(4)
         records = [
             {k: v for k, v in record.items() if not k.startswith("gold/")}
@@ -67,9 +37,10 @@ def test_watching_changes_nothing():
         ]
         return str(records), weights_of(trainer), torch.rand(3), random.random()
 
-    often, once = run(1), run(6)
-    assert often[0] == once[0] and often[3] == once[3]
-    assert torch.equal(often[1], once[1]) and torch.equal(often[2], once[2])
+    never = run(is_watched=False)
+    for found in (run(1), run(6)):
+        assert found[0] == never[0] and found[3] == never[3]
+        assert torch.equal(found[1], never[1]) and torch.equal(found[2], never[2])
 
 
 @pytest.mark.parametrize("kl_every", [1, 0])
@@ -111,6 +82,29 @@ def test_a_resumed_monitor_has_to_be_the_same(tmp_path):
         with pytest.raises(ValueError, match=message):
             second.resume(tmp_path / "run")
         assert second.step == 0
+
+
+def test_held_out_prompts_have_to_be_the_same_ones(tmp_path, monkeypatch):
+    """As many, but others: their rewards cannot be compared with those before."""
+    first, _ = make_run(share, max_steps=3)
+    first.train()
+    first.save(tmp_path / "run")
+    monkeypatch.setattr(gamed_runs, "HELD_OUT", HELD_OUT[1:] + HELD_OUT[:1])
+    second, _ = make_run(share)
+    with pytest.raises(ValueError, match="expected held-out prompts with SHA-256 '[0-9a-f]{64}'"):
+        second.resume(tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore:KL budget")
+def test_a_stopped_run_makes_no_further_step(tmp_path):
+    options = {"monitor": {"action": "stop", "kl_budget": 1e-9}, "output_dir": tmp_path}
+    trainer, _ = make_run(share, **options)
+    assert len(trainer.train()) == 3 and trainer.train() == []
+    again, monitor = make_run(share, **options)
+    assert again.resume(tmp_path / "checkpoint").train() == []
+    assert again.step == 3 and len(monitor.evaluations) == 2
+    warned, _ = make_run(share, **options | {"monitor": {"kl_budget": 1e-9}}, max_steps=4)
+    assert len(warned.resume(tmp_path / "checkpoint").train()) == 1
 
 
 def test_a_checkpoint_without_a_monitor_resumes_with_one(tmp_path):

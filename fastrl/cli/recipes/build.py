@@ -16,9 +16,11 @@ from fastrl.cli.recipes.models import (
 from fastrl.cli.recipes.rewards import Provided, load_reward_functions
 from fastrl.cli.recipes.schema import Recipe
 from fastrl.cli.recipes.toml import RecipeError
+from fastrl.cli.recipes.trained_on import check_held_out
 from fastrl.trainers import ActorCriticConfig, ActorCriticTrainer, PolicyGradientTrainer
 from fastrl.trainers.prompts import PromptDataset
 
+MONITOR = "over_optimization"  # what it is attached as
 CHECKED_PROMPTS = 1000  # of which a prompt without tokens is found before the run begins
 
 
@@ -30,7 +32,7 @@ class Parts:
         output: the run's folder.
         start: the folder of the policy that the algorithm starts from; None: as the recipe has it.
         functions: reward functions.
-        gold: the monitor's; None without one.
+        gold, proxy: the monitor's; None without one.
     """
 
     recipe: Recipe
@@ -40,6 +42,7 @@ class Parts:
     tokenizer: Any
     functions: list[Any]
     gold: Any
+    proxy: Any
 
     @classmethod
     def load(cls, recipe: Recipe, output: Path, *, tokenizer: Path, start: Path) -> "Parts":
@@ -61,6 +64,7 @@ class Parts:
                     f"train: expected model.start a folder like RUN/start, got {start}, which is "
                     "not there. A run with [supervised] writes it."
                 )
+            check_held_out(start, data.held_out)
         has_start = start.is_dir()
         if has_start:
             found = load_tokenizer(str(start))
@@ -69,8 +73,11 @@ class Parts:
         else:
             found = tokenizer_of(recipe, data)
         given = provided(found, data)
-        gold = recipe.over_optimization.gold
-        key = "over_optimization.gold"
+        watching = {
+            name: load_reward_functions([entry], given, f"over_optimization.{name}")[0]
+            for name in ("gold", "proxy")
+            if (entry := getattr(recipe.over_optimization, name))
+        }
         return cls(
             recipe=recipe,
             output=output,
@@ -78,7 +85,8 @@ class Parts:
             data=data,
             tokenizer=found,
             functions=load_reward_functions(recipe.rewards.functions, given),
-            gold=None if gold is None else load_reward_functions([gold], given, key)[0],
+            gold=watching.get("gold"),
+            proxy=watching.get("proxy"),
         )
 
     def policy(self) -> Any:
@@ -131,6 +139,7 @@ class Parts:
             trainer,
             self.gold,
             self.data.held_out,
+            proxy=self.proxy,
             every=settings.every,
             completions_per_prompt=settings.completions_per_prompt,
             alpha=settings.alpha,
@@ -138,7 +147,7 @@ class Parts:
             kl_budget=settings.kl_budget,
             seed=self.recipe.seed,
         )
-        trainer.attach("over_optimization", monitor)
+        trainer.attach(MONITOR, monitor)
 
 
 def tokenizer_of(recipe: Recipe, data: TaskData) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from fastrl.cli.recipes.schema import Recipe
+from fastrl.cli.recipes.schema import OverOptimization, Recipe
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.trainers import ActorCriticConfig
 
@@ -30,6 +30,7 @@ def check_values(recipe: Recipe, where: Where) -> None:
     """Raise a RecipeError that says where."""
     _check_model(recipe, where)
     _check_data(recipe, where)
+    _check_algorithm(recipe, where)
     if not recipe.is_preference:
         _check_rewards(recipe, where)
     for key, low in LEAST.items():
@@ -39,6 +40,30 @@ def check_values(recipe: Recipe, where: Where) -> None:
             raise wrong(where(key), f">= {low}", value)
     if not recipe.supervised.learning_rate > 0:
         raise wrong(where("supervised.learning_rate"), "> 0", recipe.supervised.learning_rate)
+
+
+def _check_algorithm(recipe: Recipe, where: Where) -> None:
+    """Raise where the recipe has what its algorithm would not look at."""
+    of_policies = {
+        "data.prompts": recipe.data.prompts,
+        "data.eval": recipe.data.eval,
+        "rewards.functions": recipe.rewards.functions,
+        "over_optimization.gold": recipe.over_optimization.gold,
+    }
+    of_pairs = {
+        "data.pairs": recipe.data.pairs,
+        "data.eval_pairs": recipe.data.eval_pairs,
+        "[preference]": recipe.preference,
+    }
+    for key, value in (of_policies if recipe.is_preference else of_pairs).items():
+        if value:
+            without = "without" if recipe.is_preference else "with"
+            remedy = "Take it out, or choose another algorithm."
+            raise wrong(where(key), f"{without} algorithm preference", recipe.algorithm, remedy)
+    watching = recipe.over_optimization
+    if watching.gold is None and watching != OverOptimization():
+        key = "over_optimization.gold"
+        raise wrong(where(key), "with other keys of that table", "nothing", "It is the reward.")
 
 
 def _check_model(recipe: Recipe, where: Where) -> None:
@@ -74,7 +99,7 @@ def _check_data(recipe: Recipe, where: Where) -> None:
             raise wrong(where("data.pairs"), "or else data.builder", got)
         return
     if data.builder is not None:
-        for key in ("prompts", "eval", "pairs", "eval_pairs"):
+        for key in ("prompts", "eval"):
             if getattr(data, key) is not None:
                 remedy = "The builder makes the rows."
                 raise wrong(where(f"data.{key}"), "without data.builder", "both", remedy)

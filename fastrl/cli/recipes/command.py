@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from fastrl.cli.training.interruption import StopRequest
 
 EPILOG = """\
-The run's folder gets recipe.toml as it was resolved, metrics.jsonl, samples.jsonl, tensorboard/,
-results.json and checkpoint/, which loads in AutoModelForCausalLM where the model is one of
-transformers; with [supervised] also supervised.jsonl and start/, the model and tokenizer that the
-algorithm starts from. A preference model is in model/ instead, and begins again when it is resumed.
+The run's folder gets recipe.toml as it was resolved, versions.json, metrics.jsonl, samples.jsonl,
+tensorboard/, results.json and checkpoint/, which loads in AutoModelForCausalLM where the model is
+one of transformers; with [supervised] also supervised.jsonl and start/, the model and tokenizer
+that the algorithm starts from. A preference model is in model/ instead, and begins again when it is
+resumed.
 SIGTERM and Ctrl-C let the step end and save; a second Ctrl-C stops at once.
 
 Exit status: 0 finished, or stopped by SIGTERM with everything saved; 130 the same by Ctrl-C;

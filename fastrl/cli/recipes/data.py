@@ -10,10 +10,13 @@ from fastrl.cli.recipes.imports import load_object
 from fastrl.cli.recipes.prompts import load_prompts
 from fastrl.cli.recipes.schema import Recipe
 from fastrl.cli.recipes.tasks import BUILDERS
-from fastrl.cli.recipes.tasks.files import without
+from fastrl.cli.recipes.tasks.files import split_off, without
 from fastrl.cli.recipes.toml import RecipeError
 
 VALIDATION_EVERY = 20  # of the supervised rows, where a builder gives no validation rows
+# Of the pairs: the temperature is fitted to them, the weights are not. As many are held out where
+# the recipe has no held-out pairs.
+CALIBRATION = 0.1
 LISTS = ("train", "held_out", "supervised", "validation", "texts")
 
 
@@ -25,6 +28,7 @@ class TaskData:
         train, held_out: entries for a trainer; held_out is None where the recipe has none.
         supervised, validation: dicts with texts "prompt" and "reference"; empty without
             [supervised].
+        calibration: of "preference", pairs that are not in train.
         given_texts: what the builder says that the training texts are.
     """
 
@@ -32,6 +36,7 @@ class TaskData:
     held_out: Any
     supervised: Sequence[dict[str, Any]]
     validation: Sequence[dict[str, Any]]
+    calibration: Sequence[dict[str, Any]] = ()
     given_texts: Sequence[str] | None = None
 
     def texts(self) -> Sequence[str]:
@@ -64,17 +69,16 @@ def load_data(recipe: Recipe) -> TaskData:
         rows["train"] = rows["train"][: data.limit]
         rows["held_out"] = rows.get("held_out", [])[: data.eval_limit] or None
         where = f"data.builder {data.builder}"
-    if recipe.is_preference:  # what is preferred is what to imitate
+    if recipe.is_preference:
         _check_pairs(rows, where)
-        rows.setdefault(
-            "supervised", [{**row, "reference": row["chosen"]} for row in rows["train"]]
-        )
+        rows = _split_pairs(rows, recipe.seed)
     supervised, validation = _supervised(recipe, rows, where)
     return TaskData(
         train=rows["train"],
         held_out=rows["held_out"],
         supervised=supervised,
         validation=validation,
+        calibration=rows.get("calibration", ()),
         given_texts=rows.get("texts"),
     )
 
@@ -185,6 +189,21 @@ def _check_pairs(rows: dict[str, Any], where: str) -> None:
                     f'train: expected pairs of {where} with "prompt", "chosen" and "rejected", got '
                     f'no "{missing[0]}" in {row!r}.'
                 )
+
+
+def _split_pairs(rows: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The rows with "calibration", with "held_out" where they have none, and with "supervised".
+
+    What is preferred is what to imitate, but for the pairs that something is measured on.
+    """
+    train, calibration = split_off(list(rows["train"]), CALIBRATION, seed)
+    train, held_out = without(train, calibration), rows["held_out"]
+    if held_out is None:
+        train, held_out = split_off(train, CALIBRATION, seed + 1)
+        train = without(train, held_out)
+    supervised = [{**row, "reference": row["chosen"]} for row in train]
+    own = {"train": train, "calibration": calibration, "held_out": held_out}
+    return {"supervised": supervised, **rows, **own}
 
 
 def _prompts(recipe: Recipe) -> Any:

@@ -31,6 +31,11 @@ def open_model(
     place = find_device(device)
     folder = Path(name)
     if (folder / RECIPE).is_file() or (folder / CHECKPOINT / "trainer.json").is_file():
+        if (folder / "model").is_dir():
+            raise RecipeError(
+                f"train: expected a run of a policy, got {name} of a preference model. "
+                "PreferenceReward makes a reward of it; a policy is in its start/, if anywhere."
+            )
         folder = folder / CHECKPOINT
         if not checkpoint.exists(folder):
             raise RecipeError(

@@ -18,7 +18,10 @@ PATHS = ("model.path", "model.tokenizer", "model.critic", "data.prompts", "data.
 )
 ONLY_PATHS = ("model.start", "data.folder")  # nothing but paths, whether or not they exist
 # Names of Python code: "file.py:function" is a path as well.
-CODE = ("rewards.functions[]", "over_optimization.gold", "data.builder")
+CODE = ("rewards.functions[]", "data.builder") + (
+    "over_optimization.gold",
+    "over_optimization.proxy",
+)
 ALGORITHMS = tuple(name for config in CONFIGS for name in config.ALGORITHMS)
 
 
@@ -167,16 +170,21 @@ def _resolved(key: str, value: Any, base: Path) -> Any:
 
 
 def _resolved_code(value: Any, base: Path) -> Any:
-    """ "file.py:name" with its path absolute, in the tables of functions too."""
+    """Names of code, and tables of functions: "file.py:name" with its path absolute.
+
+    Of a table's arguments also a text with a / in it, where there is such a file or folder.
+    """
     if isinstance(value, list):
         return [_resolved_code(entry, base) for entry in value]
     if isinstance(value, dict):
-        return {
-            k: _resolved_code(v, base) if k == "use" or isinstance(v, dict | list) else v
-            for k, v in value.items()
-        }
-    file, colon, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    return str((base / file).absolute()) + colon + name if file.endswith(".py") else value
+        return {name: _resolved_code(entry, base) for name, entry in value.items()}
+    if not isinstance(value, str):
+        return value
+    file, colon, name = value.rpartition(":")
+    if file.endswith(".py"):
+        return str((base / file).absolute()) + colon + name
+    path = base / Path(value).expanduser()
+    return str(path.absolute()) if "/" in value and path.exists() else value
 
 
 def _fits(value: Any, hint: Any) -> bool:

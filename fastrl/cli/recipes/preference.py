@@ -2,10 +2,14 @@
 
 The run's folder gets model/ (`fastrl.rewards.preference.PreferenceModel.load`), metrics.jsonl and
 results.json: what the model is worth on the held-out pairs "before" and "after", "uncalibrated"
-with the temperature that training leaves, "calibration", and "cross_validation".
+with the temperature that training leaves, "calibration", and "cross_validation", of all pairs that
+are not held out, by the models in folds/0, folds/1, ..., each trained without those of its fold. A
+[supervised] part without rows of its own reads the preferred completions of the pairs that are
+trained on, so the folds' models have read those as texts.
 """
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,17 +17,12 @@ from rich.console import Console
 from fastrl.cli.recipes.build import Parts
 from fastrl.cli.recipes.schema import FOLDS
 from fastrl.cli.recipes.start import write_whole
-from fastrl.cli.recipes.tasks.files import split_off, without
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.cli.training.interruption import StopRequest
 from fastrl.trainers.loggers import JsonLines, ProgressBar
 
 if TYPE_CHECKING:
     from fastrl.cli.recipes.run import RecipeFolder
-
-# Of the pairs: the temperature is fitted to them, the weights are not. As many are held out where
-# the recipe has no held-out pairs.
-CALIBRATION = 0.1
 
 
 def train_preference(
@@ -63,12 +62,8 @@ def _trained(
 
     recipe = parts.recipe
     config = recipe.config()
-    others, chosen = split_off(list(parts.data.train), CALIBRATION, recipe.seed)
-    fitted = without(others, chosen)
-    held_out = parts.data.held_out
-    if held_out is None:
-        fitted, held_out = split_off(fitted, CALIBRATION, recipe.seed + 1)
-        fitted = without(fitted, held_out)
+    data = parts.data
+    fitted, chosen, held_out = data.train, data.calibration, data.held_out
     console.print(
         f"preference: {len(fitted)} pairs, {len(chosen)} to calibrate on, "
         f"{len(held_out)} held out; run folder {folder.path}",
@@ -86,7 +81,8 @@ def _trained(
 
         def on_step(record: dict[str, float]) -> None:
             step = int(record["step"]) + 1
-            log({**record, "step": step})
+            others = {name: value for name, value in record.items() if name != "time"}
+            log({**others, "step": step, "time/step": record["time"]})
             bar.update(step, f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.2f}")
             stop.check()
 
@@ -97,23 +93,31 @@ def _trained(
     folds = recipe.preference.get(FOLDS, 0)
     if folds:
         with stop.at_once():
-            results["cross_validation"] = _cross_validated(parts, config, folds)
+            results["cross_validation"] = _cross_validated(parts, folder, config, folds)
     write_whole(folder.path / "model", model.save)
     return results
 
 
-def _cross_validated(parts: Parts, config: Any, folds: int) -> dict[str, Any]:
+def _cross_validated(
+    parts: Parts, folder: "RecipeFolder", config: Any, folds: int
+) -> dict[str, Any]:
     """Of each fold, and of all pairs by models that have not seen their prompts."""
     from fastrl.rewards.preference import cross_validate
 
     found = cross_validate(
         parts.policy,
-        list(parts.data.train),
+        [*parts.data.train, *parts.data.calibration],
         config,
         folds=folds,
         seed=parts.recipe.seed,
         tokenizer=parts.tokenizer,
     )
+
+    def write(place: Path) -> None:
+        for number, model in enumerate(found.models):
+            model.save(place / str(number))
+
+    write_whole(folder.path / "folds", write)
     return {
         **_figures(found.evaluation),
         "folds": [_figures(evaluation) for evaluation in found.evaluations],

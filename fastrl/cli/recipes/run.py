@@ -13,16 +13,18 @@ from typing import Any, ClassVar
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from fastrl.cli.recipes.build import Parts
+from fastrl.cli.recipes.build import MONITOR, Parts
 from fastrl.cli.recipes.parse import read_recipe
 from fastrl.cli.recipes.preference import train_preference
 from fastrl.cli.recipes.result import show_result
 from fastrl.cli.recipes.schema import Recipe, find_recipe
 from fastrl.cli.recipes.start import prepare_start
 from fastrl.cli.recipes.toml import RecipeError, write_toml
+from fastrl.cli.recipes.versions import note_versions
 from fastrl.cli.training.interruption import Interrupted, StopRequest
 from fastrl.cli.training.run_folder import RunFolder, RunFolderError, write_atomically
 from fastrl.trainers import checkpoint
+from fastrl.trainers._checkpoint_files import beside
 from fastrl.trainers.loggers import JsonLines, ProgressBar, SampleTable, TensorBoard
 
 BEFORE, AFTER = "before", "after"  # the entries of results.json
@@ -34,9 +36,11 @@ class RecipeFolder(RunFolder):
     """The folder of a run that a recipe describes.
 
     recipe.toml  config.json  metrics.jsonl  samples.jsonl  tensorboard/  results.json  checkpoint/
+    versions.json              what it is made with
     tokenizer/                 of a tokenizer that is trained
     supervised.jsonl  start/   of [supervised]: its steps, and the model that it gives
-    best/                      of [over_optimization]: the checkpoint with the most gold
+    best/                      of [over_optimization]: the checkpoint with the most gold; "monitor"
+                               of results.json has all its evaluations
     model/                     of a preference model, which has no checkpoint/ and no samples.jsonl
 
     The recipe has what was asked for, config.json each field of the trainer's config, defaults too.
@@ -70,6 +74,7 @@ def start(name: str, sets: Sequence[str], output: Path | None, stop: StopRequest
     folder = RecipeFolder.create(path)
     with folder.lock():
         folder.write_recipe(recipe)
+        note_versions(folder, 0)
         return _run(parts, learner, folder, stop)
 
 
@@ -97,6 +102,7 @@ def go_on(path: Path, name: str | None, sets: Sequence[str], stop: StopRequest) 
                 _resume(learner, folder)
         if recipe.to_dict() != saved.to_dict():
             folder.write_recipe(recipe)
+        note_versions(folder, 0 if recipe.is_preference else learner.step)
         return _run(parts, learner, folder, stop)
 
 
@@ -149,7 +155,8 @@ def _interrupted(
 def _resume(trainer: Any, folder: RecipeFolder) -> None:
     """From the last checkpoint; a run that was stopped before its first one begins again."""
     if not checkpoint.exists(folder.checkpoint):
-        shutil.rmtree(folder.best, ignore_errors=True)  # of the steps that are repeated
+        for place in (folder.best, beside(folder.best, "previous")):  # of steps that are repeated
+            shutil.rmtree(place, ignore_errors=True)
         return
     try:
         trainer.resume(folder.checkpoint)
@@ -185,6 +192,8 @@ class Run:
             self.stop.check()
             self._train(stack)
         show_result(self.console, self.folder.metrics, self.results, self.recipe)
+        if self.results[AFTER].get("stopped"):
+            self._say(f"\nStopped by [over_optimization] after step {self.trainer.step}.")
         self._say(f"\nThe run and its checkpoint are in {self.folder.path}")
         return 0
 
@@ -204,10 +213,12 @@ class Run:
             finally:  # a step that was taken is logged, whatever becomes of its evaluation
                 for logger in loggers:
                     logger({**record, **figures})
+            self._note_monitor()
             self.stop.check()
 
         if not self.results.get(AFTER, {}).get("stopped"):
             trainer.train(on_step=on_step)
+            self._note_monitor()
         if self.results.get(AFTER, {}).get("step") != trainer.step:
             self._evaluate(AFTER, stopped=trainer.step < last)
 
@@ -248,6 +259,13 @@ class Run:
             **({"stopped": True} if stopped else {}),
         }
         self.folder.write_json(self.folder.results, self.results)
+
+    def _note_monitor(self) -> None:
+        """Into results.json: the first of its evaluations is of no step."""
+        monitor = self.trainer.attachments.get(MONITOR)
+        if monitor is not None and self.results.get("monitor") != (found := monitor.evaluations):
+            self.results["monitor"] = [dict(evaluation) for evaluation in found]
+            self.folder.write_json(self.folder.results, self.results)
 
     def _evaluation(self) -> dict[str, Any]:
         """What `Trainer.evaluate` gives; a signal ends it at once."""

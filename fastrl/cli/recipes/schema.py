@@ -8,7 +8,8 @@ path = "Qwen/Qwen3-0.6B"        a name or folder for AutoModelForCausalLM
 random = {model_type = "llama", hidden_size = 64, ...}    a config of transformers, random weights
 lstm = {embed_dim = 64, hidden_dim = 128}                 our own LSTM, random weights
 start = "RUN/start"             model and tokenizer that another run's [supervised] has trained, in
-                                the place of a [supervised] of one's own; goes before the others
+                                the place of a [supervised] of one's own; goes before the others;
+                                held-out prompts that it was trained on are an error
 tokenizer = "bytes"             a name, a folder, tokenizer.json, "bytes", or "bpe": byte-level BPE
                                 trained on the training texts; default: that of path
 vocab_size = 2048               of "bpe", with its 256 bytes and the end of a text
@@ -73,15 +74,18 @@ completions_per_prompt = 1
 temperature = 1.0               default: that of training
 
 [over_optimization]             watches a run by a second reward on the held-out prompts
-gold = {use = "ROUGE"}          that reward, like one of rewards.functions; default: nothing is
-every = 10                      watched. The others are OverOptimizationMonitor's: steps between
+gold = {use = "ROUGE"}          that reward, like one of rewards.functions; default, and "": nothing
+every = 10                      is watched. The others are OverOptimizationMonitor's: steps between
 completions_per_prompt = 1      two looks,
+proxy = {use = "ChrF"}          what is trained on, where the rewards are normalised or follow a
+                                schedule, so that they cannot be compared; default: these
 alpha = 0.05                    the level of its test,
 action = "warn"                 what an alarm does,
 kl_budget = 20.0                nats per completion from the start; default: any
 
 [preference]                    fields of PreferenceConfig, and
-folds = 5                       of a cross-validation; 0, the default: none
+folds = 5                       of a cross-validation, whose models go to RUN/folds/0, 1, ..., for
+                                over_optimization.gold; 0, the default: none
 
 A builder is called as f(folder, seed, **arguments), folder a Path or None, seed the run's. It
 gives a dict of lists of rows, each a dict with "prompt" and further columns: "train";
@@ -90,7 +94,9 @@ gives a dict of lists of rows, each a dict with "prompt" and further columns: "t
 then not trained on); and "texts", on which a tokenizer is trained (default: the prompts and
 references of the supervised rows). For "preference": "train" and "held_out", rows as in pairs.
 
-Paths are relative to the recipe's folder; those in --set to the current one.
+Paths are relative to the recipe's folder; those in --set to the current one. Among the arguments
+of a function a text with a / in it is a path where there is such a file or folder, as in
+{use = "PreferenceReward", model = "RUN/model"}.
 """
 
 import dataclasses
@@ -188,6 +194,7 @@ class Eval:
 @dataclass(frozen=True, kw_only=True)
 class OverOptimization:
     gold: str | dict[str, Any] | None = None
+    proxy: str | dict[str, Any] | None = None
     every: int = 10
     completions_per_prompt: int = 1
     alpha: float = 0.05

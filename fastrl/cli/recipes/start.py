@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from fastrl.cli.recipes import trained_on
 from fastrl.cli.recipes.build import Parts
 from fastrl.cli.recipes.models import load_tokenizer
 from fastrl.cli.recipes.supervised import SupervisedTraining
@@ -38,12 +39,12 @@ def prepare_start(
         folder.supervised_state.unlink(missing_ok=True)
         return False
     if parts.start is not None:  # another run's: one's own copy, as that run may be deleted
-        _write_start(folder, policy, parts.tokenizer)
+        _write_start(folder, policy, parts)
         return False
     if not parts.recipe.supervised.steps:
         return False
     _train(parts, policy, folder, stop, console)
-    _write_start(folder, policy, parts.tokenizer)
+    _write_start(folder, policy, parts)
     folder.supervised_state.unlink(missing_ok=True)
     parts.start = folder.start
     parts.tokenizer = load_tokenizer(str(folder.start))
@@ -87,10 +88,14 @@ def _train(
         training.train(on_step)
 
 
-def _write_start(folder: "RecipeFolder", policy: Any, tokenizer: Any) -> None:
+def _write_start(folder: "RecipeFolder", policy: Any, parts: Parts) -> None:
     def write(place: Path) -> None:
         save_model(policy, place)
-        tokenizer.save_pretrained(place)
+        parts.tokenizer.save_pretrained(place)
+        if parts.start is None:
+            trained_on.note_prompts(place, parts.data.supervised)
+        elif (parts.start / trained_on.FILE).is_file():
+            shutil.copy(parts.start / trained_on.FILE, place)
 
     write_whole(folder.start, write)
 

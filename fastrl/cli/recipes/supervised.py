@@ -3,12 +3,11 @@
     loss = −Σ_t w_t log P(x_t | x_<t) / Σ_t w_t,   w_t = 1 in a reference, prompt_weight in a prompt
 
 A reference ends with the token that ends completions. Steps are packed without padding, a prompt
-with several references standing once. Every random choice is a function of seed and step, so an
-interrupted part goes on to the same weights. What is kept in the end are the weights that were
-best on the validation rows.
+with several references standing once. There is no dropout, and every random choice is a function
+of seed and step, so an interrupted part goes on to the same weights. What is kept in the end are
+the weights that were best on the validation rows.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
 from torch import Tensor
 
 import fastrl
 from fastrl.cli.recipes.models import end_ids
 from fastrl.cli.recipes.packing import RowBatches, encoded, packed
 from fastrl.cli.recipes.schema import Supervised
-from fastrl.cli.training.run_folder import RunFolderError, write_atomically
+from fastrl.cli.training.progress_file import load_progress, save_progress
 from fastrl.layout import PackedBatch
+from fastrl.trainers.health import without_dropout
 from fastrl.trainers.tokens import token_scores
 
 LAST_RATE = 0.1  # of the learning rate, at the end
@@ -51,6 +49,7 @@ class SupervisedTraining:
     ) -> None:
         self.policy, self.settings = policy, settings
         self.device = policy.head.weight.device
+        without_dropout(policy)
         ends = end_ids(policy, tokenizer)[:1]
         size = settings.tokens_per_step
         self.batches = RowBatches(encoded(rows, tokenizer, ends), size, seed)
@@ -93,15 +92,8 @@ class SupervisedTraining:
 
     def save(self, path: Path) -> None:
         """One file, so that it is whole or not there."""
-        tensors = {f"model.{name}": t for name, t in self.policy.state_dict().items()}
-        tensors |= {f"best.{name}": t for name, t in self.best.items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{slot}": t for slot, t in slots.items()}
-        best = self.best_loss if math.isfinite(self.best_loss) else None
-        progress = {"step": self.step, "best_loss": best, **self.batches.state_dict()}
-        # A copy each: weights may share memory, which the format does not know.
-        copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-        write_atomically(path, save(copies, {"progress": json.dumps(progress)}))
+        progress = {"step": self.step, "best_loss": self.best_loss, **self.batches.state_dict()}
+        save_progress(path, self.policy, self.best, self.optimizer, progress)
 
     def resume(self, path: Path) -> None:
         """Go on from a file that `save` wrote.
@@ -109,29 +101,9 @@ class SupervisedTraining:
         Raises:
             RunFolderError: it is damaged or of another model; nothing was changed.
         """
-        try:
-            tensors = load(path.read_bytes())
-            with safe_open(path, framework="pt") as file:
-                progress = json.loads(file.metadata()["progress"])
-            slots: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in _part(tensors, "optimizer").items():
-                index, slot = name.split(".")
-                slots.setdefault(int(index), {})[slot] = tensor
-            parts = _part(tensors, "model"), _part(tensors, "best")
-            own = {name: tensor.shape for name, tensor in self.policy.state_dict().items()}
-            if any({n: t.shape for n, t in part.items()} != own for part in parts):
-                raise ValueError("weights of another model")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise RunFolderError(
-                f"train: expected {path} to be a complete checkpoint, got {error}. Delete the "
-                "file to repeat the supervised part, and resume again."
-            ) from error
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.policy.load_state_dict(parts[0])
-        self.best = {name: tensor.to(self.device) for name, tensor in parts[1].items()}
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        self.step = progress["step"]
-        self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
+        part = "the supervised part"
+        self.best, progress = load_progress(path, self.policy, self.optimizer, part)
+        self.step, self.best_loss = progress["step"], progress["best_loss"]
         self.batches.load_state_dict(progress)
 
     def _train_step(self) -> tuple[dict[str, float], int]:
@@ -145,7 +117,6 @@ class SupervisedTraining:
         def loss_fn(logprobs: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
             return -logprobs * weights[rows]
 
-        self.policy.train()
         self.optimizer.zero_grad()
         hidden, head = self.policy.packed_hidden(batch), self.policy.head
         # The gradients form in the forward pass: three products, no logits kept.
@@ -158,7 +129,6 @@ class SupervisedTraining:
         )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.policy.eval()
         if not bool(norm.isfinite()):
             raise FloatingPointError(
                 f"train: expected finite gradients in [supervised], got {float(norm)} at step "
@@ -199,8 +169,3 @@ class SupervisedTraining:
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
-
-
-def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    prefix = name + "."
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

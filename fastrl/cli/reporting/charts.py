@@ -152,7 +152,7 @@ def _gold_by_kl(runs: Sequence[RunData]) -> Chart | None:
 def _gold_lines(runs: Sequence[RunData], index: int, x: str) -> list[Line]:
     records = [
         {**r, "sqrt_kl": math.sqrt(max(0.0, r["gold/kl"]))}
-        for r in runs[index].records
+        for r in runs[index].evaluations
         if is_number(r.get("gold/kl"))
     ]
     lines = []

@@ -56,6 +56,30 @@ def data_of(run: RunData) -> str:
     return "a text" if run.is_demo else "unknown"
 
 
+def cross_validation_of(run: RunData) -> str:
+    """What models that have not seen a pair's prompt say of it; nothing without them."""
+    found = run.cross_validation
+    keys = [f"eval/{key}" for key in ("accuracy", "accuracy_low", "accuracy_high")]
+    if not all(is_number(found.get(key)) for key in keys):
+        return ""
+    mean, low, high = (fixed(found[key]) for key in keys)
+    folds = len(found.get("folds", ()))
+    return f"accuracy {mean} (95 % interval {low} to {high}) in {folds} folds"
+
+
+def versions_of(run: RunData) -> str:
+    """What the run was made with; nothing where it is not known."""
+    parts = []
+    for start in run.versions:
+        commit = str(start.get("commit") or "")
+        changed = ", changed" if commit.endswith("+") else ""
+        of = f" ({commit[:12]}{changed})" if commit else ""
+        others = ", ".join(f"{name} {start[name]}" for name in ("torch", "python") if name in start)
+        since = f"from step {start['step']:g}: " if len(run.versions) > 1 else ""
+        parts.append(f"{since}fastrl {start.get('fastrl')}{of}, {others}")
+    return "; ".join(parts)
+
+
 def interval(mean_and_half: tuple[float, float], sign: str = "") -> str:
     """A mean with its half-width, unless that is NaN."""
     mean, half = mean_and_half

@@ -8,11 +8,13 @@ from fastrl.cli.reporting.charts import letter
 from fastrl.cli.reporting.evaluations import Gain, figure_rows, gain_of
 from fastrl.cli.reporting.facts import (
     INTERVAL_NOTE,
+    cross_validation_of,
     data_of,
     interval,
     model_of,
     steps_of,
     time_of,
+    versions_of,
 )
 from fastrl.cli.reporting.numbers import duration, escape, fixed, is_number, number
 from fastrl.cli.reporting.run_data import RunData
@@ -37,6 +39,12 @@ def problems(runs: Sequence[RunData]) -> str:
         for record in run.alarms:
             said.append(f'<li class="warn">{_sign()}<span>{who}{_alarm(record)}</span></li>')
         said += [f"<li>{_sign()}<span>{who}{text}</span></li>" for text in _warnings(run)]
+        if run.alarms and _best(run):
+            said.append(f"<li>{_sign('i')}<span>{who}{_best(run)}</span></li>")
+        if run.after.get("stopped"):
+            stopped = f"<strong>Stopped</strong> by its monitor after step {run.step:,}"
+            of = "" if run.total is None else f" of {run.total:,}"
+            said.append(f"<li>{_sign('i')}<span>{who}{stopped}{of}.</span></li>")
         if not run.is_finished:
             said.append(f"<li>{_sign('i')}<span>{who}{_unfinished(run)}</span></li>")
         if index == 0 or run.folder != runs[index - 1].folder:
@@ -86,6 +94,19 @@ def _alarm(record: dict[str, Any]) -> str:
     )
 
 
+def _best(run: RunData) -> str:
+    """Which checkpoint has the most gold."""
+    if not (run.folder / "best").is_dir():
+        return ""
+    golds = {r["step"]: r["gold/gold"] for r in run.evaluations if is_number(r.get("gold/gold"))}
+    if not golds:
+        return ""
+    step = max(golds, key=golds.__getitem__)  # the first of equals, as the monitor keeps it
+    return (
+        f"The checkpoint with the most gold, {number(golds[step])} at step {step:g}, is in best/."
+    )
+
+
 def _unfinished(run: RunData) -> str:
     of = "" if run.total is None else f" of {run.total:,}"
     command = f"fastrl train --resume {run.folder}"
@@ -108,6 +129,10 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     ]
     if run.recipe.get("seed") is not None or run.config.get("seed") is not None:
         facts.insert(5, ("Seed", str(run.recipe.get("seed", run.config.get("seed")))))
+    if cross_validation_of(run):
+        facts.append(("Cross-validation", cross_validation_of(run)))
+    if run.versions:
+        facts.append(("Made with", versions_of(run)))
     return facts
 
 

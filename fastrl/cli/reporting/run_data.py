@@ -31,6 +31,9 @@ class RunData:
         records: of metrics.jsonl, in the file's order.
         supervised: records of the supervised start.
         samples: of samples.jsonl.
+        monitor: evaluations of the over-optimisation monitor, that before the first step too.
+        versions: of versions.json: what the run was made with, from which step.
+        cross_validation: of a preference model; empty without one.
         before, after: evaluations of held-out prompts; empty before they were made.
         total: planned steps; None: unknown.
         written: when a step was last logged, or else when the run began.
@@ -47,6 +50,9 @@ class RunData:
     records: list[Record] = field(default_factory=list)
     supervised: list[Record] = field(default_factory=list)
     samples: list[Record] = field(default_factory=list)
+    monitor: list[Record] = field(default_factory=list)
+    versions: list[Record] = field(default_factory=list)
+    cross_validation: Record = field(default_factory=dict)
     before: Record = field(default_factory=dict)
     after: Record = field(default_factory=dict)
     total: int | None = None
@@ -66,6 +72,13 @@ class RunData:
     @property
     def is_finished(self) -> bool:
         return bool(self.after) and self.after.get("step", self.step) >= self.step
+
+    @property
+    def evaluations(self) -> list[Record]:
+        """Of the monitor, by step: what was logged, and what it found before the first step."""
+        found = {r["step"]: r for r in self.monitor if r["step"] <= self.step}
+        found |= {r["step"]: r for r in self.records if "gold/kl" in r}
+        return [found[step] for step in sorted(found)]
 
     @property
     def alarms(self) -> list[Record]:
@@ -123,6 +136,9 @@ def _recipe_run(folder: RunFolder) -> RunData:
         records=_with_step(read_lines(folder.metrics, notes)),
         supervised=_with_step(read_lines(path / "supervised.jsonl", notes)),
         samples=_with_step(read_lines(path / "samples.jsonl", notes)),
+        monitor=_with_step(results.get("monitor", ())),
+        versions=_versions(folder),
+        cross_validation=results.get("cross_validation", {}),
         before=results.get("before", {}),
         after=results.get("after", {}),
         total=config.get("max_steps"),
@@ -130,6 +146,11 @@ def _recipe_run(folder: RunFolder) -> RunData:
         written=written,
         notes=notes,
     )
+
+
+def _versions(folder: RunFolder) -> list[Record]:
+    path = folder.path / "versions.json"
+    return _with_step(folder.read_json(path).get("starts", ())) if path.is_file() else []
 
 
 def _demo_runs(folder: RunFolder, config: dict[str, Any]) -> list[RunData]:

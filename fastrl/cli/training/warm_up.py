@@ -6,7 +6,6 @@ Every random choice is a function of seed and step, so an interrupted warm-up go
 weights. What is kept in the end is the model that was best on the validation text.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -14,12 +13,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
 from torch import Tensor
 
 from fastrl.cli.training.perplexity import perplexity
-from fastrl.cli.training.run_folder import RunFolderError, write_atomically
+from fastrl.cli.training.progress_file import load_progress, save_progress
 from fastrl.cli.training.settings import TrainSettings
 from fastrl.models import LSTMLanguageModel
 
@@ -75,14 +72,8 @@ class WarmUp:
 
     def save(self, path: Path) -> None:
         """One file, so that it is whole or not there."""
-        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        tensors |= {f"best.{name}": t for name, t in self.best.items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{slot}": t for slot, t in slots.items()}
         progress = {"step": self.step, "best_perplexity": self.best_perplexity}
-        copies = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, save(copies, {"progress": json.dumps(progress)}))
+        save_progress(path, self.model, self.best, self.optimizer, progress)
 
     def resume(self, path: Path) -> None:
         """Go on from a file that `save` wrote.
@@ -90,27 +81,7 @@ class WarmUp:
         Raises:
             RunFolderError: it is damaged or of another model; nothing was changed.
         """
-        try:
-            tensors = load(path.read_bytes())
-            with safe_open(path, framework="pt") as file:
-                progress = json.loads(file.metadata()["progress"])
-            slots: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in _part(tensors, "optimizer").items():
-                index, slot = name.split(".")
-                slots.setdefault(int(index), {})[slot] = tensor
-            parts = _part(tensors, "model"), _part(tensors, "best")
-            own = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-            if any({n: t.shape for n, t in part.items()} != own for part in parts):
-                raise ValueError("weights of another model")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise RunFolderError(
-                f"train: expected {path} to be a complete checkpoint, got {error}. Delete the "
-                "file to repeat the warm-up, and resume again."
-            ) from error
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.model.load_state_dict(parts[0])
-        self.best = {name: tensor.to(self.device) for name, tensor in parts[1].items()}
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        self.best, progress = load_progress(path, self.model, self.optimizer, "the warm-up")
         self.step, self.best_perplexity = progress["step"], progress["best_perplexity"]
 
     def _train_step(self) -> tuple[float, float]:
@@ -156,8 +127,3 @@ class WarmUp:
             self.best_perplexity = result
             self.best = {name: t.clone() for name, t in self.model.state_dict().items()}
         return result
-
-
-def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    prefix = name + "."
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,10 +1,14 @@
 """What a monitor can be built with."""
 
+import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastrl.trainers.over_optimization.sequential_test import fewest_prompts
+from fastrl.trainers.scoring import RewardFunction, RewardScorer
 
 if TYPE_CHECKING:
+    from fastrl.trainers.prompts import PromptDataset
     from fastrl.trainers.trainer import Trainer
 
 ACTIONS = ("warn", "lower", "stop")
@@ -45,6 +49,22 @@ def check_prompts(number: int, planned: int, alpha: float) -> None:
             number,
             "With fewer no alarm is possible: add prompts, or evaluate less often.",
         )
+
+
+def digest(prompts: "PromptDataset") -> str:
+    """Of the prompts' tokens, in their order: evaluations are compared prompt by prompt."""
+    found = hashlib.sha256()
+    for index in range(len(prompts)):
+        found.update(f"{prompts[index].token_ids.tolist()}\n".encode())
+    return found.hexdigest()
+
+
+def scorer_of(
+    trainer: "Trainer", functions: RewardFunction | Sequence[RewardFunction]
+) -> RewardScorer:
+    """Of reward functions, as patient as the trainer's."""
+    config = trainer.config
+    return RewardScorer(functions, timeout=config.reward_timeout, errors=config.reward_errors)
 
 
 def wrong(expected: str, got: object, remedy: str) -> ValueError:

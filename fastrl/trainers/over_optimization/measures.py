@@ -42,6 +42,7 @@ def measure(
     prompts: PromptDataset,
     reference: Any,
     gold: RewardScorer,
+    proxy: RewardScorer | None,
     disagreement: RewardScorer | None,
     *,
     proxy_weights: Sequence[float],
@@ -52,13 +53,17 @@ def measure(
 
     Args:
         reference: whose divergence "kl" is.
+        proxy: None: the trainer's own.
         proxy_weights: of the trainer's reward functions, whatever theirs are at the moment.
         seed: decides everything that is drawn.
     """
     temperature = trainer.config.temperature
     drawn = draw(trainer, prompts, None, completions_per_prompt, temperature, seed)
-    with weighing(trainer.scorer, proxy_weights):
-        proxies = score(trainer, trainer.scorer, drawn, seed)
+    if proxy is not None:
+        proxies = score(trainer, proxy, drawn, seed)
+    else:
+        with weighing(trainer.scorer, proxy_weights):
+            proxies = score(trainer, trainer.scorer, drawn, seed)
     golds = score(trainer, gold, drawn, seed)
     gold_means, proxy_means = (_by_prompt(scores, len(prompts)) for scores in (golds, proxies))
     numbers = _mean("gold/gold", gold_means) | _mean("gold/proxy", proxy_means)
@@ -82,9 +87,16 @@ def weighing(scorer: RewardScorer, weights: Sequence[float]) -> Iterator[None]:
 
 
 def distinct_2(rollout: Rollout) -> float:
-    """Different pairs of neighbouring tokens over all such pairs, in all completions together."""
-    pairs = [torch.stack([ids[:-1], ids[1:]], 1) for ids in rollout.completion_ids]
-    together = torch.cat(pairs)
+    """Different pairs of neighbouring tokens over all such pairs, in all completions together.
+
+    Of pairs that the policy wrote: what an environment answers is not its own variety.
+    """
+    together = torch.cat(
+        [
+            torch.stack([ids[:-1], ids[1:]], 1)[own[:-1] & own[1:]]
+            for ids, own in zip(rollout.completion_ids, rollout.is_target, strict=True)
+        ]
+    )
     return len(together.unique(dim=0)) / len(together) if len(together) else math.nan
 
 

@@ -13,10 +13,15 @@ from fastrl.models import reference_policy
 from fastrl.rollout import completion_seeds
 from fastrl.trainers import checkpoint
 from fastrl.trainers._attachments import StopTraining
-from fastrl.trainers.over_optimization._arguments import check_arguments, check_prompts
+from fastrl.trainers.over_optimization._arguments import (
+    check_arguments,
+    check_prompts,
+    digest,
+    scorer_of,
+)
 from fastrl.trainers.over_optimization.measures import measure
 from fastrl.trainers.over_optimization.sequential_test import PartingTest, Verdict
-from fastrl.trainers.scoring import RewardFunction, RewardScorer
+from fastrl.trainers.scoring import RewardFunction
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
@@ -48,10 +53,11 @@ class OverOptimizationMonitor:
     **What an alarm does.** Each warns (RuntimeWarning), and stands in the record. "lower" also
     doubles `trainer.kl.coef`, or sets it to `kl_start` where it was 0, and halves the weights of
     the reward functions, and with them "reward" in the record (an algorithm that divides
-    advantages by their deviation only notices the former). "stop" ends the run; `train` returns.
-    Where the trainer has an output_dir, the checkpoint with the highest mean of gold so far is
-    kept in `output_dir/best`, with every action. It is the best as measured: the highest of
-    several means is a little too high.
+    advantages by their deviation only notices the former). "stop" ends the run: `train` returns,
+    and makes no further step when it is called again or after a resume. Where the trainer has an
+    output_dir, the checkpoint with the highest mean of gold so far is kept in `output_dir/best`,
+    with every action. It is the best as measured: the highest of several means is a little too
+    high.
 
     **The KL budget**: an evaluation whose summed divergence per completion is above `kl_budget`
     sets off the same action; "warn" then warns again only when it has been below in between.
@@ -64,10 +70,13 @@ class OverOptimizationMonitor:
     for. `evaluations` lists those of all evaluations, that before the first step included.
 
     Args:
-        trainer: whose run is watched. Its reward, with the weights as they are now, is the proxy.
+        trainer: whose run is watched.
         gold: the reward that counts, as reward functions: one, or a list that is added up. It
             must not be what is trained on. Where the proxy is a reward model, a model that was
             fitted on the other folds of the preferences is one, or a list of several.
+        proxy: what is trained on, as a reward that means the same at every step, likewise; None:
+            the trainer's, with its weights as they are now. One that is normalised over a group or
+            a batch, or whose parts follow a schedule, does not: pass its parts.
         held_out: prompts that are not trained on, in the forms of a trainer's dataset. Too few of
             them are an error: the test could then never say anything.
         every: steps between two evaluations.
@@ -96,6 +105,7 @@ class OverOptimizationMonitor:
         action: str = "warn",
         kl_budget: float | None = None,
         seed: int = 0,
+        proxy: RewardFunction | Sequence[RewardFunction] | None = None,
         disagreement: RewardFunction | Sequence[RewardFunction] | None = None,
         kl_start: float = 0.05,
     ) -> None:
@@ -106,13 +116,14 @@ class OverOptimizationMonitor:
         self._prompts = trainer.prompts(held_out)
         planned = max(1, (trainer.config.max_steps - trainer.step) // every)
         check_prompts(len(self._prompts), planned, alpha)
+        self._digest = digest(self._prompts)
         self._test = PartingTest(alpha, planned)
-        self._gold = _scorer(trainer, gold)
-        self._disagreement = None if disagreement is None else _scorer(trainer, disagreement)
+        self._gold = scorer_of(trainer, gold)
+        self._proxy = None if proxy is None else scorer_of(trainer, proxy)
+        self._disagreement = None if disagreement is None else scorer_of(trainer, disagreement)
         self._weights = list(trainer.scorer.weights)
-        self._own_reference: Any = None
-        if trainer.reference is None:
-            self._own_reference = reference_policy(trainer.policy)
+        own = reference_policy(trainer.policy) if trainer.reference is None else None
+        self._own_reference: Any = own
         self._lowered = 0  # how often
         self._said: list[str] = []  # what is said once
         self._best = -math.inf
@@ -128,9 +139,14 @@ class OverOptimizationMonitor:
         """Evaluate the policy that the run starts from, unless that was done.
 
         Raises:
+            StopTraining: with action "stop", at the step of an alarm, where a run has ended.
             ValueError: output_dir holds the best checkpoint of another run.
         """
         if self.evaluations:
+            last = self.evaluations[-1]
+            is_alarm = last["gold/alarm"] or last["gold/over_budget"]
+            if self._action == "stop" and is_alarm and last["step"] == self._trainer.step:
+                raise StopTraining(f"Stopped by the alarm at step {last['step']:g}.")
             return
         folder = self.best_folder
         if folder is not None and folder.resolve() not in self._trainer.own_checkpoints:
@@ -154,6 +170,7 @@ class OverOptimizationMonitor:
             self._prompts,
             self._own_reference if trainer.reference is None else trainer.reference,
             self._gold,
+            self._proxy,
             self._disagreement,
             proxy_weights=self._weights,
             completions_per_prompt=self._count,
@@ -278,12 +295,7 @@ class OverOptimizationMonitor:
             "alpha": self._test.alpha,
             "seed": self._seed,
             "gold": self._gold.names,
+            "proxy": (self._trainer.scorer if self._proxy is None else self._proxy).names,
             "number of held-out prompts": len(self._prompts),
+            "held-out prompts with SHA-256": self._digest,
         }
-
-
-def _scorer(
-    trainer: "Trainer", functions: RewardFunction | Sequence[RewardFunction]
-) -> RewardScorer:
-    config = trainer.config
-    return RewardScorer(functions, timeout=config.reward_timeout, errors=config.reward_errors)

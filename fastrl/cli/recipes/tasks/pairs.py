@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from fastrl.cli.recipes.tasks.files import spread
+from fastrl.cli.recipes.tasks.files import spread, without
 from fastrl.cli.recipes.tasks.translation import read_pairs
 
 
@@ -25,16 +25,20 @@ def build(
         max_words, test: as for multi30k_translation.
         train, held_out: at most so many pairs.
     Returns:
-        rows with "prompt", "chosen", "rejected".
+        rows with "prompt", "chosen", "rejected"; and the translations that are in no pair for the
+        supervised part, so that a pair is news to the models of a cross-validation.
     """
-    rows = spread(read_pairs(folder, "train", max_words), train)
+    every = read_pairs(folder, "train", max_words)
+    rows = spread(every, train)
     known = {row["prompt"] for row in rows}
     others = [row for row in read_pairs(folder, test, max_words) if row["prompt"] not in known]
     generator = random.Random(seed)
-    return {
+    result = {
         "train": _pairs(rows, generator),
         "held_out": _pairs(spread(others, held_out), generator),
     }
+    left = without(every, rows, result["held_out"])
+    return {**result, "supervised": left} if left else result
 
 
 def _pairs(rows: list[dict[str, Any]], generator: random.Random) -> list[dict[str, Any]]:
