@@ -33,6 +33,8 @@ from fastrl.cli.recipes.schema import Recipe, find_recipe
 
 RECIPES = ("translation", "summarisation", "dialogue", "continuation", "preference")
 WHEN = ("before", "after")
+LENGTH = "eval/completions/mean_length"
+ENDS = (0, -1)  # of the monitor's evaluations
 # Student's 97.5 % quantiles by degrees of freedom.
 QUANTILES = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
@@ -221,6 +223,11 @@ def _summary(name: str, algorithm: str, jobs: Sequence[Job]) -> dict[str, Any]:
             for part in runs[0]["after"]
             if part.startswith("eval/rewards/") and part.endswith("/mean")
         },
+        "lengths": [[run[when].get(LENGTH) for run in runs] for when in WHEN],
+        "gold": [
+            [run["monitor"][i]["gold/gold"] for run in runs if "monitor" in run] for i in ENDS
+        ],
+        "alarms": sum(point["gold/alarm"] for run in runs for point in run.get("monitor", ())),
         "seconds": [_read(job.seconds_file).get("seconds") for job in jobs],
         "command": _command(jobs[0]),
     }

@@ -13,8 +13,8 @@ def markdown(results: Sequence[dict[str, Any]], threads: int) -> str:
     """The table."""
     lines = [
         "| recipe | algorithm | held-out metric | before | after | gain | over prompts | over "
-        "seeds | minutes a seed | command |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "seeds | gold | tokens | minutes a seed | command |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results:
         minutes = [s / 60 for s in row["seconds"] if s is not None]
@@ -27,10 +27,13 @@ def markdown(results: Sequence[dict[str, Any]], threads: int) -> str:
             f"{row['gain']:+.3f}",
             _half(row["gain_over_prompts"]),
             _half(row["gain_over_seeds"]),
+            _from_to(row["gold"], 3),
+            _from_to(row["lengths"], 1),
             f"{statistics.fmean(minutes):.1f}" if minutes else "–",
             f"`{row['command']}`",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    alarms = round(sum(row["alarms"] for row in results))
     seeds = ", ".join(map(str, results[0]["seeds"])) if results else ""
     return "\n".join(
         [
@@ -39,7 +42,9 @@ def markdown(results: Sequence[dict[str, Any]], threads: int) -> str:
             f"Means over the seeds {seeds}; 95 % intervals of the gain, paired by prompt. For "
             "preference models the prompts are pairs, and the interval is that of the accuracy. "
             f"{threads} threads a run. Actor-critic begins from the start that the run above it "
-            "has trained; its minutes are without that.",
+            "has trained; its minutes are without that. Gold: the reward that the recipe's monitor "
+            "watches and nothing learns from, at its first and its last evaluation; "
+            f"{alarms} alarms. Tokens: the mean length of a completion.",
             "",
         ]
     )
@@ -68,6 +73,14 @@ def _quoted(text: Any) -> str:
 
 def _half(width: float | None) -> str:
     return "–" if width is None else f"± {width:.3f}"
+
+
+def _from_to(ends: Sequence[Sequence[float | None]], digits: int) -> str:
+    """Means over the seeds, before and after."""
+    if not all(ends) or any(number is None for end in ends for number in end):
+        return "–"
+    means = (statistics.fmean(number for number in end if number is not None) for end in ends)
+    return " → ".join(f"{mean:.{digits}f}" for mean in means)
 
 
 def write_between_marks(path: Path, table: str) -> None:

@@ -75,6 +75,8 @@ def test_runs_are_collected_and_not_repeated(tmp_path, monkeypatch):
     ]
     assert found[1]["gain"] == pytest.approx(statistics.fmean(gains))
     assert found[1]["gain_over_seeds"] == pytest.approx(4.303 * statistics.stdev(gains) / 3**0.5)
+    lengths = [runs["a2c", s]["after"]["eval/completions/mean_length"] for s in range(3)]
+    assert found[1]["lengths"][1] == lengths and found[1]["gold"] == [[], []]
     text = page.read_text()
     assert text.count(recipe_tables.BEGIN) == 1 and "| mine | a2c | vowels |" in text
     said = runs["a2c", 0]["after"]["samples"][1]["completion"].replace("\n", "↵")
