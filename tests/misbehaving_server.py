@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -149,3 +150,19 @@ def huge_and_says_so(handler, body):
     handler.send_header("Content-Length", str(10**12))
     handler.end_headers()
     handler.wfile.write(b" " * 1000)
+
+
+def lengths(body):
+    return {"rewards": [len(completion) for completion in body["completions"]]}
+
+
+def ask(reward, completions, **columns):
+    """The rewards, the metrics, and the text of the warnings."""
+    metrics = {}
+    prompts = ["p"] * len(completions)
+    ids = [[1]] * len(completions)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rewards = reward(prompts, completions, ids, log_metric=metrics.__setitem__, **columns)
+    said = " ".join(str(warning.message) for warning in caught)
+    return rewards, {name.split("/")[1]: int(n) for name, n in metrics.items()}, said

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from budget import assert_within_budget
+from torch import library
 
 import fastrl
 from fastrl import reference
@@ -232,17 +233,17 @@ def test_opcheck(device, softcap):
     for x in (hidden, weight, bias):
         x.requires_grad_()
     arguments = (hidden, weight, ids, bias, 0.8, softcap, -100, True)
-    torch.library.opcheck(torch.ops.fastrl.linear_token_logprobs_fwd.default, arguments)
+    library.opcheck(torch.ops.fastrl.linear_token_logprobs_fwd.default, arguments)
     x, w, b = (t.detach() for t in (hidden, weight, bias))
     state = (x, w, ids, b, 0.8, softcap, -100, 3, True)
-    torch.library.opcheck(torch.ops.fastrl.linear_token_logprobs_state.default, state)
+    library.opcheck(torch.ops.fastrl.linear_token_logprobs_state.default, state)
     state = (x.contiguous(), ids.clamp(0, 5), 0.8, -100, 3, True)
-    torch.library.opcheck(torch.ops.fastrl.token_logprobs_state.default, state)
+    library.opcheck(torch.ops.fastrl.token_logprobs_state.default, state)
     saved = torch.ops.fastrl.linear_token_logprobs_fwd(x, w, ids, b, *arguments[4:])
     g, h = torch.randn(2, 5, device=device)
     for needs in ((True, True, True), (False, True, False)):
         backward = (g, h, x, w, ids, b, *saved, 0.8, softcap, -100, 0, *needs)
-        torch.library.opcheck(torch.ops.fastrl.linear_token_logprobs_bwd.default, backward)
+        library.opcheck(torch.ops.fastrl.linear_token_logprobs_bwd.default, backward)
 
 
 def test_compiles_without_a_break(device):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from returns_cases import INPUTS, NUMBERS, OPS, WITHOUT_LAMBDA, call, case, on_tensors
+from torch import library
 
 import fastrl
 
@@ -35,7 +36,7 @@ def test_opcheck_and_compile(op, given, transposed):
     torch._dynamo.reset()
     leaves = [arguments[name].requires_grad_() for name in INPUTS[op]]
     schema = getattr(torch.ops.fastrl, op).default
-    torch.library.opcheck(schema, schema_arguments(schema, arguments))
+    library.opcheck(schema, schema_arguments(schema, arguments))
 
     def loss(**arguments):
         return sum(o.square().sum() for o in call(fastrl, op, arguments))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from budget import TOLERANCE, assert_within_budget
 from emulated.returns import FLOATS, OPS, OPTIONS, arguments, in_double
+from torch import library
 
 import fastrl
 from fastrl import reference
@@ -146,7 +147,7 @@ def test_opcheck_and_compile(op):
     tensors = [given[name] for name in ("rewards", *FLOATS[op])]
     path = [given["terminated"], given["truncated"], given["mask"], None, None, None, 0.9, 0.8]
     further = {"n_step_returns": [3], "vtrace": [1.0, 1.0, True], "retrace_returns": [1.0, True]}
-    torch.library.opcheck(
+    library.opcheck(
         getattr(torch.ops.fastrl, op).default,
         (*tensors, None, given["next_values"], *path, *further.get(op, [])),
     )

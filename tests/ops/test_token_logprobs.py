@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from budget import assert_within_budget
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrl
@@ -216,7 +217,7 @@ def test_opcheck(device, return_entropy):
     logits = torch.randn(3, 40, device=device, requires_grad=True)
     token_ids = torch.tensor([1, -100, 39], device=device)
     arguments = (logits, token_ids, 0.8, -100, return_entropy, False)
-    torch.library.opcheck(torch.ops.fastrl.token_logprobs_fwd.default, arguments)
+    library.opcheck(torch.ops.fastrl.token_logprobs_fwd.default, arguments)
     logprobs, entropy, row_max, log_total = torch.ops.fastrl.token_logprobs_fwd(*arguments)
     saved = (logprobs, entropy if return_entropy else None, row_max, log_total)
     g = torch.randn(3, device=device)
@@ -231,8 +232,8 @@ def test_opcheck(device, return_entropy):
         -100,
         0,
     )
-    torch.library.opcheck(torch.ops.fastrl.token_logprobs_bwd.default, backward)
-    torch.library.opcheck(torch.ops.fastrl.token_logprobs_bwd_.default, backward)
+    library.opcheck(torch.ops.fastrl.token_logprobs_bwd.default, backward)
+    library.opcheck(torch.ops.fastrl.token_logprobs_bwd_.default, backward)
 
 
 # The in-place form through Inductor, whose mutation analysis is what could go wrong.

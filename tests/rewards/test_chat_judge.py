@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import time
 
 import pytest
@@ -201,13 +202,16 @@ def test_the_cache_outlives_the_process_and_knows_rubric_and_texts(server, tmp_p
 
 
 def test_requests_run_beside_each_other_in_order(server):
+    barrier = threading.Barrier(4, timeout=10.0)
+
     def slow(body):
+        barrier.wait()  # none of four is answered before all four are there
         time.sleep(0.01 * (9 - len(completion_in(body))))  # the last one is answered first
         return by_length(body)
 
     server.answer = slow
     completions = ["x" * i for i in range(1, 9)]
-    rewards, _ = ask(judge(server, concurrency=4), completions)
+    rewards, _ = ask(judge(server, concurrency=4, timeout=20.0), completions)
     assert rewards == pytest.approx([(i - 1) / 9 for i in range(1, 9)])
     assert server.most_active == 4
 
