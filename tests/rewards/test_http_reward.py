@@ -124,7 +124,8 @@ def test_answers_that_cannot_be_read_are_no_reward_for_their_batch(server, answe
     ids="500 503 408 429 hang drip drip_headers close truncated chunks no_http".split(),
 )
 def test_what_may_pass_is_tried_again_and_then_given_up(server, behaviour, error):
-    late = QUICK | {"timeout": 0.2} if error is TimedOut else QUICK
+    # Long enough for what is answered at once, on a busy machine too.
+    late = QUICK | {"timeout": 0.4} if error is TimedOut else QUICK
     reward = HTTPReward(server.url, **late)
     server.script = [behaviour]
     start = time.monotonic()
@@ -136,7 +137,7 @@ def test_what_may_pass_is_tried_again_and_then_given_up(server, behaviour, error
     server.script = [behaviour, behaviour]
     with pytest.raises(error):
         ask(HTTPReward(server.url, errors="raise", **late), ["ccc"])
-    assert time.monotonic() - start < 3  # 5 attempts; a drip takes 4 s
+    assert time.monotonic() - start < 8  # 5 attempts; a drip would take 4 s each
 
 
 def test_no_server_at_all(server):
@@ -212,14 +213,14 @@ def test_the_deadline_ends_all(server):
     start = time.monotonic()
     rewards, metrics, _ = ask(reward, ["a", "bb", "ccc", "dddd"])
     assert rewards == [None] * 4 and metrics == counts(failures=4)
-    assert time.monotonic() - start < 2 and len(server.requests) == 2
+    assert time.monotonic() - start < 4 and len(server.requests) == 2
 
 
 def test_requests_overlap_but_no_more_than_allowed(server):
-    barrier = threading.Barrier(3, timeout=2.0)
+    barrier = threading.Barrier(3, timeout=10.0)
     # None of three is answered before all three are there.
     server.answer = lambda body: barrier.wait() >= 0 and lengths(body)
-    reward = HTTPReward(server.url, batch_size=1, concurrency=3, timeout=3.0, retries=0)
+    reward = HTTPReward(server.url, batch_size=1, concurrency=3, timeout=20.0, retries=0)
     completions = ["x" * i for i in range(12)]
     assert ask(reward, completions)[0] == [float(i) for i in range(12)]
     assert server.most_active == 3 and len(server.requests) == 12
