@@ -103,6 +103,13 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
       "Tensor? key_end, Tensor? prefix_key, Tensor? prefix_value, Tensor? prefix_end, "
       "Tensor? prefix_cu_rows, float scale, int? window, float? softcap) "
       "-> (Tensor output, Tensor lse)");
+  // projected: [R, (Hq + 2 Hkv) D], queries, keys and values of a token a row, which becomes key
+  // number key_end - 1 of its row of the cache.
+  m.def(
+      "decode_attention_step(Tensor projected, Tensor cos, Tensor sin, Tensor? query_norm, "
+      "Tensor? key_norm, float eps, Tensor rows, Tensor(a!) key, Tensor(b!) value, Tensor key_end, "
+      "Tensor prefix_key, Tensor prefix_value, Tensor prefix_end, Tensor prefix_cu_rows, "
+      "float scale, int? window, float? softcap) -> Tensor");
   // Returns and advantages. What all of them take after their own tensors, each [..., T] or packed:
   // bootstrap_value, next_values, terminated, truncated, mask, cu_seqlens, gamma and lambda per
   // step (or none, and then the two numbers count).

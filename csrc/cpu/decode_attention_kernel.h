@@ -40,16 +40,14 @@ struct DecodeQuery {
   }
 };
 
-// A tile of keys, for R queries from number i on; those that do not exist are zeros.
+// A tile of keys and its scores, for R queries from number i on; those that do not exist are zeros.
 template <int R, class T, class Vec, int N, class Num>
 FASTRL_INLINE void attend_tile(const DecodeBlock<T>& b, int64_t i, int64_t tile, int64_t count,
-                               const Num* queries, const Num* keys, const Num* values,
-                               int64_t value_stride, const DecodeExp& exp,
+                               const Num* values, int64_t value_stride, const DecodeExp& exp,
                                DecodeQuery<Vec, Num>* states, Num* scores, Num* sums) {
   const int64_t wide = padded_width(b.width), vectors = (b.width + N - 1) / N;
   const int64_t limit = (count + N - 1) / N * N;
   const Num scale = static_cast<Num>(b.scale), softcap = static_cast<Num>(b.softcap);
-  multiply_keys<R, Vec, N>(queries + i * wide, wide, keys, b.width, limit, scores);
   Num shrink[R];
   for (int r = 0; r < R; ++r) {
     const bool exists = i + r < b.num_queries;
@@ -102,8 +100,14 @@ void attend_chunk(const DecodeBlock<T>& b, Wide<T>* scratch) {
   Ahead<T>{b, first}.fetch_all();
   for (int64_t tile = first; tile < last; tile += kDecodeTile) {
     const int64_t count = std::min<int64_t>(kDecodeTile, b.count - tile);
-    pack_keys(b.keys + tile * b.key_stride, b.key_stride, count, b.width,
-              Ahead<T>{b, tile + kDecodeTile}, keys);
+    const int64_t limit = (count + N - 1) / N * N;
+    const T* const first_key = b.keys + tile * b.key_stride;
+    const Ahead<T> ahead{b, tile + kDecodeTile};
+    if (b.is_lone) {
+      multiply_lone(queries, first_key, b.key_stride, count, b.width, ahead, scores);
+    } else {
+      pack_keys(first_key, b.key_stride, count, b.width, ahead, keys);
+    }
     const Num* values = packed;
     int64_t value_stride = wide;
     if (in_place) {
@@ -116,8 +120,12 @@ void attend_chunk(const DecodeBlock<T>& b, Wide<T>* scratch) {
     }
     for (int64_t i = 0; i < b.num_queries; i += kTogether) {
       const auto attend = [&](auto together) {
-        attend_tile<decltype(together)::value, T, Vec, N>(b, i, tile, count, queries, keys, values,
-                                                          value_stride, exp, states, scores, sums);
+        constexpr int R = decltype(together)::value;
+        if (!b.is_lone) {
+          multiply_keys<R, Vec, N>(queries + i * wide, wide, keys, b.width, limit, scores);
+        }
+        attend_tile<R, T, Vec, N>(b, i, tile, count, values, value_stride, exp, states, scores,
+                                  sums);
       };
       if (i + 1 == b.num_queries) {
         attend(std::integral_constant<int, 1>());

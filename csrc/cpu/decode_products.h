@@ -164,6 +164,31 @@ inline void multiply_keys(const Num* query, int64_t query_stride, const Num* key
   }
 }
 
+// The same of one query with keys [count, width] as they lie: to turn them would take longer than
+// the products.
+template <class T>
+inline void multiply_lone(const Wide<T>* query, const T* keys, int64_t stride, int64_t count,
+                          int64_t width, const Ahead<T>& ahead, Wide<T>* scores) {
+  typedef typename DecodeVectors<T>::Vec Vec;
+  constexpr int N = DecodeVectors<T>::kLanesOf;
+  for (int64_t j = 0; j < count; j += N) {
+    Vec sums[N];
+    for (int i = 0; i < N; ++i) {
+      sums[i] = Vec{};
+      if (j + i >= count) continue;
+      for (int64_t d = 0; d < width; d += N) {
+        ahead.fetch(j + i, d);
+        sums[i] += load_wide(query + d) * load_part(keys + (j + i) * stride, d, width);
+      }
+    }
+    transpose<1, N>(sums);
+    for (int step = N / 2; step; step /= 2) {
+      for (int i = 0; i < step; ++i) sums[i] += sums[i + step];
+    }
+    store_wide(scores + j, sums[0]);
+  }
+}
+
 // sums[r][d] = shrink[r] sums[r][d] + sum_j weights[r][j] values[j][d], for C vectors from d.
 template <int R, int C, class Vec, int N, class Num>
 FASTRL_INLINE void add_values(const Num* weights, const Num* shrink, const Num* values,

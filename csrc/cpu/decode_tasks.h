@@ -119,6 +119,7 @@ inline void check_shapes(const Arguments& a) {
 }
 
 inline Call plan(const Arguments& a) {
+  check_shapes(a);
   Call call;
   call.batch = a.query.size(0), call.query_heads = a.query.size(1), call.queries = a.query.size(2);
   call.width = a.query.size(3), call.key_heads = a.key.size(1), call.num_keys = a.key.size(2);

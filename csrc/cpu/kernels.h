@@ -195,6 +195,7 @@ struct DecodeBlock {
   int64_t key_stride, value_stride, width;
   int count;  // of keys that exist
   int num_queries;
+  bool is_lone;  // one query, in whatever batch
   const T* query[kDecodeQueries];
   int from[kDecodeQueries], to[kDecodeQueries];  // the keys that each query sees
   Wide<T>* partial[kDecodeQueries];

@@ -5,7 +5,6 @@ its own, until a fifth of the rows are such or their room is needed: to move is 
 not.
 """
 
-from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from fastrl import ops
 from fastrl.layout import PackedLayout
 from fastrl.models._kv_cache import KVCache
+from fastrl.models._kv_prompts import Prompts
 from fastrl.models._linear_layers import PackedLayers
 from fastrl.ops._checks import fail
-from fastrl.ops.decode_attention import decode_known
+from fastrl.ops.decode_attention import decode_known, decode_step
 
 _TOKENS_AT_A_TIME = 16384  # of prompts that are read together; bounds the layers' activations
 _OTHER_MODEL = "Its caches cannot be kept by layer: take another model."
@@ -44,7 +44,7 @@ class KVDecoder:
         self._cache = KVCache(max_rows, max(max_new_tokens - 1, 1))
         self._layers = PackedLayers(trunk, max_rows)
         self._device = next(trunk.parameters()).device
-        self._prompts = _Prompts()
+        self._prompts = Prompts()
         self._where: tuple[Tensor, Tensor] | None = None  # place and position of what is being read
         self._stored: list[int] = []  # the layers that have stored it
 
@@ -57,6 +57,7 @@ class KVDecoder:
         self._prefixes: dict[str, Any] | None = None  # of the rows; None where they have changed
         self._in_use: dict[int, tuple[Tensor, ...]] = {}  # what of each layer's buffers
         self._accepted: set[int] = set()  # layers whose buffers in use have been checked
+        self._numbers: dict[int, Any] = {}  # of each layer's attention, once it has made a step
         self._written = none  # where, of the rows' buffers, this step writes
         self._no_mask = none.view(1, 1, 1, 0)  # transformers makes none beside one of four axes
 
@@ -180,8 +181,23 @@ class KVDecoder:
         attention: Any = decode_known if known else ops.decode_attention
         output = attention(query, own_key, own_value, **given)
         self._accepted.add(index)
+        self._numbers[index] = numbers
         assert isinstance(output, Tensor)
         return output if all_run else output.index_select(0, self._rows)
+
+    def knows(self, index: int) -> bool:
+        """Whether the layer's own code has told the numbers of its attention (in an earlier step),
+        and this step has room."""
+        return index in self._numbers and self._most_read <= self._cache.max_tokens
+
+    def attend_projected(self, index: int, projected: Tensor, *angles_and_norms: Any) -> Tensor:
+        """Of a quick block, where `knows`: what `attend` does, and what the layer does before it;
+        see `decode_step`."""
+        _, _, own_key, own_value, *prompts = self._in_use[index]
+        assert self._prefixes is not None
+        caches = (self._rows, own_key, own_value, self._key_end, *prompts)
+        of_prompts, numbers = self._prefixes.values(), self._numbers[index]
+        return decode_step(projected, *angles_and_norms, *caches, *of_prompts, **numbers)
 
     @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
@@ -222,59 +238,3 @@ class KVDecoder:
 
     def _on_device(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, device=self._device)
-
-
-class _Prompts:
-    """Which prompts stand in the cache, and where: rising numbers at rising places."""
-
-    def __init__(self) -> None:
-        self.last_opened = 0
-        self._num_read = 0
-        self._first = 0  # places before it are free
-        self._numbers: list[int] = []  # at each place from the first on
-        self._lengths: list[int] = []
-
-    def length_of(self, number: int) -> int:
-        return self._lengths[bisect_left(self._numbers, number)]
-
-    def forget_leading(self, owners: list[int]) -> None:
-        """Those at the start that no row continues, nor ever will."""
-        needed = min(owners[0], self.last_opened) if owners else self.last_opened
-        gone = bisect_left(self._numbers, needed)
-        del self._numbers[:gone], self._lengths[:gone]
-        self._first += gone
-
-    def are_full(self, lengths: list[int], places: int, length: int) -> bool:
-        """Whether more prompts of these lengths need other places than there are."""
-        return max(lengths) > length or self._first + len(self._numbers) + len(lengths) > places
-
-    def move_to_the_start(self, owners: list[int]) -> list[int]:
-        """Forget all that no row continues, nor ever will; the places where the others stood."""
-        continued = set(owners)
-        stay = [i for i, x in enumerate(self._numbers) if x in continued or x >= self.last_opened]
-        places = [self._first + i for i in stay]
-        self._numbers = [self._numbers[i] for i in stay]
-        self._lengths = [self._lengths[i] for i in stay]
-        self._first = 0
-        return places
-
-    def sizes(self, lengths: list[int], places: int) -> tuple[int, int]:
-        """(places, length) of a buffer for what is here and for more prompts of these lengths."""
-        needed = len(self._numbers) + len(lengths)
-        # The first buffer fits; later ones leave room, so that few reads move what is there.
-        places = max(places, needed + needed // 2) if places else needed
-        return places, max([*lengths, *self._lengths])
-
-    def add(self, lengths: list[int]) -> int:
-        """More prompts; returns the place of the first of them."""
-        place = self._first + len(self._numbers)
-        self._numbers += range(self._num_read, self._num_read + len(lengths))
-        self._lengths += lengths
-        self._num_read += len(lengths)
-        return place
-
-    def in_use(self, owners: list[int]) -> tuple[slice, list[int], list[int]]:
-        """The places, the length of each one's prompt, and [P + 1] where the rows of each begin."""
-        places = slice(self._first, self._first + len(self._numbers))
-        bounds = [bisect_left(owners, number) for number in self._numbers]
-        return places, self._lengths, [*bounds, len(owners)]

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastrl.models._norms import quick_norms
-from fastrl.ops._quick_product import is_quick, quick_product
+from fastrl.models._quick_blocks import quick_attention, quick_mlp
+from fastrl.ops._quick_product import PackedWeight, is_quick, quick_product
 
 Linear = Callable[[Tensor], Tensor]
 _uncounted = itertools.count(1)
 # Names of layers of one module that read the same input.
-_SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_GATED = ("gate_proj", "up_proj")
+_SHARING = (("q_proj", "k_proj", "v_proj"), _GATED)
 
 
 @contextmanager
@@ -33,8 +35,8 @@ def quick_layers(module: nn.Module) -> Iterator[None]:
 
 
 class PackedLayers:
-    """Linear layers of a module, packed for products with few rows, and quick norms; without
-    gradients.
+    """What a module's layers and blocks compute with while few rows go through it, on a CPU and
+    without gradients: packed weights, quick norms, quick blocks.
 
     Args:
         module: with nn.Linear and transformers' Conv1D in it, at any depth. What is written to
@@ -43,21 +45,64 @@ class PackedLayers:
     """
 
     def __init__(self, module: nn.Module, rows: int) -> None:
-        self._packed = quick_norms(module)
-        layers = _layers(module)
-        for group in _sharing(module, layers):
-            self._packed.update(_packed_together(group, rows))
-        for layer in layers:
-            if layer in self._packed:
+        self._forwards: dict[Any, Callable[..., Any]] = dict(quick_norms(module))
+        self._rows, self._casts = rows, torch.is_autocast_enabled("cpu")
+        # Those that are not packed yet.
+        self._left = {layer: None for layer in _layers(module) if _is_quick(layer, rows)}
+        for parent in module.modules():
+            if not self._pack_mlp(parent):
+                self._pack_attention(parent, self._pack_together(parent))
+        for layer in self._left:
+            self._forwards[layer] = self._pack(layer).product
+
+    def _pack(self, layer: Any) -> PackedWeight:
+        return PackedWeight(_weight(layer), layer.bias, self._rows)
+
+    def _pack_mlp(self, parent: Any) -> bool:
+        layers = self._found(parent, _GATED)
+        quick = quick_mlp(parent, self._pack) if layers else None
+        if quick is not None:
+            self._forwards[parent] = quick
+            self._take(layers)
+        return quick is not None
+
+    def _pack_attention(self, parent: Any, product: Linear | None) -> None:
+        parameters = parent.parameters()
+        if self._casts or any(not x.is_cpu or x.dtype != torch.float32 for x in parameters):
+            return
+        quick = quick_attention(parent, product)
+        if quick is not None:
+            self._forwards[parent] = quick
+
+    def _pack_together(self, parent: Any) -> Linear | None:
+        """Layers that read one input as one product, which is returned."""
+        for names in _SHARING:
+            layers = self._found(parent, names)
+            kinds = {(_weight(x).shape[1], x.bias is None) for x in layers}
+            if len(kinds) != 1 or len(set(layers)) < len(layers):
                 continue
-            packed = packed_linear(_weight(layer), layer.bias, rows)
-            if packed is not None:
-                self._packed[layer] = packed
+            weights = [_weight(layer) for layer in layers]
+            bias = None if layers[0].bias is None else torch.cat([x.bias for x in layers])
+            product = PackedWeight(torch.cat(weights), bias, self._rows).product
+            together = _OneInput(product, [len(weight) for weight in weights])
+            self._forwards |= {layer: together.part(i) for i, layer in enumerate(layers)}
+            self._take(layers)
+            return product
+        return None
+
+    def _found(self, parent: Any, names: tuple[str, ...]) -> list[Any]:
+        """Its layers of these names that are still to be packed; none where one is missing."""
+        layers = [getattr(parent, name, None) for name in names]
+        return layers if self._left.keys() >= set(layers) else []
+
+    def _take(self, layers: list[Any]) -> None:
+        for layer in layers:
+            del self._left[layer]
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """The layers compute with what was packed."""
-        with _replaced(self._packed):
+        """The module computes with what was packed."""
+        with _replaced(self._forwards):
             yield
 
 
@@ -71,13 +116,12 @@ def packed_linear(weight: Tensor, bias: Tensor | None, rows: int) -> Linear | No
     """
     if not is_quick(weight.new_empty(rows, weight.shape[1]), weight):
         return None
-    weight, bias = weight.detach().contiguous(), None if bias is None else bias.detach()
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return PackedWeight(weight, bias, rows).product
 
-    def linear(x: Tensor) -> Tensor:
-        return quick_product(x, packed, bias)
 
-    return linear
+def _is_quick(layer: Any, rows: int) -> bool:
+    weight = _weight(layer)
+    return is_quick(weight.new_empty(rows, weight.shape[1]), weight)
 
 
 class _OneInput:
@@ -110,31 +154,6 @@ class _OneInput:
 def _version(x: Tensor) -> int:
     """How often x was written to; below 0, equal to no earlier one, where that is not counted."""
     return -next(_uncounted) if x.is_inference() else x._version
-
-
-def _sharing(module: nn.Module, layers: list[Any]) -> list[list[Any]]:
-    """Groups of layers that read one input."""
-    ours, groups = set(layers), []
-    for parent in module.modules():
-        for names in _SHARING:
-            group = [getattr(parent, name, None) for name in names]
-            if ours.issuperset(group) and len(set(group)) == len(group):
-                groups.append(group)
-    return groups
-
-
-def _packed_together(group: list[Any], rows: int) -> dict[Any, Linear]:
-    """By layer, its part of one product; nothing where they must be computed one by one."""
-    weights, biases = [_weight(layer) for layer in group], [layer.bias for layer in group]
-    kinds = {(weight.shape[1], weight.dtype) for weight in weights}
-    if len(kinds) > 1 or len({bias is None for bias in biases}) > 1:
-        return {}
-    bias = None if biases[0] is None else torch.cat(biases)
-    product = packed_linear(torch.cat(weights), bias, rows)
-    if product is None:
-        return {}
-    together = _OneInput(product, [len(weight) for weight in weights])
-    return {layer: together.part(i) for i, layer in enumerate(group)}
 
 
 class _QuickLinear(torch.autograd.Function):

@@ -5,12 +5,21 @@ of 256 behind a product take 46 us as transformers computes them and 21 us here,
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _WORST = 2e-6  # of the largest output, where both ways are within rounding of the exact one
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x factor / sqrt(mean x^2 + eps); without a factor x itself."""
+
+    factor: Tensor | None  # [D]
+    eps: float
 
 
 def quick_norms(module: nn.Module) -> dict[Any, Callable[[Tensor], Tensor]]:
@@ -21,8 +30,29 @@ def quick_norms(module: nn.Module) -> dict[Any, Callable[[Tensor], Tensor]]:
     """
     if torch.is_autocast_enabled("cpu"):
         return {}
-    found = ((layer, _quick(layer)) for layer in module.modules() if _is_ours(layer))
-    return {layer: norm for layer, norm in found if norm is not None}
+    found = {layer: norm_of(layer) for layer in module.modules()}
+    return {layer: _rms_norm(norm, layer.forward) for layer, norm in found.items() if norm}
+
+
+@torch.no_grad()
+def norm_of(layer: Any) -> Norm | None:
+    """What an RMSNorm layer computes, by its output on a trial; None of another layer."""
+    eps = _eps(layer)
+    if eps is None or not _is_ours(layer):
+        return None
+    weight = layer.weight.detach()
+    # Rows of different sizes: in the second eps is half of what counts.
+    row = torch.linspace(-1.0, 2.0, weight.numel())
+    trial = torch.stack([row, row * (eps**0.5 / row.norm() * weight.numel() ** 0.5)])[:, None]
+    expected = layer.forward(trial)
+    if not isinstance(expected, Tensor) or expected.shape != trial.shape:
+        return None
+    for factor in (weight, 1.0 + weight):  # as in Llama, as in Gemma
+        norm = Norm(factor, eps)
+        error = (_rms_norm(norm, layer.forward)(trial) - expected).abs().max()
+        if error <= _WORST * expected.abs().max():
+            return norm
+    return None
 
 
 def _is_ours(layer: Any) -> bool:
@@ -35,7 +65,6 @@ def _is_ours(layer: Any) -> bool:
         and weight.dtype == torch.float32
         and weight.dim() == 1
         and weight.numel() > 0
-        and _eps(layer) is not None
     )
 
 
@@ -44,29 +73,11 @@ def _eps(layer: Any) -> float | None:
     return eps if isinstance(eps, float) and eps >= 0 else None
 
 
-@torch.no_grad()
-def _quick(layer: Any) -> Callable[[Tensor], Tensor] | None:
-    weight, eps = layer.weight.detach(), _eps(layer)
-    assert eps is not None
-    # Rows of different sizes: in the second eps is half of what counts.
-    row = torch.linspace(-1.0, 2.0, weight.numel())
-    trial = torch.stack([row, row * (eps**0.5 / row.norm() * weight.numel() ** 0.5)])[:, None]
-    expected = layer.forward(trial)
-    if not isinstance(expected, Tensor) or expected.shape != trial.shape:
-        return None
-    for factor in (weight, 1.0 + weight):  # as in Llama, as in Gemma
-        norm = _rms_norm(factor, eps, layer.forward)
-        if (norm(trial) - expected).abs().max() <= _WORST * expected.abs().max():
-            return norm
-    return None
-
-
-def _rms_norm(
-    weight: Tensor, eps: float, own: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """x weight / sqrt(mean x^2 + eps), as x (weight sqrt D) / sqrt(|x|^2 + D eps)."""
-    width = len(weight)
-    scaled, floor = weight * width**0.5, torch.tensor((width * eps) ** 0.5)
+def _rms_norm(kind: Norm, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """As x (factor sqrt D) / sqrt(|x|^2 + D eps)."""
+    assert kind.factor is not None
+    width = len(kind.factor)
+    scaled, floor = kind.factor * width**0.5, torch.tensor((width * kind.eps) ** 0.5)
 
     def norm(x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or x.shape[-1] != width:

@@ -32,3 +32,28 @@ def is_quick(x: Tensor, weight: Tensor) -> bool:
 def quick_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: [N, K], [V, K] of any strides, [V] -> [N, V]; without a graph."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class PackedWeight:
+    """A weight [V, K] in oneDNN's own layout, and a bias; all products are without a graph.
+
+    Args:
+        weight, bias: what is written to them later has no effect on the products.
+        rows: how many of x there mostly are; any number works.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        self._bias = None if bias is None else bias.detach()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x weight^T + bias: [..., K] -> [..., V]."""
+        return quick_product(x, self._weight, self._bias)
+
+    def activated(self, x: Tensor, name: str, algorithm: str) -> Tensor:
+        """An activation of the product, by oneDNN's name for it."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, name, [], algorithm)
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """The product times other [..., V], number by number."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, "mul")

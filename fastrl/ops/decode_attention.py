@@ -12,6 +12,7 @@ _OP = "decode_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _decode = _binary.op(_OP)
+_step = _binary.op("decode_attention_step")
 
 
 def decode_attention(
@@ -80,6 +81,49 @@ def decode_known(
     of_prefixes = (prefix_end, prefix_cu_rows)
     query = _dense_along_width(query)
     return _decode(query, *caches, *prefixes, *of_prefixes, scale, window, softcap)[0]
+
+
+def decode_step(
+    projected: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+    rows: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_end: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_end: Tensor,
+    prefix_cu_rows: Tensor,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """What a layer does between its two products with a token a row, on a CPU in float32.
+
+    Queries and keys become x / sqrt(mean x^2 + eps) norm (where there is a norm), and then
+    x cos + (-x_2, x_1) sin of their halves. Key and value are written to the caches, as the last
+    ones of their row, and the queries attend to them as in `decode_attention`.
+
+    Args:
+        projected: [R, (Hq + 2 Hkv) D]: queries, keys and values.
+        cos, sin: [R, 1, D].
+        query_norm, key_norm: [D], or None.
+        rows: [R] int64, each one's row of the caches, all different.
+        key, value: [B, Hkv, S, D], written to.
+        key_end: [B] int32, the keys with the new one; 0 for rows of the caches that none of R has.
+    Returns:
+        [R, Hq D].
+    """
+    scale = cos.shape[-1] ** -0.5 if scale is None else scale
+    angles = cos.flatten(1).contiguous(), sin.flatten(1).contiguous()
+    prefixes = prefix_key, prefix_value, prefix_end, prefix_cu_rows
+    norms, caches = (query_norm, key_norm, eps), (key, value, key_end)
+    projected = projected.contiguous()
+    return _step(projected, *angles, *norms, rows, *caches, *prefixes, scale, window, softcap)
 
 
 def _dense_along_width(x: Tensor | None) -> Any:

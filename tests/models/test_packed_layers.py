@@ -6,9 +6,10 @@ from hf_models import build
 from torch import nn
 
 from fastrl import ops
-from fastrl.models import HuggingFacePolicy, _linear_layers
+from fastrl.models import HuggingFacePolicy
 from fastrl.models._linear_layers import PackedLayers
 from fastrl.models._norms import quick_norms
+from fastrl.ops import _quick_product
 from fastrl.ops._quick_product import is_quick
 
 ROWS = 64
@@ -80,13 +81,13 @@ def attention_layers(bias=True):
 def products(monkeypatch):
     if not is_quick(torch.zeros(ROWS, 32), torch.zeros(32, 32)):
         pytest.skip("torch's own products are best here")
-    own, seen = _linear_layers.quick_product, []
+    own, seen = _quick_product.quick_product, []
 
     def product(*args):
         seen.append(args[0])
         return own(*args)
 
-    monkeypatch.setattr(_linear_layers, "quick_product", product)
+    monkeypatch.setattr(_quick_product, "quick_product", product)
     return seen
 
 
@@ -145,7 +146,7 @@ def test_buffers_in_use_are_checked_once(monkeypatch):
         return own(*args, **kwargs)
 
     monkeypatch.setattr(ops, "decode_attention", attention)
-    decoder = HuggingFacePolicy(build("llama")).decoder(3, 8)
+    decoder = HuggingFacePolicy(build("gpt_neox")).decoder(3, 8)  # whose block is not quick
     decoder.read([torch.tensor([1, 2])])
     decoder.open([0, 0])
     for _ in range(3):
