@@ -19,7 +19,8 @@ from bench.gpu.plan import TOTAL, Files, Refused, check_part, plan, wheels_part
 from bench.results import ResultFileError, Results
 
 USAGE_ERROR = 2
-_MOST_PICTURES = 6
+_MOST_PICTURES = 4
+_MOST_OF_A_LOG = 500_000  # bytes, from its end
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,7 +106,10 @@ def _gather(
     pictures = sorted(files.pictures.glob("*.png"))[:_MOST_PICTURES]
     for picture in pictures:
         shutil.copy(picture, out)
-    tests = report.read_tests(files.junit)
+    tests = report.read_tests(files.tests)
+    if tests is not None and tests.count("failed"):
+        (out / "failures.txt").write_text(report.failures(tests))
+    (out / "logs.txt").write_text(runner.logs(_MOST_OF_A_LOG))
     (out / "report.md").write_text(report.text(found, runner.outcomes, tests, pictures))
 
 

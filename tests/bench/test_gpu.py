@@ -14,6 +14,7 @@ import torch
 
 from bench import results
 from bench.gpu import command, plan, report
+from bench.gpu.first_look import far_apart
 from bench.gpu.parts import Outcome, Part, Runner
 from bench.results import CaseResult, Entry, Results
 
@@ -24,7 +25,10 @@ MACHINE = {
         "date": "today", "peers": {}, "load_1min": 0.0, "driver": "580.1",
     },
     "capability": "9.0",
-    "packages": {"pytest": True, "matplotlib": True},
+    "packages": {
+        "pytest": True, "pytest-xdist": True, "pytest-timeout": True, "matplotlib": True,
+    },
+    "gpu_is_shared": True,
     "ops": {"gae": 1, "token_logprobs": 3},
     "lacking": [],
 }  # fmt: skip
@@ -98,18 +102,19 @@ def test_each_part_gives_what_it_has(files, tmp_path):
         "ok",
     ]
     assert sorted(p.name for p in out.iterdir()) == [
-        *(f"{i}.png" for i in range(1, 7)), "report.md", "results.json",
+        *(f"{i}.png" for i in range(1, 5)), "logs.txt", "report.md", "results.json",
     ]  # fmt: skip
+    assert (out / "logs.txt").read_text().startswith("==== 1-build\none\nno such header\n")
     text = (out / "report.md").read_text()
     for line in (
         "# fastrl on NVIDIA H100 80GB HBM3", "| commit | abc |", "| driver | 580.1 |",
         "| build | failed | 0 | 20 | exit status 3 |", "no such header", "### gae",
         "The bench is over its limit", "not installed: pip", "0.50x (faster)",
-        "![6](6.png)",
+        "![4](4.png)",
         "of the binary that was there before",
     ):  # fmt: skip
         assert line in text
-    assert "7.png" not in text
+    assert "5.png" not in text
 
 
 def test_a_part_is_killed_with_all_that_it_started(files, tmp_path):
@@ -189,7 +194,7 @@ def test_only(files):
 
 
 def test_a_machine_without_pytest_or_matplotlib(files, tmp_path):
-    parts = planned([], files, packages={"pytest": False, "matplotlib": False})
+    parts = planned([], files, packages=dict.fromkeys(MACHINE["packages"], False))
     done = runner(files)
     for part in (parts[1], parts[-1]):
         done.run(part)
@@ -214,27 +219,102 @@ def test_a_table_that_cannot_be_made_costs_the_tables_alone(monkeypatch):
     assert "could not be made: KeyError('cores')" in text and "no such header" in text
 
 
-JUNIT = """<testsuites><testsuite>
-<testcase classname="tests.ops.test_a" name="test_x[cuda]"/>
-<testcase classname="tests.ops.test_a" name="test_y"><skipped message="needs 2 GPUs"/></testcase>
-<testcase classname="tests.ops.test_a" name="test_z">
-  <failure message="assert 1 == 2&#10;more">long</failure><error message="then"/></testcase>
-<testcase classname="" name="tests.ops.test_b"><error message="collection failure"/></testcase>
-<testcase time="0.000"/>
-</testsuite></testsuites>"""
+def line(name, outcome, when="call", message="", text=""):
+    fields = {"name": name, "outcome": outcome, "when": when, "message": message, "text": text}
+    return json.dumps(fields | {"seconds": 0.1}) + "\n"
 
 
 def test_tests_are_counted_and_failures_named(files):
-    assert report.read_tests(files.junit) is None
-    files.junit.write_text("<testsuites>")
-    assert report.read_tests(files.junit) is None
-    files.junit.write_text(JUNIT)
-    tests = report.read_tests(files.junit)
+    assert report.read_tests(files.tests) is None
+    found = [line("a::x", "passed", when) for when in ("setup", "call", "teardown")]
+    found += [line("a::y", "skipped", "setup", "needs 2 GPUs")]
+    for name in ("a::z", "a::w"):
+        found += [line(name, "failed", message="assert 1 == 2", text="its traceback")]
+        found += [line(name, "passed", "teardown")]
+    found += [line("a::v", "passed"), line("a::v", "failed", "teardown", "illegal access", "long")]
+    found += [line("a::v", "failed", "???", "worker 'gw0' crashed")]
+    files.tests.write_text('{"collected": 9}\n' + "".join(found) + '{"name": "half')
+    tests = report.read_tests(files.tests)
     text = report.text(results_of("gae"), [], tests, [])
-    assert "1 passed, 2 failed, 1 skipped." in text
-    assert "- `tests.ops.test_a.test_z: assert 1 == 2`" in text
-    assert "- `tests.ops.test_b: collection failure`" in text
-    assert "- 1: needs 2 GPUs (`tests.ops.test_a.test_y`)" in text
+    assert "1 passed, 3 failed, 1 skipped, of 9." in text
+    assert "- 2: assert 1 == 2 (`a::z`, ...)\n- 1: illegal access (`a::v`)" in text
+    assert "- 1: needs 2 GPUs (`a::y`)" in text
+    assert "==== 2: assert 1 == 2\n\nits traceback\n\na::z\na::w\n" in report.failures(tests)
+
+
+TESTS = """
+import pytest
+import torch
+
+@pytest.mark.parametrize("i", range(8))
+def test_many(i):
+    assert i != 3
+
+def test_that_breaks_the_context(monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access")
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, broken
+
+def test_behind_it():
+    pass
+"""
+
+
+def test_one_of_each_function_comes_first_and_a_broken_context_ends_the_process(files, tmp_path):
+    """As a worker of pytest-xdist: another one would go on."""
+    path = tmp_path / "test_there.py"
+    path.write_text(TESTS)
+    command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.first_look", "-q", str(path)]
+    command += [f"--found={files.tests}", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+
+    def run(**env):
+        files.tests.unlink(missing_ok=True)
+        done = subprocess.run(
+            command, cwd=plan.ROOT, env=os.environ | env, capture_output=True, text=True
+        )
+        lines = [json.loads(text) for text in files.tests.read_text().splitlines()]
+        names = [x["name"].partition("::")[2] for x in lines if x.get("outcome") == "failed"]
+        return done, lines, names
+
+    done, lines, names = run()
+    assert "the GPU's context is broken" in done.stdout
+    assert set(names) == {"test_that_breaks_the_context"}  # as it ends, and as it is torn down
+    assert lines[0] == {"collected": 10} and lines[2]["name"].endswith("test_many[0]")
+    assert lines[-2]["message"] == "RuntimeError: CUDA error: an illegal memory access"
+    done, lines, names = run(PYTEST_XDIST_WORKER="gw0")
+    assert done.returncode == 1 and "FAILURES" not in done.stdout
+    assert names == ["test_that_breaks_the_context"] and len(lines) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 36, 120])
+def test_neighbours_among_parameters_are_far_apart(count):
+    order = far_apart(count)
+    assert sorted(order) == list(range(count)) and order[0] == 0
+    if count > 8:
+        assert {i // (count // 4) for i in order[:8]} >= {0, 1, 2, 3}
+
+
+def test_tests_run_side_by_side_where_they_can(files):
+    def options(workers, **changes):
+        packages = MACHINE["packages"] | {k: v for k, v in changes.items() if "-" in k}
+        machine = {"packages": packages, "gpu_is_shared": changes.get("shared", True)}
+        machine["environment"] = MACHINE["environment"] | {"cores": workers}
+        return planned(["tests"], files, **machine)[1].command
+
+    assert "-n 12 --maxschedchunk=1" in " ".join(options(16))
+    assert "--timeout-method=thread" in options(16)
+    for alone in (options(2), options(16, shared=False), options(16, **{"pytest-xdist": False})):
+        assert "-n" not in alone and "--timeout-method=signal" in alone
+    assert not [x for x in options(16, **{"pytest-timeout": False}) if "--timeout" in x]
+
+
+def test_a_bench_knows_its_time(files, tmp_path):
+    gae = planned(["gae"], files)[2]
+    at = gae.command.index("--seconds") + 1
+    note = tmp_path / "note"
+    script = ["sh", "-c", f"echo $1 > {note}", "sh", gae.command[at]]
+    runner(files).run(Part("gae", script, 17.0))
+    assert note.read_text() == "17\n"
 
 
 @pytest.fixture
