@@ -3,8 +3,8 @@
 Nobody knows how many of them fit into the time. So one of each test function comes first, then a
 second one of each, far from the first in its list of parameters: whenever the time ends, every
 function has been asked about as often. What each test gave is in the file as soon as it is known. A
-test that leaves the GPU's context broken takes its worker of pytest-xdist with it, and the tests
-behind it go on in a new one.
+test that leaves the GPU's context broken, or fails while it captures a graph, takes its worker of
+pytest-xdist with it, and the tests behind it go on in a new one.
 """
 
 import json
@@ -59,19 +59,29 @@ def pytest_runtest_makereport(
 ) -> Iterator[pytest.TestReport]:
     report = yield
     if call.when != "setup" and torch.cuda.is_initialized():
-        try:
-            torch.cuda.synchronize()  # or the fault would be the next test's
-            if torch.cuda.memory_reserved() > _LARGE:
-                torch.cuda.empty_cache()
-        except Exception as error:  # whatever its class: in this process CUDA is at an end
-            lines = f"{type(error).__name__}: {error}".strip().splitlines()
+        fault = _fault()
+        if fault:
             report.outcome = "failed"
-            report.longrepr = "\n".join([lines[0], report.longreprtext, *lines])
+            report.longrepr = "\n".join([fault.splitlines()[0], report.longreprtext, fault])
+        # What was being captured when a test failed may leave torch's own state half open.
+        if fault or (report.failed and "captur" in report.longreprtext):
             _note(item.config, report)
             if os.environ.get("PYTEST_XDIST_WORKER"):
                 os._exit(1)
+        if fault:
             item.session.shouldstop = "the GPU's context is broken, and pytest-xdist is missing"
     return report
+
+
+def _fault() -> str:
+    """Of the kernels so far, or it would be the next test's."""
+    try:
+        torch.cuda.synchronize()
+        if torch.cuda.memory_reserved() > _LARGE:
+            torch.cuda.empty_cache()
+    except Exception as error:  # whatever its class: in this process CUDA is at an end
+        return f"{type(error).__name__}: {error}".strip()
+    return ""
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
