@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,15 @@ def run(
     """The exit status. What is in `out` is complete after each part: nobody need wait for all."""
 
     def gather() -> None:
-        _gather(runner, parts, environment, files, out)
+        nonlocal is_whole
+        is_whole = True
+        try:
+            _gather(runner, parts, environment, files, out)
+        except Exception:  # the parts that come are worth more than the report of those before
+            traceback.print_exc()
+            is_whole = False
 
+    is_whole = False
     out.mkdir(parents=True, exist_ok=True)
     try:
         runner.run_all(parts, gather)
@@ -92,7 +100,7 @@ def run(
         if outcome.is_bad:
             print(f"\n{outcome.name}: {outcome.status} {outcome.reason}\n{outcome.tail}")
     print(f"\nWrote {out / 'report.md'} and what belongs to it.")
-    return 1 if any(outcome.is_bad for outcome in runner.outcomes) else 0
+    return 1 if not is_whole or any(outcome.is_bad for outcome in runner.outcomes) else 0
 
 
 def _gather(

@@ -157,7 +157,20 @@ def test_shares_of_the_time_and_the_deadline(files):
 
 def test_the_limits_leave_the_benches_their_time():
     fixed = plan.WHEELS + plan.CHECK + plan.BUILD + plan.TESTS + plan.PICTURES
-    assert fixed + 160 <= plan.TOTAL <= 540 - 20
+    assert fixed + 140 <= plan.TOTAL <= 540 - 20
+
+
+def test_a_report_that_cannot_be_written_stops_nothing(files, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise KeyError("outcome")
+
+    monkeypatch.setattr(report, "text", broken)
+    parts = [bench("gae", files, "true", tmp_path), shell("true", name="pictures")]
+    done, out = runner(files), tmp_path / "out"
+    assert command.run(done, parts, MACHINE["environment"], files, out) == 1
+    assert statuses(done) == {"gae": "ok", "pictures": "ok"}
+    assert len(results.load(out / "results.json").cases) == 1
+    assert "KeyError: 'outcome'" in capsys.readouterr().err
 
 
 def test_an_interrupt_loses_nothing_either(files, tmp_path):
