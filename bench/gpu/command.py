@@ -22,6 +22,7 @@ from bench.results import ResultFileError, Results
 USAGE_ERROR = 2
 _MOST_PICTURES = 4
 _MOST_OF_A_LOG = 500_000  # bytes, from its end
+_MOST_OF_A_LINE = 300  # characters; a compiler's command has thousands
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,15 +82,14 @@ def run(
     """The exit status. What is in `out` is complete after each part: nobody need wait for all."""
 
     def gather() -> None:
-        nonlocal is_whole
-        is_whole = True
+        nonlocal digest
         try:
-            _gather(runner, parts, environment, files, out)
+            digest = _gather(runner, parts, environment, files, out)
         except Exception:  # the parts that come are worth more than the report of those before
             traceback.print_exc()
-            is_whole = False
+            digest = None
 
-    is_whole = False
+    digest: str | None = None
     out.mkdir(parents=True, exist_ok=True)
     try:
         runner.run_all(parts, gather)
@@ -98,14 +98,17 @@ def run(
         print("Interrupted.")
     for outcome in runner.outcomes:
         if outcome.is_bad:
-            print(f"\n{outcome.name}: {outcome.status} {outcome.reason}\n{outcome.tail}")
+            tail = "\n".join(line[:_MOST_OF_A_LINE] for line in outcome.tail.splitlines())
+            print(f"\n{outcome.name}: {outcome.status} {outcome.reason}\n{tail}")
+    print(f"\n{digest or 'The report could not be written.'}")
     print(f"\nWrote {out / 'report.md'} and what belongs to it.")
-    return 1 if not is_whole or any(outcome.is_bad for outcome in runner.outcomes) else 0
+    return 1 if digest is None or any(outcome.is_bad for outcome in runner.outcomes) else 0
 
 
 def _gather(
     runner: Runner, parts: list[Part], environment: dict[str, Any], files: Files, out: Path
-) -> None:
+) -> str:
+    """The digest of what now lies in `out`."""
     rows = [{k: v for k, v in asdict(o).items() if k != "tail"} for o in runner.outcomes]
     found = merge(environment, [files.results(part.name) for part in parts])
     found.environment |= {"commit": environment["commit"], "parts": rows}
@@ -119,6 +122,7 @@ def _gather(
         (out / "failures.txt").write_text(report.failures(tests))
     (out / "logs.txt").write_text(runner.logs(_MOST_OF_A_LOG))
     (out / "report.md").write_text(report.text(found, runner.outcomes, tests, pictures))
+    return report.digest(found, runner.outcomes, tests)
 
 
 def merge(environment: dict[str, Any], paths: list[Path]) -> Results:

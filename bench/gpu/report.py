@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench import table
 from bench.gpu.parts import OK, Outcome
-from bench.results import Results
+from bench.results import CaseResult, Results
 
 _STAMP = (
     "commit", "date", "gpu", "driver", "nvcc", "python", "torch", "triton", "numpy", "cpu", "cores",
@@ -85,6 +85,24 @@ def text(
         _logs(outcomes),
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines) + "\n"
+
+
+def digest(found: Results, outcomes: list[Outcome], tests: Tests | None) -> str:
+    """What to read first: for a terminal of which only the end may be seen."""
+    blocks = [_tests(tests)[:_MOST_LISTED], list(map(_one_line, found.cases)), _parts(outcomes)]
+    return "\n\n".join("\n".join(line[:_MOST_OF_A_MESSAGE] for line in b) for b in blocks if b)
+
+
+def _one_line(case: CaseResult) -> str:
+    if case.ours is None:
+        reason = case.wrong or "; ".join(m["reason"] for m in case.missing if m["name"] == "fastrl")
+        return f"{case.name}: {'WRONG: ' if case.wrong else ''}{reason}"
+    others = [e for e in case.entries if e.ratio is not None and not e.name.startswith("fastrl")]
+    fastest = min(others, key=lambda e: e.ratio or 0.0, default=None)
+    found = f"{case.ours.time_us['p50']:.1f} us, {case.ours.share_of_ceiling:.0%} of {case.ceiling}"
+    if fastest is not None:
+        found += f", {fastest.ratio:.2f}x {fastest.name}"
+    return f"{case.name}: {found}"
 
 
 def _stamp(found: Results) -> list[str]:

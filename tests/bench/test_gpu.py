@@ -14,7 +14,6 @@ import torch
 
 from bench import results
 from bench.gpu import command, plan, report
-from bench.gpu.first_look import far_apart
 from bench.gpu.parts import Outcome, Part, Runner
 from bench.results import CaseResult, Entry, Results
 
@@ -75,7 +74,7 @@ def statuses(done):
     return {outcome.name: outcome.status for outcome in done.outcomes}
 
 
-def test_each_part_gives_what_it_has(files, tmp_path):
+def test_each_part_gives_what_it_has(files, tmp_path, capsys):
     """One is killed, one fails, one is too long in pictures: the others are complete."""
     out, done = tmp_path / "out", runner(files)
     pictures = (
@@ -115,6 +114,10 @@ def test_each_part_gives_what_it_has(files, tmp_path):
     ):  # fmt: skip
         assert line in text
     assert "5.png" not in text
+    said = capsys.readouterr().out
+    name = "gae [8, 8] float32 forward"
+    assert f"\n{name}: 10.0 us, 50% of copy, 2.00x a peer\n" in said
+    assert said.index("no such header") < said.index(name) < said.index("| build | failed |")
 
 
 def test_a_part_is_killed_with_all_that_it_started(files, tmp_path):
@@ -253,58 +256,6 @@ def test_tests_are_counted_and_failures_named(files):
     assert "- 2: assert 1 == 2 (`a::z`, ...)\n- 1: illegal access (`a::v`)" in text
     assert "- 1: needs 2 GPUs (`a::y`)" in text
     assert "==== 2: assert 1 == 2\n\nits traceback\n\na::z\na::w\n" in report.failures(tests)
-
-
-TESTS = """
-import pytest
-import torch
-
-@pytest.mark.parametrize("i", range(8))
-def test_many(i):
-    assert i != 3
-
-def test_that_breaks_the_context(monkeypatch):
-    def broken():
-        raise RuntimeError("CUDA error: an illegal memory access")
-    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, broken
-
-def test_behind_it():
-    pass
-"""
-
-
-def test_one_of_each_function_comes_first_and_a_broken_context_ends_the_process(files, tmp_path):
-    """As a worker of pytest-xdist: another one would go on."""
-    path = tmp_path / "test_there.py"
-    path.write_text(TESTS)
-    command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.first_look", "-q", str(path)]
-    command += [f"--found={files.tests}", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-
-    def run(**env):
-        files.tests.unlink(missing_ok=True)
-        done = subprocess.run(
-            command, cwd=plan.ROOT, env=os.environ | env, capture_output=True, text=True
-        )
-        lines = [json.loads(text) for text in files.tests.read_text().splitlines()]
-        names = [x["name"].partition("::")[2] for x in lines if x.get("outcome") == "failed"]
-        return done, lines, names
-
-    done, lines, names = run()
-    assert "the GPU's context is broken" in done.stdout
-    assert set(names) == {"test_that_breaks_the_context"}  # as it ends, and as it is torn down
-    assert lines[0] == {"collected": 10} and lines[2]["name"].endswith("test_many[0]")
-    assert lines[-2]["message"] == "RuntimeError: CUDA error: an illegal memory access"
-    done, lines, names = run(PYTEST_XDIST_WORKER="gw0")
-    assert done.returncode == 1 and "FAILURES" not in done.stdout
-    assert names == ["test_that_breaks_the_context"] and len(lines) == 2
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 8, 36, 120])
-def test_neighbours_among_parameters_are_far_apart(count):
-    order = far_apart(count)
-    assert sorted(order) == list(range(count)) and order[0] == 0
-    if count > 8:
-        assert {i // (count // 4) for i in order[:8]} >= {0, 1, 2, 3}
 
 
 def test_tests_run_side_by_side_where_they_can(files):
