@@ -39,8 +39,8 @@ def find_toolkit() -> None:
     if found is None or (Path(found) / "include" / "cuda_runtime.h").exists():
         return
     nvcc = shutil.which("nvcc")
-    homes = [Path("/usr/local/cuda"), *([Path(nvcc).resolve().parents[1]] if nvcc else [])]
-    for home in homes:
+    homes = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    for home in (*homes, Path("/usr/local/cuda")):
         if (home / "include" / "cuda_runtime.h").exists():
             cpp_extension.CUDA_HOME = str(home)
             return
