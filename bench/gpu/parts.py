@@ -15,6 +15,7 @@ SKIPPED, NOT_REACHED, INTERRUPTED = "skipped", "not reached", "interrupted"
 
 SECONDS = "{seconds}"  # in a command: its limit
 
+_DEATH_S = 10.0  # what a killed process has to end
 _LEAST_S = 1.0  # with less time left a part is not begun
 _TAIL_LINES, _TAIL_BYTES = 60, 20_000
 
@@ -134,7 +135,11 @@ class Runner:
                 os.killpg(process.pid, signal.SIGINT)
                 _ends(process.pid, self._grace_s)
             os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
+            # A driver may hold a process whose GPU hangs: the parts that come do not wait for it.
+            is_gone = _ends(process.pid, _DEATH_S)
+            status = process.wait() if is_gone else None
+        if status is None:
+            return LATE, "it was killed, and does not end"
         if not in_time:
             return LATE, ""
         failed = (FAILED, f"exit status {status}")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import results
-from bench.gpu import command, plan, report
+from bench.gpu import command, parts, plan, report
 from bench.gpu.parts import Outcome, Part, Runner
 from bench.results import CaseResult, Entry, Results
 
@@ -136,6 +136,18 @@ def _is_still(beat):
     before = beat.read_text()
     time.sleep(0.2)
     return beat.read_text() == before
+
+
+def test_a_part_that_no_signal_ends_is_not_waited_for(files, monkeypatch):
+    monkeypatch.setattr(parts, "_DEATH_S", 0.2)
+    kill, spared = os.killpg, []
+    monkeypatch.setattr(os, "killpg", lambda group, _: spared.append(group))
+    done = runner(files)
+    try:
+        assert done.run(shell("sleep 60", limit_s=1.0)).reason == "it was killed, and does not end"
+    finally:
+        kill(spared[0], signal.SIGKILL)
+    assert statuses(done) == {"part": "over its limit"} and done.outcomes[0].seconds < 20
 
 
 def test_a_part_over_its_limit_may_write_down_what_it_knows(files, tmp_path):
