@@ -7,7 +7,7 @@
 # PYTHON=      the Python to make .venv with; for make gpu the one that has torch, Triton and ninja
 #
 # make gpu takes less than nine minutes, needs no network and uses no .venv. It writes report.md,
-# results.json and pictures.
+# results.json, logs.txt, pictures, and failures.txt if tests fail.
 # OUT=         the folder for them (default: bench/results/<gpu>)
 # ONLY=        parts of it, with commas between them: build, tests, or ops, e.g. ONLY=token_logprobs
 # COMMIT=      what the report is stamped with (default: git's own)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: one binary for it and all that follow
@@ -31,8 +32,24 @@ def pybind11_include() -> list[str]:
     return [pybind11.get_include()]
 
 
+def find_toolkit() -> None:
+    """torch takes what is above nvcc's folder for the toolkit; in /usr/local/bin there may be a
+    script that calls the compiler, with neither headers nor libraries above it."""
+    found = cpp_extension.CUDA_HOME
+    if found is None or (Path(found) / "include" / "cuda_runtime.h").exists():
+        return
+    nvcc = shutil.which("nvcc")
+    homes = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    for home in (*homes, Path("/usr/local/cuda")):
+        if (home / "include" / "cuda_runtime.h").exists():
+            cpp_extension.CUDA_HOME = str(home)
+            return
+
+
 def extension():
-    with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
+    find_toolkit()
+    with_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    with_cuda &= os.environ.get("FASTRL_BUILD") != "cpu"
     cxx = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
     cxx += ["-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     # Without contraction a row's bits do not depend on where in a kernel an expression stands.
@@ -50,6 +67,8 @@ def extension():
         depends=sorted(str(p) for name in ("*.h", "*.cuh") for p in Path("csrc").rglob(name)),
     )
     built.libraries.remove("torch_python")  # nothing of torch's Python side is called
+    if with_cuda and not any((Path(d) / "libcudart.so").exists() for d in built.library_dirs):
+        built.libraries.remove("cudart")  # a toolkit without it; torch has loaded its own by then
     return built
 
 

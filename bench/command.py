@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from bench.run import Bench
 from bench.timing import budget_for
 
 USAGE_ERROR = 2
+_START_SECONDS = 8.0  # Python, torch and the GPU, before the first case
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +27,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("op", nargs="*", help=f"of {', '.join(cases.CASES)} (default: all)")
     p.add_argument("--device", default="cpu", help="cpu, or cuda[:i]")
     p.add_argument("--quick", action="store_true", help="fewer cases, fewer rounds")
+    p.add_argument(
+        "--seconds", type=float, metavar="S",
+        help="share so long among the cases; peers that have no time left are listed as missing",
+    )  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     p.add_argument("--compare", type=Path, metavar="FILE", help="with the results of another run")
     p.add_argument(
@@ -59,7 +65,10 @@ def _main(options: argparse.Namespace) -> int:
     old = None if options.compare is None else results.load(options.compare)
     plot = None if options.plot is None else _import_plot()
     if options.results is None:
-        found = measure(options.op, options.device, quick=options.quick, path=options.json)
+        found = measure(
+            options.op, options.device, quick=options.quick, path=options.json,
+            seconds=options.seconds,
+        )  # fmt: skip
     else:
         found = results.load(options.results)
     table.show(found)
@@ -74,8 +83,20 @@ def _main(options: argparse.Namespace) -> int:
     return status
 
 
-def measure(ops: list[str], device_name: str, *, quick: bool, path: Path | None = None) -> Results:
-    """Run the cases; the file holds those that are done, whenever the run is stopped."""
+def measure(
+    ops: list[str],
+    device_name: str,
+    *,
+    quick: bool,
+    path: Path | None = None,
+    seconds: float | None = None,
+) -> Results:
+    """Run the cases; the file holds those that are done, whenever the run is stopped.
+
+    Args:
+        seconds: for all of them together, this process's start included.
+    """
+    end = None if seconds is None else time.monotonic() + seconds - _START_SECONDS
     device = _device(device_name)
     chosen = cases.select(ops, quick=quick, device=device.type)
     if not chosen:
@@ -89,7 +110,10 @@ def measure(ops: list[str], device_name: str, *, quick: bool, path: Path | None 
     bench = Bench(device, budget_for(device, quick=quick))
     for i, case in enumerate(chosen, start=1):
         print(f"[{i}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
-        found.cases.append(bench.run(case))
+        share = None
+        if end is not None:
+            share = max(0.0, end - time.monotonic()) / (len(chosen) - i + 1)
+        found.cases.append(bench.run(case, seconds=share))
         if path is not None:
             results.save(found, path)
         memory.release(device)

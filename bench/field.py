@@ -91,14 +91,15 @@ class Field:
             if peer is peers.REFERENCE and self._result.eager_error is None:
                 self._result.eager_error = error
         except Unavailable as reason:
-            self._miss(peer, str(reason))
+            self.miss(peer, str(reason))
         except Exception as raised:  # whatever a foreign library does: it is shown, not hidden
             first_line = str(raised).strip().split("\n")[0][:120]
-            self._miss(peer, f"raised {type(raised).__name__}: {first_line}")
+            self.miss(peer, f"raised {type(raised).__name__}: {first_line}")
             del raised  # its frames hold what did not fit
             memory.release(self._device)
 
-    def _miss(self, peer: Peer, reason: str) -> None:
+    def miss(self, peer: Peer, reason: str) -> None:
+        """Into the list of those that did not take part."""
         entry = {"name": peer.name, "version": peer.version, "reason": reason}
         self._result.missing.append(entry)
 

@@ -20,6 +20,7 @@ from bench.timing import Budget, Contestant, RunRounds, synchronize, take_turns
 from bench.workloads import WORKLOADS
 
 _CEILING_ROUNDS = 5
+_ENTERING = 0.6  # of the time of a case, if that is short: then they take turns
 
 
 class Bench:
@@ -41,11 +42,18 @@ class Bench:
         self._copy = copy or Copy(device)
         self._probe = Probe(device)
 
-    def run(self, case: Case, *, run_rounds: RunRounds | None = None) -> CaseResult:
+    def run(
+        self, case: Case, *, seconds: float | None = None, run_rounds: RunRounds | None = None
+    ) -> CaseResult:
         """The figures of a case; `wrong` is set, and nothing timed, where our op fails the gate.
 
         Where we have no implementation, that is listed with its reason, and the peers are timed.
+
+        Args:
+            seconds: what the case should take. We are measured however long it takes; peers enter,
+                in order, until most of it is gone.
         """
+        stop = None if seconds is None else time.monotonic() + _ENTERING * seconds
         # Else a second shape would be compiled as a dynamic one. Between peers it would throw away
         # what is to be timed.
         torch.compiler.reset()
@@ -77,7 +85,10 @@ class Bench:
             result.wrong = f"{case.op}: raised {type(error).__name__}: {error}"
             return result
         for peer in self.peers_of(case.op):
-            field.enter_peer(peer)
+            if stop is not None and time.monotonic() > stop:
+                field.miss(peer, "the time was used up before it had its turn")
+            else:
+                field.enter_peer(peer)
         if field.contestants:
             try:
                 self._take_turns(case, workload, field, result, run_rounds)

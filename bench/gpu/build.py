@@ -1,4 +1,8 @@
-"""Builds fastrl._C in place for one GPU: `python -m bench.gpu.build 9.0`; "" builds for a CPU."""
+"""Builds fastrl._C in place for one GPU: `python -m bench.gpu.build 9.0`; "" builds for a CPU.
+
+Where the build for a GPU fails, one for the CPU follows: the ops in Triton need no more than that,
+and are then tested and timed. The exit status stays that of the failure.
+"""
 
 import os
 import subprocess
@@ -7,12 +11,27 @@ import sys
 
 def main(argv: list[str]) -> int:
     capability = argv[0]
-    env = os.environ | ({"TORCH_CUDA_ARCH_LIST": capability} if capability else {})
-    status = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], env=env, check=False
-    ).returncode
+    without = {"FASTRL_BUILD": "cpu"}
+    if not capability:
+        return build(without, "")
+    if build({"TORCH_CUDA_ARCH_LIST": capability}, f"sm_{capability.replace('.', '')}") == 0:
+        return 0
+    print("build: failed for the GPU; what follows is without the CUDA C++, that is the returns.")
+    build(without, "")
+    return 1
+
+
+def build(settings: dict[str, str], architecture: str) -> int:
+    """The exit status; 1 as well where what was built does not load."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    status = subprocess.run(command, env=os.environ | settings, check=False).returncode
     if status != 0:
         return status
+    # In a process of its own: this one may have to look at a second binary.
+    return subprocess.run([sys.executable, "-m", __spec__.name, "--check", architecture]).returncode
+
+
+def check(architecture: str) -> int:
     from fastrl.ops import _binary
 
     if _binary.module is None:
@@ -20,13 +39,13 @@ def main(argv: list[str]) -> int:
         return 1
     facts = _binary.module.build_facts()
     print(f"{_binary.module.__file__}: {facts}")
-    wanted = f"sm_{capability.replace('.', '')}"
     built = facts["cuda_architectures"].split(", ")
-    if capability and wanted not in built:
-        print(f"build: expected code for {wanted}, got {', '.join(built) or 'none'}.")
+    if architecture and architecture not in built:
+        print(f"build: expected code for {architecture}, got {', '.join(built) or 'none'}.")
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    sys.exit(check(arguments[1]) if arguments[0] == "--check" else main(arguments))

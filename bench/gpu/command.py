@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from bench.gpu.plan import TOTAL, Files, Refused, check_part, plan, wheels_part
 from bench.results import ResultFileError, Results
 
 USAGE_ERROR = 2
-_MOST_PICTURES = 6
+_MOST_PICTURES = 4
+_MOST_OF_A_LOG = 500_000  # bytes, from its end
+_MOST_OF_A_LINE = 300  # characters; a compiler's command has thousands
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,8 +82,14 @@ def run(
     """The exit status. What is in `out` is complete after each part: nobody need wait for all."""
 
     def gather() -> None:
-        _gather(runner, parts, environment, files, out)
+        nonlocal digest
+        try:
+            digest = _gather(runner, parts, environment, files, out)
+        except Exception:  # the parts that come are worth more than the report of those before
+            traceback.print_exc()
+            digest = None
 
+    digest: str | None = None
     out.mkdir(parents=True, exist_ok=True)
     try:
         runner.run_all(parts, gather)
@@ -89,14 +98,17 @@ def run(
         print("Interrupted.")
     for outcome in runner.outcomes:
         if outcome.is_bad:
-            print(f"\n{outcome.name}: {outcome.status} {outcome.reason}\n{outcome.tail}")
+            tail = "\n".join(line[:_MOST_OF_A_LINE] for line in outcome.tail.splitlines())
+            print(f"\n{outcome.name}: {outcome.status} {outcome.reason}\n{tail}")
+    print(f"\n{digest or 'The report could not be written.'}")
     print(f"\nWrote {out / 'report.md'} and what belongs to it.")
-    return 1 if any(outcome.is_bad for outcome in runner.outcomes) else 0
+    return 1 if digest is None or any(outcome.is_bad for outcome in runner.outcomes) else 0
 
 
 def _gather(
     runner: Runner, parts: list[Part], environment: dict[str, Any], files: Files, out: Path
-) -> None:
+) -> str:
+    """The digest of what now lies in `out`."""
     rows = [{k: v for k, v in asdict(o).items() if k != "tail"} for o in runner.outcomes]
     found = merge(environment, [files.results(part.name) for part in parts])
     found.environment |= {"commit": environment["commit"], "parts": rows}
@@ -105,8 +117,12 @@ def _gather(
     pictures = sorted(files.pictures.glob("*.png"))[:_MOST_PICTURES]
     for picture in pictures:
         shutil.copy(picture, out)
-    tests = report.read_tests(files.junit)
+    tests = report.read_tests(files.tests)
+    if tests is not None and tests.count("failed"):
+        (out / "failures.txt").write_text(report.failures(tests))
+    (out / "logs.txt").write_text(runner.logs(_MOST_OF_A_LOG))
     (out / "report.md").write_text(report.text(found, runner.outcomes, tests, pictures))
+    return report.digest(found, runner.outcomes, tests)
 
 
 def merge(environment: dict[str, Any], paths: list[Path]) -> Results:

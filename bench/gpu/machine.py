@@ -63,7 +63,8 @@ def lacking(device: str) -> list[str]:
 
 def facts(device: str) -> dict[str, Any]:
     """capability ("9.0"; "" on a CPU), which packages are there, how many cases of each op there
-    are to time, and the environment that results are stamped with."""
+    are to time, whether several processes may use the GPU, and the environment that results are
+    stamped with."""
     import torch
 
     from bench.cases import select
@@ -74,13 +75,15 @@ def facts(device: str) -> dict[str, Any]:
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         environment |= {"driver": _driver(), "nvcc": _nvcc_release(), "triton": _version("triton")}
-    packages = {name: _version(name) is not None for name in ("pytest", "matplotlib")}
+    wanted = ("pytest", "pytest-xdist", "pytest-timeout", "matplotlib")
+    packages = {name: _version(name) is not None for name in wanted}
     found = select([], quick=True, device=device)
     # An op without a size that fills a GPU has nothing to show there yet.
     ready = {case.op for case in found if case.devices == (device,)} if device == "cuda" else None
     ops = Counter(case.op for case in found if ready is None or case.op in ready)
     return {
         "environment": environment, "capability": capability, "packages": packages, "ops": ops,
+        "gpu_is_shared": device == "cuda" and _compute_mode() in ("Default", "unknown"),
     }  # fmt: skip
 
 
@@ -116,6 +119,10 @@ def _driver() -> str:
     return _first_line(
         r"([\d.]+)", "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
     )
+
+
+def _compute_mode() -> str:
+    return _first_line(r"(\w+)", "nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ ROOT = Path(__file__).parents[2]
 OK, FAILED, LATE = "ok", "failed", "over its limit"
 SKIPPED, NOT_REACHED, INTERRUPTED = "skipped", "not reached", "interrupted"
 
+SECONDS = "{seconds}"  # in a command: its limit
+
+_DEATH_S = 10.0  # what a killed process has to end
 _LEAST_S = 1.0  # with less time left a part is not begun
 _TAIL_LINES, _TAIL_BYTES = 60, 20_000
 
@@ -98,6 +101,11 @@ class Runner:
                 raise
             after_each()
 
+    def logs(self, most: int) -> str:
+        """What the parts printed, of each the last `most` bytes."""
+        paths = sorted(self._folder.glob("*.log"), key=lambda p: int(p.name.split("-")[0]))
+        return "\n".join(f"==== {path.stem}\n{_end(path, most)}" for path in paths)
+
     def _limit(self, part: Part, later: tuple[Part, ...]) -> float:
         left = self._end - time.monotonic() - self._grace_s
         if part.limit_s is not None:
@@ -111,8 +119,9 @@ class Runner:
         """Status and reason."""
         with log.open("wb") as output:
             try:
+                command = [f"{limit:.0f}" if word == SECONDS else word for word in part.command]
                 process = subprocess.Popen(
-                    part.command, env=self._env, stdin=subprocess.DEVNULL, stdout=output,
+                    command, env=self._env, stdin=subprocess.DEVNULL, stdout=output,
                     stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
                 )  # fmt: skip
             except OSError as error:
@@ -126,7 +135,11 @@ class Runner:
                 os.killpg(process.pid, signal.SIGINT)
                 _ends(process.pid, self._grace_s)
             os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
+            # A driver may hold a process whose GPU hangs: the parts that come do not wait for it.
+            is_gone = _ends(process.pid, _DEATH_S)
+            status = process.wait() if is_gone else None
+        if status is None:
+            return LATE, "it was killed, and does not end"
         if not in_time:
             return LATE, ""
         failed = (FAILED, f"exit status {status}")
@@ -145,9 +158,10 @@ def _ends(pid: int, seconds: float) -> bool:
 
 
 def tail(log: Path) -> str:
-    if not log.exists():
-        return ""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-        text = file.read().decode(errors="replace")
-    return "\n".join(text.splitlines()[-_TAIL_LINES:])
+    return "\n".join(_end(log, _TAIL_BYTES).splitlines()[-_TAIL_LINES:]) if log.exists() else ""
+
+
+def _end(path: Path, most: int) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - most))
+        return file.read().decode(errors="replace")

@@ -1,52 +1,74 @@
 """What the parts found, as one report.md: the stamp, the parts, the tests, the tables, the logs."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from xml.etree import ElementTree
 
 from bench import table
 from bench.gpu.parts import OK, Outcome
-from bench.results import Results
+from bench.results import CaseResult, Results
 
 _STAMP = (
     "commit", "date", "gpu", "driver", "nvcc", "python", "torch", "triton", "numpy", "cpu", "cores",
 )  # fmt: skip
 _MOST_LISTED = 40
+_MOST_OF_A_MESSAGE = 200
 
 
 @dataclass
 class Tests:
-    passed: int = 0
-    failures: list[str] = field(default_factory=list)  # "name: first line of the message"
-    skipped: dict[str, list[str]] = field(default_factory=dict)  # names by reason
+    """By test its outcome: "passed", "failed" or "skipped"; of the latter two what they say."""
+
+    outcomes: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    collected: int = 0
+
+    def count(self, outcome: str) -> int:
+        return list(self.outcomes.values()).count(outcome)
+
+    def by_message(self, outcome: str) -> list[tuple[str, list[str]]]:
+        """Tests that say the same together, the most first."""
+        found: dict[str, list[str]] = {}
+        for name, own in self.outcomes.items():
+            if own == outcome:
+                found.setdefault(self.messages[name], []).append(name)
+        return sorted(found.items(), key=lambda group: -len(group[1]))
 
 
-def read_tests(junit: Path) -> Tests | None:
-    """None: pytest wrote nothing, or only half of it."""
-    try:
-        cases = list(ElementTree.parse(junit).iter("testcase"))
-    except (OSError, ElementTree.ParseError):
+def read_tests(path: Path) -> Tests | None:
+    """What bench.gpu.first_look wrote, up to where it was stopped. None: nothing."""
+    if not path.exists():
         return None
     tests = Tests()
-    for case in cases:
-        if case.get("name") is None:  # was running when pytest was interrupted
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:  # the last one, half written
             continue
-        name = f"{case.get('classname')}.{case.get('name')}".lstrip(".")
-        bad = [child for child in case if child.tag in ("failure", "error")]
-        skip = case.find("skipped")
-        if bad:
-            tests.failures.append(f"{name}: {_first_line(bad[0])}")
-        elif skip is not None:
-            tests.skipped.setdefault(_first_line(skip), []).append(name)
-        else:
-            tests.passed += 1
+        if "collected" in line:
+            tests.collected = line["collected"]
+            continue
+        name, outcome = line["name"], line["outcome"]
+        known = tests.outcomes.get(name)
+        # A test has a line for each phase. The first failure tells most: a worker that ended with
+        # the test is reported behind it.
+        if known == "failed" or (outcome == "passed" and (known or line["when"] != "call")):
+            continue
+        tests.outcomes[name] = outcome
+        tests.messages[name] = line["message"][:_MOST_OF_A_MESSAGE] or "no message"
+        tests.texts[name] = line["text"]
     return tests
 
 
-def _first_line(element: ElementTree.Element) -> str:
-    lines = (element.get("message") or "").strip().splitlines()
-    return lines[0][:200] if lines else "no message"
+def failures(tests: Tests) -> str:
+    """Of each message one test with all that it printed, and the names of the others."""
+    blocks = []
+    for message, names in tests.by_message("failed"):
+        blocks.append(f"==== {len(names)}: {message}\n\n{tests.texts[names[0]]}")
+        blocks[-1] += "\n\n" + "\n".join(names)
+    return "\n\n\n".join(blocks) + "\n"
 
 
 def text(
@@ -63,6 +85,24 @@ def text(
         _logs(outcomes),
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines) + "\n"
+
+
+def digest(found: Results, outcomes: list[Outcome], tests: Tests | None) -> str:
+    """What to read first: for a terminal of which only the end may be seen."""
+    blocks = [_tests(tests)[:_MOST_LISTED], list(map(_one_line, found.cases)), _parts(outcomes)]
+    return "\n\n".join("\n".join(line[:_MOST_OF_A_MESSAGE] for line in b) for b in blocks if b)
+
+
+def _one_line(case: CaseResult) -> str:
+    if case.ours is None:
+        reason = case.wrong or "; ".join(m["reason"] for m in case.missing if m["name"] == "fastrl")
+        return f"{case.name}: {'WRONG: ' if case.wrong else ''}{reason}"
+    others = [e for e in case.entries if e.ratio is not None and not e.name.startswith("fastrl")]
+    fastest = min(others, key=lambda e: e.ratio or 0.0, default=None)
+    found = f"{case.ours.time_us['p50']:.1f} us, {case.ours.share_of_ceiling:.0%} of {case.ceiling}"
+    if fastest is not None:
+        found += f", {fastest.ratio:.2f}x {fastest.name}"
+    return f"{case.name}: {found}"
 
 
 def _stamp(found: Results) -> list[str]:
@@ -87,17 +127,17 @@ def _parts(outcomes: list[Outcome]) -> list[str]:
 def _tests(tests: Tests | None) -> list[str]:
     if tests is None:
         return []
-    skipped = sum(map(len, tests.skipped.values()))
-    lines = ["## Tests", ""]
-    lines.append(f"{tests.passed} passed, {len(tests.failures)} failed, {skipped} skipped.")
-    if tests.failures:
-        lines += ["", "Failed:", "", *(f"- `{name}`" for name in tests.failures[:_MOST_LISTED])]
-    if len(tests.failures) > _MOST_LISTED:
-        lines.append(f"- and {len(tests.failures) - _MOST_LISTED} more")
-    if tests.skipped:
-        lines += ["", "Skipped:", ""]
-    for reason, names in tests.skipped.items():
-        lines.append(f"- {len(names)}: {reason} (`{names[0]}`{', ...' if len(names) > 1 else ''})")
+    counts = [f"{tests.count(outcome)} {outcome}" for outcome in ("passed", "failed", "skipped")]
+    lines = ["## Tests", "", f"{', '.join(counts)}, of {tests.collected or 'an unknown number'}."]
+    for outcome in ("failed", "skipped"):
+        groups = tests.by_message(outcome)
+        if groups:
+            lines += ["", f"{outcome.capitalize()}:", ""]
+        for message, names in groups[:_MOST_LISTED]:
+            others = ", ..." if len(names) > 1 else ""
+            lines.append(f"- {len(names)}: {message.replace('`', chr(39))} (`{names[0]}`{others})")
+        if len(groups) > _MOST_LISTED:
+            lines.append(f"- and {len(groups) - _MOST_LISTED} more messages")
     return lines
 
 

@@ -143,10 +143,10 @@ def of(op: str) -> list[Peer]:
     return [
         REFERENCE,
         Peer("torch linear + log_softmax + gather", "torch", _eager),
-        Peer("torch.compile", "torch", compiled_reference),
         Peer("torch linear_cross_entropy", "torch", _torch_fused),
         Peer("TRL ChunkedLogProbFunction", "trl", _trl_chunked),
         Peer("Liger fused_linear_cross_entropy", "liger-kernel", _liger_fused),
         Peer("Liger fused_linear_scaled_cross_entropy", "liger-kernel", _liger_scaled),
         Peer("CCE linear_cross_entropy", "cut-cross-entropy", _cce),
+        Peer("torch.compile", "torch", compiled_reference),
     ]

@@ -114,7 +114,7 @@ _TORCHRL = {
 def of(op: str) -> list[Peer]:
     return [
         Peer("fastrl.reference", "torch", _short(eager)),
-        Peer("torch.compile", "torch", _compiled_returns),
         *(Peer(f"torchrl {f}", "torchrl", _short(_torchrl_returns(f))) for f in _TORCHRL[op]),
         Peer("numba loop, one thread", "numba", _numba_returns),
+        Peer("torch.compile", "torch", _compiled_returns),
     ]

@@ -77,7 +77,7 @@ def of(op: str) -> list[Peer]:
         Peer("torch log_softmax + gather", "torch", _log_softmax_gather),
         Peer("torch log_softmax + gather in 16 bits", "torch", _narrow_log_softmax),
         Peer("torch cross_entropy", "torch", _cross_entropy),
-        Peer("torch.compile", "torch", _compiled_logprobs),
         Peer("TRL selective_log_softmax(_and_entropy)", "trl", _trl),
         Peer("Liger cross_entropy", "liger-kernel", _liger, overwrites=("logits",)),
+        Peer("torch.compile", "torch", _compiled_logprobs),
     ]

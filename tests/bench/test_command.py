@@ -177,6 +177,27 @@ def test_a_run_writes_json_with_its_environment(tmp_path, monkeypatch, capsys):
     assert names == ["fastrl", "fastrl.reference"]
 
 
+def test_peers_without_time_are_listed_and_we_are_measured(tmp_path, monkeypatch):
+    from bench import cases
+    from bench.case import Case
+
+    options = {"gamma": 0.9, "gae_lambda": 1.0}
+    small = [Case("gae", (2, 8 + i), "small", options=options, quick=True) for i in range(2)]
+    monkeypatch.setitem(cases.CASES, "gae", small)
+    monkeypatch.setattr(command, "Bench", _quick_bench)
+    for seconds, names, missing in (
+        ("1", ["fastrl"], 1),
+        ("60", ["fastrl", "fastrl.reference"], 0),
+    ):
+        path = tmp_path / f"{seconds}.json"
+        assert main(["gae", "--quick", "--seconds", seconds, "--json", str(path)]) == 0
+        for case in json.loads(path.read_text())["cases"]:
+            assert [each["name"] for each in case["entries"]] == names
+            assert [each["reason"] for each in case["missing"]] == missing * [
+                "the time was used up before it had its turn"
+            ]
+
+
 def _quick_bench(device, budget):
     from bench.peers import REFERENCE
     from bench.run import Bench

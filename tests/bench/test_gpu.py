@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import results
-from bench.gpu import command, plan, report
+from bench.gpu import command, parts, plan, report
 from bench.gpu.parts import Outcome, Part, Runner
 from bench.results import CaseResult, Entry, Results
 
@@ -24,7 +24,10 @@ MACHINE = {
         "date": "today", "peers": {}, "load_1min": 0.0, "driver": "580.1",
     },
     "capability": "9.0",
-    "packages": {"pytest": True, "matplotlib": True},
+    "packages": {
+        "pytest": True, "pytest-xdist": True, "pytest-timeout": True, "matplotlib": True,
+    },
+    "gpu_is_shared": True,
     "ops": {"gae": 1, "token_logprobs": 3},
     "lacking": [],
 }  # fmt: skip
@@ -71,7 +74,7 @@ def statuses(done):
     return {outcome.name: outcome.status for outcome in done.outcomes}
 
 
-def test_each_part_gives_what_it_has(files, tmp_path):
+def test_each_part_gives_what_it_has(files, tmp_path, capsys):
     """One is killed, one fails, one is too long in pictures: the others are complete."""
     out, done = tmp_path / "out", runner(files)
     pictures = (
@@ -98,18 +101,23 @@ def test_each_part_gives_what_it_has(files, tmp_path):
         "ok",
     ]
     assert sorted(p.name for p in out.iterdir()) == [
-        *(f"{i}.png" for i in range(1, 7)), "report.md", "results.json",
+        *(f"{i}.png" for i in range(1, 5)), "logs.txt", "report.md", "results.json",
     ]  # fmt: skip
+    assert (out / "logs.txt").read_text().startswith("==== 1-build\none\nno such header\n")
     text = (out / "report.md").read_text()
     for line in (
         "# fastrl on NVIDIA H100 80GB HBM3", "| commit | abc |", "| driver | 580.1 |",
         "| build | failed | 0 | 20 | exit status 3 |", "no such header", "### gae",
         "The bench is over its limit", "not installed: pip", "0.50x (faster)",
-        "![6](6.png)",
+        "![4](4.png)",
         "of the binary that was there before",
     ):  # fmt: skip
         assert line in text
-    assert "7.png" not in text
+    assert "5.png" not in text
+    said = capsys.readouterr().out
+    name = "gae [8, 8] float32 forward"
+    assert f"\n{name}: 10.0 us, 50% of copy, 2.00x a peer\n" in said
+    assert said.index("no such header") < said.index(name) < said.index("| build | failed |")
 
 
 def test_a_part_is_killed_with_all_that_it_started(files, tmp_path):
@@ -128,6 +136,18 @@ def _is_still(beat):
     before = beat.read_text()
     time.sleep(0.2)
     return beat.read_text() == before
+
+
+def test_a_part_that_no_signal_ends_is_not_waited_for(files, monkeypatch):
+    monkeypatch.setattr(parts, "_DEATH_S", 0.2)
+    kill, spared = os.killpg, []
+    monkeypatch.setattr(os, "killpg", lambda group, _: spared.append(group))
+    done = runner(files)
+    try:
+        assert done.run(shell("sleep 60", limit_s=1.0)).reason == "it was killed, and does not end"
+    finally:
+        kill(spared[0], signal.SIGKILL)
+    assert statuses(done) == {"part": "over its limit"} and done.outcomes[0].seconds < 20
 
 
 def test_a_part_over_its_limit_may_write_down_what_it_knows(files, tmp_path):
@@ -152,7 +172,20 @@ def test_shares_of_the_time_and_the_deadline(files):
 
 def test_the_limits_leave_the_benches_their_time():
     fixed = plan.WHEELS + plan.CHECK + plan.BUILD + plan.TESTS + plan.PICTURES
-    assert fixed + 160 <= plan.TOTAL <= 540 - 20
+    assert fixed + 140 <= plan.TOTAL <= 540 - 20
+
+
+def test_a_report_that_cannot_be_written_stops_nothing(files, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise KeyError("outcome")
+
+    monkeypatch.setattr(report, "text", broken)
+    parts = [bench("gae", files, "true", tmp_path), shell("true", name="pictures")]
+    done, out = runner(files), tmp_path / "out"
+    assert command.run(done, parts, MACHINE["environment"], files, out) == 1
+    assert statuses(done) == {"gae": "ok", "pictures": "ok"}
+    assert len(results.load(out / "results.json").cases) == 1
+    assert "KeyError: 'outcome'" in capsys.readouterr().err
 
 
 def test_an_interrupt_loses_nothing_either(files, tmp_path):
@@ -189,7 +222,7 @@ def test_only(files):
 
 
 def test_a_machine_without_pytest_or_matplotlib(files, tmp_path):
-    parts = planned([], files, packages={"pytest": False, "matplotlib": False})
+    parts = planned([], files, packages=dict.fromkeys(MACHINE["packages"], False))
     done = runner(files)
     for part in (parts[1], parts[-1]):
         done.run(part)
@@ -214,27 +247,50 @@ def test_a_table_that_cannot_be_made_costs_the_tables_alone(monkeypatch):
     assert "could not be made: KeyError('cores')" in text and "no such header" in text
 
 
-JUNIT = """<testsuites><testsuite>
-<testcase classname="tests.ops.test_a" name="test_x[cuda]"/>
-<testcase classname="tests.ops.test_a" name="test_y"><skipped message="needs 2 GPUs"/></testcase>
-<testcase classname="tests.ops.test_a" name="test_z">
-  <failure message="assert 1 == 2&#10;more">long</failure><error message="then"/></testcase>
-<testcase classname="" name="tests.ops.test_b"><error message="collection failure"/></testcase>
-<testcase time="0.000"/>
-</testsuite></testsuites>"""
+def line(name, outcome, when="call", message="", text=""):
+    fields = {"name": name, "outcome": outcome, "when": when, "message": message, "text": text}
+    return json.dumps(fields | {"seconds": 0.1}) + "\n"
 
 
 def test_tests_are_counted_and_failures_named(files):
-    assert report.read_tests(files.junit) is None
-    files.junit.write_text("<testsuites>")
-    assert report.read_tests(files.junit) is None
-    files.junit.write_text(JUNIT)
-    tests = report.read_tests(files.junit)
+    assert report.read_tests(files.tests) is None
+    found = [line("a::x", "passed", when) for when in ("setup", "call", "teardown")]
+    found += [line("a::y", "skipped", "setup", "needs 2 GPUs")]
+    for name in ("a::z", "a::w"):
+        found += [line(name, "failed", message="assert 1 == 2", text="its traceback")]
+        found += [line(name, "passed", "teardown")]
+    found += [line("a::v", "passed"), line("a::v", "failed", "teardown", "illegal access", "long")]
+    found += [line("a::v", "failed", "???", "worker 'gw0' crashed")]
+    files.tests.write_text('{"collected": 9}\n' + "".join(found) + '{"name": "half')
+    tests = report.read_tests(files.tests)
     text = report.text(results_of("gae"), [], tests, [])
-    assert "1 passed, 2 failed, 1 skipped." in text
-    assert "- `tests.ops.test_a.test_z: assert 1 == 2`" in text
-    assert "- `tests.ops.test_b: collection failure`" in text
-    assert "- 1: needs 2 GPUs (`tests.ops.test_a.test_y`)" in text
+    assert "1 passed, 3 failed, 1 skipped, of 9." in text
+    assert "- 2: assert 1 == 2 (`a::z`, ...)\n- 1: illegal access (`a::v`)" in text
+    assert "- 1: needs 2 GPUs (`a::y`)" in text
+    assert "==== 2: assert 1 == 2\n\nits traceback\n\na::z\na::w\n" in report.failures(tests)
+
+
+def test_tests_run_side_by_side_where_they_can(files):
+    def options(workers, **changes):
+        packages = MACHINE["packages"] | {k: v for k, v in changes.items() if "-" in k}
+        machine = {"packages": packages, "gpu_is_shared": changes.get("shared", True)}
+        machine["environment"] = MACHINE["environment"] | {"cores": workers}
+        return planned(["tests"], files, **machine)[1].command
+
+    assert "-n 12 --maxschedchunk=1" in " ".join(options(16))
+    assert "--timeout-method=thread" in options(16)
+    for alone in (options(2), options(16, shared=False), options(16, **{"pytest-xdist": False})):
+        assert "-n" not in alone and "--timeout-method=signal" in alone
+    assert not [x for x in options(16, **{"pytest-timeout": False}) if "--timeout" in x]
+
+
+def test_a_bench_knows_its_time(files, tmp_path):
+    gae = planned(["gae"], files)[2]
+    at = gae.command.index("--seconds") + 1
+    note = tmp_path / "note"
+    script = ["sh", "-c", f"echo $1 > {note}", "sh", gae.command[at]]
+    runner(files).run(Part("gae", script, 17.0))
+    assert note.read_text() == "17\n"
 
 
 @pytest.fixture

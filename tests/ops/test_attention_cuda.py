@@ -1,7 +1,5 @@
 """What only a GPU can show of attention: tensor cores, descriptors, streams, great sizes."""
 
-import itertools
-
 import pytest
 import torch
 from budget import assert_within_budget
@@ -126,10 +124,10 @@ def test_a_long_loop_is_split():
     assert error <= 1.6e-2 * exact.abs().max()
 
 
-@pytest.mark.parametrize("D, dtype", itertools.product([64, 80, 128], [torch.bfloat16]))
+@pytest.mark.parametrize("D", [64, 80, 128])
 @pytest.mark.parametrize("options", [{}, {"window": 150}, {"softcap": 3.0}], ids=str)
-def test_a_row_does_not_depend_on_its_batch_nor_on_its_padding(D, dtype, options):
-    tensors = inputs((5, 4, 2, 400, 400, D), dtype)
+def test_a_row_does_not_depend_on_its_batch_nor_on_its_padding(D, options):
+    tensors = inputs((5, 4, 2, 400, 400, D))
     starts = torch.tensor([0, 37, 0, 128, 5], device=DEVICE, dtype=torch.int32)
     together = run(tensors, key_start=starts, **options)
     for row, start in enumerate(starts.tolist()):
@@ -193,8 +191,8 @@ def test_more_tiles_than_a_grid_has_in_its_other_axes():
 
 def test_offsets_beyond_an_int32():
     """[1, 2, T, 128] as a part of a projection of 40 heads: the last row begins beyond 2^32."""
-    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
-        pytest.skip("needs 60 GiB of free memory")
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free memory")
     T, heads, D = 2**20, 40, 128
     base = torch.empty(1, T, heads, D, device=DEVICE, dtype=torch.bfloat16)
     query = base[:, :, -2:].normal_().transpose(1, 2)
