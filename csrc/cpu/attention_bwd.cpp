@@ -60,8 +60,8 @@ struct Backward {
     std::vector<AttentionRun<T>> runs;
     for (const KeyRun& run : tree.runs) {
       runs.push_back({key.at(row, unit.head, run.key_start),
-                      value.at(row, unit.head, run.key_start), key.stride, value.stride,
-                      run.keys(), run.from.data(), run.to.data(), run.query_start - first,
+                      value.at(row, unit.head, run.key_start), key.stride, value.stride, run.keys(),
+                      run.from.data(), run.to.data(), run.query_start - first,
                       run.query_end - run.query_start, parts[0] + part, parts[1] + part});
       part += run.keys() * wide;
     }
@@ -132,11 +132,13 @@ std::optional<Heads<T>> heads_of(const Tensor& x, bool given) {
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const AttentionKernels<T>& k, const std::optional<Tensor>& grad_output,
-    const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensor& output, const Tensor& lse, const Visible& visible,
-    Numbers numbers, Needs needs) {
+std::tuple<Tensor, Tensor, Tensor> backward(const AttentionKernels<T>& k,
+                                            const std::optional<Tensor>& grad_output,
+                                            const std::optional<Tensor>& grad_lse,
+                                            const Tensor& query, const Tensor& key,
+                                            const Tensor& value, const Tensor& output,
+                                            const Tensor& lse, const Visible& visible,
+                                            Numbers numbers, Needs needs) {
   const Sizes sizes = sizes_of(query, key, value);
   const ScalarType wide_type =
       query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -146,11 +148,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     return x.numel() == numel && x.scalar_type() == type;
   };
   const int64_t rows = query.size(0) * query.size(1) * query.size(2);
-  STD_TORCH_CHECK(fits(output, query.numel(), query.scalar_type()) && output.dim() == 4 &&
-                      fits(lse, rows, wide_type) && (!grad_lse || fits(*grad_lse, rows, wide_type)) &&
-                      (!grad_output || (grad_output->dim() == 4 &&
-                                        fits(*grad_output, query.numel(), query.scalar_type()))),
-                  "attention: what the forward pass gave and its gradients must be like query");
+  STD_TORCH_CHECK(
+      fits(output, query.numel(), query.scalar_type()) && output.dim() == 4 &&
+          fits(lse, rows, wide_type) && (!grad_lse || fits(*grad_lse, rows, wide_type)) &&
+          (!grad_output ||
+           (grad_output->dim() == 4 && fits(*grad_output, query.numel(), query.scalar_type()))),
+      "attention: what the forward pass gave and its gradients must be like query");
   // Keys that do not exist, and those of no query, have none.
   const bool clear = visible.key_start || visible.key_end || query.numel() == 0;
   const Tensor grads[3] = {empty_or_gradient(query, needs.query, false),
@@ -171,27 +174,26 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Tensor parts = empty_cpu({2 * part_size}, wide_type);
   Wide<T>* const first_part = mutable_ptr<Wide<T>>(parts);
   const uintptr_t address = reinterpret_cast<uintptr_t>(mutable_ptr<Wide<T>>(scratch));
-  const Backward<T> pass{
-      k,
-      numbers,
-      needs,
-      alone,
-      Heads<T>(query),
-      Heads<T>(key),
-      Heads<T>(value),
-      Heads<T>(output),
-      grad_output ? heads_of<T>(*grad_output, true) : std::nullopt,
-      ptr<Wide<T>>(held_lse),
-      grad_lse ? ptr<Wide<T>>(held_grad_lse) : nullptr,
-      {heads_of<T>(grads[0], needs.query), heads_of<T>(grads[1], needs.key),
-       heads_of<T>(grads[2], needs.value)},
-      query.size(1),
-      key.size(1),
-      width,
-      query.size(2),
-      reinterpret_cast<Wide<T>*>((address + 63) / 64 * 64),
-      {first_part, first_part + part_size},
-      scratch_size};
+  const Backward<T> pass{k,
+                         numbers,
+                         needs,
+                         alone,
+                         Heads<T>(query),
+                         Heads<T>(key),
+                         Heads<T>(value),
+                         Heads<T>(output),
+                         grad_output ? heads_of<T>(*grad_output, true) : std::nullopt,
+                         ptr<Wide<T>>(held_lse),
+                         grad_lse ? ptr<Wide<T>>(held_grad_lse) : nullptr,
+                         {heads_of<T>(grads[0], needs.query), heads_of<T>(grads[1], needs.key),
+                          heads_of<T>(grads[2], needs.value)},
+                         query.size(1),
+                         key.size(1),
+                         width,
+                         query.size(2),
+                         reinterpret_cast<Wide<T>*>((address + 63) / 64 * 64),
+                         {first_part, first_part + part_size},
+                         scratch_size};
   for (const auto& units : batches) pass.run(units);
   return found;
 }

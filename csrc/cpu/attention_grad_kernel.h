@@ -40,9 +40,9 @@ struct HeadGrads {
   const AttentionHead<T>& h;
   const DecodeExp exp;
   int64_t wide, vectors;
-  Num *query, *grad, *grad_query, *delta;          // of all queries
+  Num *query, *grad, *grad_query, *delta;           // of all queries
   Num *keys, *values, *packed, *of_key, *of_value;  // of a tile
-  Num *p, *grad_s;                                 // [kGradRows, kDecodeTile]
+  Num *p, *grad_s;                                  // [kGradRows, kDecodeTile]
 
   HeadGrads(const AttentionHead<T>& head, Num* scratch)
       : h(head), wide(padded_width(head.width)), vectors((head.width + N - 1) / N) {
@@ -142,12 +142,16 @@ struct HeadGrads {
     return {first, last};
   }
 
+  // Without a way out: most blocks of a long row see nothing of a tile, and this is all they cost.
   static bool sees(const AttentionRun<T>& run, int64_t r, int64_t num_rows, int64_t tile,
                    int64_t count) {
-    for (int64_t i = r; i < r + num_rows; ++i) {
-      if (run.from[i] < run.to[i] && run.to[i] > tile && run.from[i] < tile + count) return true;
+    const int32_t *from = run.from + r, *to = run.to + r;
+    const int32_t first = static_cast<int32_t>(tile), end = static_cast<int32_t>(tile + count);
+    int32_t any = 0;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      any |= (from[i] < to[i]) & (to[i] > first) & (from[i] < end);
     }
-    return false;
+    return any != 0;
   }
 
   // A block of queries, from row r of a run on.
@@ -186,7 +190,8 @@ struct HeadGrads {
   void add_run(const AttentionRun<T>& run) const {
     for (int64_t tile = 0; tile < run.count; tile += kDecodeTile) {
       const int64_t count = std::min(kDecodeTile, run.count - tile);
-      const T *key = run.keys + tile * run.key_stride, *value = run.values + tile * run.value_stride;
+      const T *key = run.keys + tile * run.key_stride,
+              *value = run.values + tile * run.value_stride;
       pack_columns(key, run.key_stride, count, h.width, keys);
       if (h.needs_scores) pack_columns(value, run.value_stride, count, h.width, values);
       const WideRows<T> key_rows(key, run.key_stride, count, h.width, packed);
@@ -221,7 +226,7 @@ void attend_backward(const AttentionHead<T>& head, const AttentionRun<T>* runs, 
   grads.finish();
 }
 
-// A row of each of `count` heads, head_stride apart, added up; overwrites the first.
+// A row of each of `count` heads, head_stride apart, added up in their order; overwrites the first.
 template <class T>
 void sum_heads(Wide<T>* rows, int64_t head_stride, int64_t count, int64_t width, T* out) {
   constexpr int N = DecodeVectors<T>::kLanesOf;

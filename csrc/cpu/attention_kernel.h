@@ -1,7 +1,7 @@
 // Attention of a block of queries to runs of keys, tile by tile: online softmax, at one instruction
-// set's width. Included by kernels_*.cpp after decode_attention_kernel.h, whose products and weights
-// it shares. A key that a query does not see has the weight 0 exactly, and a query takes the same
-// steps in a group of four and alone: what other queries see changes no bit of it.
+// set's width. Included by kernels_*.cpp after decode_attention_kernel.h, whose products and
+// weights it shares. A key that a query does not see has the weight 0 exactly, and a query takes
+// the same steps in a group of four and alone: what other queries see changes no bit of it.
 
 namespace fastrl::FASTRL_SIMD {
 
@@ -55,7 +55,7 @@ struct WideRows {
   }
 };
 
-// What a run of keys adds to a block of queries.
+// A block of queries and what it has seen so far.
 template <class T>
 struct AttentionSums {
   typedef typename DecodeVectors<T>::Vec Vec;
@@ -93,11 +93,10 @@ struct AttentionSums {
     multiply_keys<R, Vec, N>(queries + i * wide, wide, keys + first, b.width, limit, scores);
     Num shrink[R];
     for (int r = 0; r < R; ++r) {
-      shrink[r] = states[i + r].template weigh<N>(scores + r * kDecodeTile, limit,
-                                                  std::clamp<int64_t>(from[r] - start, 0, limit),
-                                                  std::clamp<int64_t>(to[r] - start, 0, limit),
-                                                  static_cast<Num>(b.scale),
-                                                  static_cast<Num>(b.softcap), exp);
+      shrink[r] = states[i + r].template weigh<N>(
+          scores + r * kDecodeTile, limit, std::clamp<int64_t>(from[r] - start, 0, limit),
+          std::clamp<int64_t>(to[r] - start, 0, limit), static_cast<Num>(b.scale),
+          static_cast<Num>(b.softcap), exp);
     }
     const Num* const value = values.data + first * values.stride;
     Num* const sum = sums + i * wide;
@@ -136,7 +135,7 @@ struct AttentionSums {
     for (int64_t r = 0; r < b.rows; ++r) {
       Num total = 0;
       for (int l = 0; l < N; ++l) total += states[r].sum[l];
-      // Without a key the sums are 0, and stay it.
+      // The sums of a query without keys are 0 already.
       *b.lse[r] = total == 0 ? -static_cast<Num>(__builtin_inf())
                              : static_cast<Num>(states[r].max + std::log(double(total)));
       store_row(sums + r * wide, total == 0 ? Num(1) : total, b.width, b.output[r]);

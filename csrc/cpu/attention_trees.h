@@ -1,7 +1,7 @@
 // What attention works through on a CPU: trees of queries and keys that see but each other, and in
-// each the runs of keys, with what each query sees of them: one interval a run. A layout's root with
-// all that continues it is a tree, and its segments are the runs; without a layout a row of the
-// batch is one, with the keys that exist.
+// each the runs of keys, with what each query sees of them: one interval a run. A layout's root
+// with all that continues it is a tree, and its segments are the runs; without a layout a row of
+// the batch is one, with the keys that exist.
 #pragma once
 
 #include <algorithm>
@@ -50,6 +50,7 @@ struct Visible {
 // Of one row, the last query at the last key.
 inline KeyRun run_of_row(int64_t start, int64_t end, int64_t queries, const Visible& v) {
   KeyRun run{start, end, 0, queries, {}, {}};
+  run.from.reserve(queries), run.to.reserve(queries);
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t count = run.keys(), last = v.causal ? count - queries + i + 1 : count;
     const int64_t first = v.window && *v.window < last ? last - *v.window : 0;
@@ -79,6 +80,8 @@ inline std::vector<Tree> trees_of_rows(const Sizes& sizes, const Visible& v) {
 
 // Queries from key_start on see the keys up to their own place: all, where they continue them.
 inline void see_segment(KeyRun* run, const int64_t* positions, const Visible& v) {
+  run->from.reserve(run->query_end - run->query_start);
+  run->to.reserve(run->query_end - run->query_start);
   for (int64_t i = run->query_start; i < run->query_end; ++i) {
     const int64_t last = std::min(i + 1 - run->key_start, run->keys());
     int64_t first = 0;
@@ -136,8 +139,7 @@ inline std::vector<Tree> trees_of_layout(const Sizes& sizes, const Visible& v) {
 }
 
 inline std::vector<Tree> trees_of(const Sizes& sizes, const Visible& visible) {
-  return visible.schedule.empty() ? trees_of_rows(sizes, visible)
-                                  : trees_of_layout(sizes, visible);
+  return visible.schedule.empty() ? trees_of_rows(sizes, visible) : trees_of_layout(sizes, visible);
 }
 
 }  // namespace fastrl

@@ -224,15 +224,15 @@ struct AttentionSpan {
   int64_t first, last;
 };
 
-// A run of keys, and of each row of queries the keys that it sees: [from, to), counted from the
-// run's first. The last four are of the backward pass.
+// A run of keys, and of each query the keys that it sees: [from, to), counted from the run's first.
+// The last four are for the backward pass.
 template <class T>
 struct AttentionRun {
   const T *keys, *values;
   int64_t key_stride, value_stride, count;
   const int32_t *from, *to;
-  int64_t first_row = 0, rows = 0;  // those that see the run
-  Wide<T> *grad_key = nullptr, *grad_value = nullptr;  // [count, padded_width]
+  int64_t first_row = 0, rows = 0;                    // those that see the run
+  Wide<T>*grad_key = nullptr, *grad_value = nullptr;  // [count, padded_width]
 };
 
 // Queries that share a head of keys.
@@ -253,7 +253,7 @@ struct AttentionHead {
   const T *query, *grad_output, *output;  // grad_output may be null
   int64_t query_stride, grad_stride, output_stride;
   const Wide<T>*lse, *grad_lse;  // grad_lse may be null
-  T* grad_query;  // null where it is not needed
+  T* grad_query;                 // null where it is not needed
   int64_t grad_query_stride;
   bool needs_key, needs_value, needs_scores;
 };

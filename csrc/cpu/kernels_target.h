@@ -63,10 +63,10 @@ FASTRL_GCC_TARGET(FASTRL_TARGET)
 namespace fastrl::FASTRL_SIMD {
 
 const KernelTable kTable = {
-    FASTRL_NAME(FASTRL_SIMD), kLogprobs<float>,  kLogprobs<BFloat16>, kLogprobs<Half>,
-    kSample<float>,           kSample<BFloat16>, kSample<Half>,       kDecode<float>,
-    kDecode<double>,          kDecode<BFloat16>, kDecode<Half>,       kAttention<float>,
-    kAttention<double>, kAttention<BFloat16>, kAttention<Half>, kReturns,
+    FASTRL_NAME(FASTRL_SIMD), kLogprobs<float>,     kLogprobs<BFloat16>, kLogprobs<Half>,
+    kSample<float>,           kSample<BFloat16>,    kSample<Half>,       kDecode<float>,
+    kDecode<double>,          kDecode<BFloat16>,    kDecode<Half>,       kAttention<float>,
+    kAttention<double>,       kAttention<BFloat16>, kAttention<Half>,    kReturns,
 };
 
 }  // namespace fastrl::FASTRL_SIMD
