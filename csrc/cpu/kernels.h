@@ -219,6 +219,63 @@ struct DecodeKernels {
                 Wide<T>* lse);
 };
 
+constexpr int64_t kAttentionRows = 128;  // queries that are taken through a tile together
+
+struct AttentionSpan {
+  int64_t first, last;
+};
+
+// A run of keys, and of each query the keys that it sees: [from, to), counted from the run's first.
+// The last four are for the backward pass.
+template <class T>
+struct AttentionRun {
+  const T *keys, *values;
+  int64_t key_stride, value_stride, count;
+  const int32_t *from, *to;
+  int64_t first_row = 0, rows = 0;                    // those that see the run
+  Wide<T>*grad_key = nullptr, *grad_value = nullptr;  // [count, padded_width]
+};
+
+// Queries that share a head of keys.
+template <class T>
+struct AttentionBlock {
+  int64_t width, rows;
+  double scale, softcap;  // softcap 0: none
+  const T* query[kAttentionRows];
+  T* output[kAttentionRows];
+  Wide<T>* lse[kAttentionRows];
+};
+
+// All queries of a head that see the same runs, `rows` of them.
+template <class T>
+struct AttentionHead {
+  int64_t width, rows;
+  double scale, softcap;
+  const T *query, *grad_output, *output;  // grad_output may be null
+  int64_t query_stride, grad_stride, output_stride;
+  const Wide<T>*lse, *grad_lse;  // grad_lse may be null
+  T* grad_query;                 // null where it is not needed
+  int64_t grad_query_stride;
+  bool needs_key, needs_value, needs_scores;
+};
+
+constexpr int64_t attention_scratch_size(int64_t width) {
+  return 2 * padded_width(width) * (kAttentionRows + kDecodeTile) + 4 * kDecodeTile;
+}
+constexpr int64_t attention_grad_scratch_size(int64_t width, int64_t rows) {
+  return padded_width(width) * (5 * kDecodeTile + 3 * rows) + 64 * kDecodeTile + rows;
+}
+
+template <class T>
+struct AttentionKernels {
+  // scratch: of the size above, and 64-byte aligned.
+  void (*forward)(const AttentionBlock<T>&, const AttentionRun<T>* runs, int64_t num_runs,
+                  Wide<T>* scratch);
+  void (*backward)(const AttentionHead<T>&, const AttentionRun<T>* runs, int64_t num_runs,
+                   Wide<T>* scratch);
+  void (*sum_heads)(Wide<T>* rows, int64_t head_stride, int64_t count, int64_t width, T* out);
+};
+
 struct KernelTable {
   const char* name;
   LogprobKernels<float> logprobs_f32;
@@ -231,6 +288,10 @@ struct KernelTable {
   DecodeKernels<double> decode_f64;
   DecodeKernels<BFloat16> decode_bf16;
   DecodeKernels<Half> decode_f16;
+  AttentionKernels<float> attention_f32;
+  AttentionKernels<double> attention_f64;
+  AttentionKernels<BFloat16> attention_bf16;
+  AttentionKernels<Half> attention_f16;
   ReturnsKernels returns;
 };
 

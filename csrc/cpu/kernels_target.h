@@ -48,6 +48,8 @@ FASTRL_GCC_TARGET(FASTRL_TARGET)
 #include "sample_tokens_kernel.h"
 #include "decode_products.h"
 #include "decode_attention_kernel.h"
+#include "attention_kernel.h"
+#include "attention_grad_kernel.h"
 // clang-format on
 
 #ifdef FASTRL_TARGET
@@ -61,9 +63,10 @@ FASTRL_GCC_TARGET(FASTRL_TARGET)
 namespace fastrl::FASTRL_SIMD {
 
 const KernelTable kTable = {
-    FASTRL_NAME(FASTRL_SIMD), kLogprobs<float>,  kLogprobs<BFloat16>, kLogprobs<Half>,
-    kSample<float>,           kSample<BFloat16>, kSample<Half>,       kDecode<float>,
-    kDecode<double>,          kDecode<BFloat16>, kDecode<Half>,       kReturns,
+    FASTRL_NAME(FASTRL_SIMD), kLogprobs<float>,     kLogprobs<BFloat16>, kLogprobs<Half>,
+    kSample<float>,           kSample<BFloat16>,    kSample<Half>,       kDecode<float>,
+    kDecode<double>,          kDecode<BFloat16>,    kDecode<Half>,       kAttention<float>,
+    kAttention<double>,       kAttention<BFloat16>, kAttention<Half>,    kReturns,
 };
 
 }  // namespace fastrl::FASTRL_SIMD

@@ -27,7 +27,7 @@ if module is not None and module.build_facts()["cuda_architectures"]:
 # What runs an op with kernels of its own on which device. `_checks.implemented` refuses the others,
 # `fastrl info` prints it, and a test holds it against the dispatcher's own list.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "attention": {"cpu": "torch's flash attention by parts", "cuda": "Triton"},
+    "attention": {"cpu": "C++", "cuda": "Triton"},
     "decode_attention": {"cpu": "C++", "cuda": "Triton"},
     "discounted_returns": _SCANS,
     "gae": _SCANS,

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrl.layout import PackedLayout
-from fastrl.ops import _attention_cpu, _binary, _checks
-from fastrl.ops._attention_cpu import token_major
+from fastrl.ops import _binary, _checks
 
 _fwd = _binary.op("attention_fwd", differentiable=3)
 _bwd = _binary.op("attention_bwd")
@@ -51,9 +50,8 @@ def attention(
 
     Without a gradient, up to eight queries against more keys go the way of `decode_attention`.
 
-    On a GPU: Triton, tiles from the layout. On a CPU: torch's own flash attention on each part of
-    what is visible, merged; windows and softcap in blocks. Autocast casts the inputs as it does
-    for torch's attention.
+    On a GPU: Triton, tiles from the layout. On a CPU: C++, a block of queries through tiles of the
+    keys that some of them see. Autocast casts the inputs as it does for torch's attention.
 
     Args:
         query: [B, Hq, T, D] float32, bfloat16 or float16, on a CPU also float64; any strides.
@@ -209,10 +207,15 @@ def _check_numbers(
         _checks.positive(op, "softcap", softcap, "Leave it out for none.")
 
 
+def _token_major(x: Tensor) -> Tensor:
+    """[B, H, T, D] in memory order [B, T, H, D], as models have it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _fwd_fake(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = query.new_empty(query.shape[:3], dtype=dtype)
-    return token_major(query.new_empty(query.shape)), lse
+    return _token_major(query.new_empty(query.shape)), lse
 
 
 def _bwd_fake(
@@ -224,7 +227,7 @@ def _bwd_fake(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     return tuple(
-        token_major(x.new_empty(x.shape)) if needed else x.new_empty(0)
+        _token_major(x.new_empty(x.shape)) if needed else x.new_empty(0)
         for x, needed in zip((query, key, value), rest[-3:], strict=True)
     )
 
@@ -246,8 +249,6 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
     return *grads, *(None,) * 4, [None] * len(schedule), *(None,) * 4
 
 
-_binary.register_torch(_attention_cpu.attention_fwd, "cpu")
-_binary.register_torch(_attention_cpu.attention_bwd, "cpu")
 _binary.register_fake("attention_fwd", _fwd_fake)
 _binary.register_fake("attention_bwd", _bwd_fake)
 _binary.register_autograd("attention_fwd", _backward, setup_context=_setup_context)

@@ -78,10 +78,10 @@ def test_error_budget(device, shape, options):
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_error_budget_of_every_dtype(device, dtype, options):
-    if dtype == torch.float64 and device != "cpu":
+def test_error_budget_of_every_dtype(any_kernel, dtype, options):
+    if dtype == torch.float64 and any_kernel != "cpu":
         pytest.skip("float64 is for the CPU")
-    tensors = inputs(2, 4, 2, 70, 70, 32, device=device)
+    tensors = inputs(2, 4, 2, 70, 70, 35, device=any_kernel)
     assert_exact(tensors, dtype, **options)
 
 
@@ -150,10 +150,10 @@ def test_equal_scores(device):
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 500.0}, {"window": 9}], ids=str)
-def test_scores_in_the_thousands(device, options):
+def test_scores_in_the_thousands(any_kernel, options):
     """One key has all the weight. The gradients of query and key are differences of equal sums, so
     that what they are measured by is what they are made of."""
-    query, key, value = inputs(1, 2, 2, 40, 40, 16, device=device)
+    query, key, value = inputs(1, 2, 2, 40, 40, 16, device=any_kernel)
     tensors, upstream = (100 * query, 100 * key, value), torch.randn_like(query)
     ours = run(fastrl.attention, tensors, upstream, **options)
     exact = [x.double() for x in tensors]
@@ -245,6 +245,21 @@ def test_a_completion_does_not_depend_on_those_beside_it(device, options, length
         # Its own keys and values are seen by nobody else.
         for x, y in zip(alone[3:], beside[3:], strict=True):
             assert torch.equal(x[:, :, 70:], y[:, :, 70 : 70 + length])
+
+
+def test_many_rows_are_as_each_of_them(device):
+    """More than what the backward pass adds up over the heads in one go."""
+    tensors = inputs(72, 4, 2, 256, 256, 32, device=device)
+    upstream = torch.randn_like(tensors[0])
+    together = run(fastrl.attention, tensors, upstream, window=3)
+    for b in (0, 71):
+        row = [x[b : b + 1].clone() for x in (*tensors, upstream)]
+        alone = run(fastrl.attention, row[:3], row[3], window=3)
+        assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, together, strict=True))
+
+
+def test_more_heads_share_keys_than_a_block_has_rows(device):
+    assert_exact(inputs(1, 150, 1, 5, 9, 8, device=device), torch.float32)
 
 
 def test_threads_do_not_change_a_bit():
