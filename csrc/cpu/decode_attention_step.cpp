@@ -65,7 +65,8 @@ Tensor decode_attention_step_cpu(const Tensor& projected, const Tensor& cos, con
           is_matrix(cos, ScalarType::Float, count, width) &&
           is_matrix(sin, ScalarType::Float, count, width) && is_norm(query_norm) &&
           is_norm(key_norm) && rows.scalar_type() == ScalarType::Long && rows.is_contiguous() &&
-          rows.size(0) == count && key.scalar_type() == ScalarType::Float,
+          rows.size(0) == count && key.scalar_type() == ScalarType::Float &&
+          key.strides()[3] == 1 && value.dim() == 4 && value.strides()[3] == 1,
       "decode_attention_step: shapes, dtypes or strides disagree");
   const Tensor query = empty_cpu({batch, heads, 1, width}, ScalarType::Float);
   const std::optional<Tensor> end = key_end;
@@ -91,10 +92,10 @@ Tensor decode_attention_step_cpu(const Tensor& projected, const Tensor& cos, con
       }
       const int64_t last = ends[at[r]] - 1;
       for (int64_t h = 0; h < key_heads; ++h, x += width) {
-        position.turn(x, ptr<float>(key_norm), const_cast<float*>(keys.at(at[r], h, last)));
+        position.turn(x, ptr<float>(key_norm), keys.at(at[r], h, last));
       }
       for (int64_t h = 0; h < key_heads; ++h, x += width) {
-        std::memcpy(const_cast<float*>(values.at(at[r], h, last)), x, width * sizeof(float));
+        std::memcpy(values.at(at[r], h, last), x, width * sizeof(float));
       }
     }
   });

@@ -4,37 +4,13 @@
 // order.
 #pragma once
 
-#include <atomic>
 #include <memory>
 #include <tuple>
 
 #include "decode_tasks.h"
+#include "heads.h"
 
 namespace fastrl {
-
-// Strides of [rows, heads, steps, width], width being dense.
-template <class T>
-struct Heads {
-  const T* data;
-  int64_t row_stride, head_stride, step_stride;
-
-  explicit Heads(const Tensor& x) : data(ptr<T>(x)) {
-    const auto strides = x.strides();
-    STD_TORCH_CHECK(x.dim() == 4 && (x.size(3) <= 1 || strides[3] == 1),
-                    "decode_attention: tensors must be [B, H, S, D], dense along D");
-    row_stride = strides[0], head_stride = strides[1], step_stride = strides[2];
-  }
-  const T* at(int64_t row, int64_t head, int64_t step) const {
-    return data + row * row_stride + head * head_stride + step * step_stride;
-  }
-};
-
-template <class Body>
-inline void share(int64_t count, bool alone, Body body) {
-  std::atomic<int64_t> next{0};  // who takes what changes no bit of it
-  const int64_t threads = alone ? 1 : std::min<int64_t>(count, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(next); });
-}
 
 template <class T>
 struct Engine {
@@ -64,7 +40,7 @@ struct Engine {
     const int64_t step = first_key + (task.is_shared ? 0 : call.start[task.source]);
     block.keys = keys.at(task.source, task.head, step);
     block.values = values.at(task.source, task.head, step);
-    block.key_stride = keys.step_stride, block.value_stride = values.step_stride;
+    block.key_stride = keys.stride, block.value_stride = values.stride;
     block.width = call.width, block.scale = call.scale, block.softcap = call.softcap;
     block.count = static_cast<int>(std::min<int64_t>(kDecodeChunk, exist - first_key));
     block.num_queries = static_cast<int>(task.num_queries);
@@ -108,10 +84,9 @@ struct Engine {
   }
 
   void run() const {
-    constexpr int64_t kSmall = 1 << 18;  // products, which take as long as waking a thread
     const int64_t tasks = static_cast<int64_t>(call.tasks.size());
     const bool alone = call.products < kSmall;
-    share(tasks, alone, [&](std::atomic<int64_t>& next) {
+    share(tasks, alone, [&](std::atomic<int64_t>& next, int64_t) {
       const int64_t size = decode_scratch_size(call.width);
       const std::unique_ptr<Wide<T>[]> memory(new Wide<T>[size + 64 / sizeof(Wide<T>)]);
       void* aligned = memory.get();
@@ -125,7 +100,7 @@ struct Engine {
     for (int64_t b = 0; b < call.batch; ++b) {
       most = std::max(most, call.first_partial[b + 1] - call.first_partial[b]);
     }
-    share(call.batch, alone, [&](std::atomic<int64_t>& next) {
+    share(call.batch, alone, [&](std::atomic<int64_t>& next, int64_t) {
       const std::unique_ptr<Wide<T>[]> weights(new Wide<T>[most]);
       for (int64_t b; (b = next++) < call.batch;) merge(b, weights.get());
     });
