@@ -21,6 +21,7 @@ from fastrl.trainers.engines import RolloutFunction
 from fastrl.trainers.evaluation import evaluate
 from fastrl.trainers.experience import Experience
 from fastrl.trainers.health import (
+    TruncationWatch,
     check_checkpointing,
     check_finite,
     check_trainable,
@@ -118,6 +119,7 @@ class Trainer(ABC):
         self.own_checkpoints: set[Path] = set()  # this run's, so free to be replaced
         self.last_samples: Samples | None = None
         self.attachments = Attachments()
+        self.truncation = TruncationWatch()
         self.order = PromptOrder(len(self.dataset), self.config.seed)
 
     # What an algorithm is made of.
