@@ -1,5 +1,6 @@
 """What both trainers share: sample, score, update, and what happens when numbers go bad."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastrl.models import reference_policy
 from fastrl.rollout import Environment, Rollout
 from fastrl.trainers import checkpoint, sampling
 from fastrl.trainers._attachments import Attachments, Part, Record
+from fastrl.trainers._resume import frozen_weights
 from fastrl.trainers._steps import make_steps
 from fastrl.trainers.config import TrainerConfig
 from fastrl.trainers.engines import RolloutFunction
@@ -185,6 +187,11 @@ class Trainer(ABC):
         """Of the step that is next, or under way."""
         return temperature(self.config, self.step)
 
+    @functools.cached_property
+    def frozen_weights(self) -> dict[str, str]:
+        """By name, what tells those that no step changes from others; see `checkpoint`."""
+        return frozen_weights(self.model)
+
     @property
     def checkpoint_folder(self) -> Path | None:
         """Where `train` writes its checkpoints: `output_dir/checkpoint`."""
@@ -307,8 +314,9 @@ class Trainer(ABC):
         Training then goes on to bitwise the weights of a run that was not interrupted (on a CPU).
 
         Raises:
-            ValueError: not a checkpoint, cut short, or of another model, config or dataset; this
-                trainer is then unchanged.
+            ValueError: not a checkpoint, cut short, or of another model (frozen weights are
+                compared by digests of their bits), config or dataset; this trainer is then
+                unchanged.
         """
         checkpoint.resume(self, Path(folder))
         self.own_checkpoints.add(Path(folder).resolve())
