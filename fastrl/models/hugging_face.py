@@ -144,7 +144,9 @@ class HuggingFacePolicy(nn.Module):
             return self.head.weight.new_zeros(0, self.hidden_dim)
         if self.num_positions is not None and layout.num_tokens > self.num_positions:
             length = longest_path(layout)
-            check_positions("packed_hidden", self.num_positions, length, "a prompt and completion of")
+            check_positions(
+                "packed_hidden", self.num_positions, length, "a prompt and completion of"
+            )
         with quick_layers(self.trunk), _checkpointing(self._checkpointed):
             output = self.trunk(
                 input_ids=batch.token_ids[None],
