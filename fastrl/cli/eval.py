@@ -172,7 +172,8 @@ def _config(
 
     settings = Eval() if recipe is None else recipe.eval
     of_training = trained_with(options.model) if recipe is None else recipe.config().to_dict()
-    fields = {name: of_training[name] for name in OF_TRAINING if name in of_training}
+    names = DEFAULTS if recipe is None else OF_TRAINING
+    fields = {name: of_training[name] for name in names if name in of_training}
     fields, own = {**DEFAULTS, **fields}, said(options)
     temperature = own.pop("temperature", settings.temperature)
     temperature = fields["temperature"] if temperature is None else temperature
