@@ -65,7 +65,7 @@ def _without_idle_work() -> None:
         is_kernel = not seen
         seen.add(id(fn.__globals__))
         scope = patch(fn)
-        if is_kernel:
+        if is_kernel and scope is not None:  # in an older Triton a patch stays
             restore = scope.restore
 
             def end() -> None:
