@@ -196,3 +196,16 @@ def check_sampling(
         raise ValueError(
             "generate: expected decode with stop_strings, got None. Pass the tokenizer's decode."
         )
+
+
+def check_lengths(prompts: list[Tensor], max_new_tokens: int, num_positions: int | None) -> None:
+    """Raise a ValueError where a completion may come to more tokens than the model can read."""
+    if num_positions is None:
+        return
+    index, longest = max(enumerate(map(len, prompts)), key=lambda pair: pair[1])
+    if longest + max_new_tokens > num_positions:
+        raise ValueError(
+            f"generate: expected prompt and max_new_tokens at most {num_positions} tokens, as many "
+            f"as the model has positions for, got {longest} + {max_new_tokens} at {index}. Shorten "
+            "the prompt, or lower max_new_tokens."
+        )

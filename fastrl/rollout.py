@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl import ops as fast_ops
-from fastrl._sampling import Completions, Environment, Stop, check_sampling
+from fastrl._sampling import Completions, Environment, Stop, check_lengths, check_sampling
 from fastrl.layout import PackedBatch
 from fastrl.models.protocol import PolicyModel
 
@@ -136,11 +136,13 @@ def generate(
     Returns:
         A Rollout without rewards.
     Raises:
-        ValueError: no prompts, an empty prompt, seeds of another shape, a number out of its range.
+        ValueError: no prompts, an empty prompt, seeds of another shape, a number out of its range,
+            or more tokens than the model has positions for, where it has a table of them.
         TypeError: prompts that are not int64.
     """
     num_completions = len(prompts) * completions_per_prompt
     check_sampling(prompts, seeds, num_completions, max_new_tokens, max_rows, stop_strings, decode)
+    check_lengths(prompts, max_new_tokens, getattr(model, "num_positions", None))
     device = prompts[0].device
     seeds = seeds.to(device)
     stop = Stop(eos_token_id, stop_strings, decode, device)

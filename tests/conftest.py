@@ -2,6 +2,7 @@ import ctypes
 
 import pytest
 import torch
+from two_ranks import TwoRanks
 
 _M_PERTURB = -6  # of glibc's mallopt
 
@@ -25,6 +26,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """two_ranks.run(__file__, folder): what a file's worker(rank, folder) has saved, by rank."""
+    ranks = TwoRanks()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(autouse=True)

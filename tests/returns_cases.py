@@ -1,5 +1,6 @@
 """The estimators of returns: one list of cases for all six, held against the reference."""
 
+import hashlib
 import math
 
 import torch
@@ -84,6 +85,25 @@ def outputs_and_gradients(namespace, op, arguments, weights):
     ]
 
 
+_OF_THE_REFERENCE = {}
+
+
+def of_the_reference(op, arguments, weights):
+    """`outputs_and_gradients`, once for equal arguments: all SIMD levels have the same ones."""
+    key = hashlib.sha256(op.encode())
+    for value in (*arguments, *arguments.values(), *weights):
+        if isinstance(value, torch.Tensor):
+            data = value.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+            key.update(f"{value.dtype} {value.shape} {value.stride()} {value.device}".encode())
+            key.update(data.numpy().tobytes())
+        else:
+            key.update(repr(value).encode())
+    known = _OF_THE_REFERENCE
+    if key.digest() not in known:
+        known[key.digest()] = outputs_and_gradients(reference, op, arguments, weights)
+    return known[key.digest()]
+
+
 def check(op, arguments, dtype):
     """Outputs and all gradients within the error budget."""
 
@@ -92,7 +112,7 @@ def check(op, arguments, dtype):
 
     weights = [torch.randn(arguments["rewards"].shape) for _ in range(2)]
     ours = outputs_and_gradients(fastrl, op, arguments, weights)
-    eager = outputs_and_gradients(reference, op, arguments, weights)
-    truth = outputs_and_gradients(reference, op, on_tensors(double, arguments), weights)
+    eager = of_the_reference(op, arguments, weights)
+    truth = of_the_reference(op, on_tensors(double, arguments), weights)
     for actual, plain, exact in zip(ours, eager, truth, strict=True):
         assert_within_budget(actual, plain, exact, dtype)

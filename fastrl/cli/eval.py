@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrl.cli.sample import MODEL_HELP, add_sampling
+from fastrl.cli.sample import MODEL_HELP
 
 PROMPTS_AT_ONCE = 16
 # Fields of a recipe's config that say how completions are sampled and rewarded.
@@ -17,7 +17,8 @@ OF_TRAINING = (
 )  # fmt: skip
 _DESCRIPTION = """\
 Rewards, entropy and KL of a model on prompts. Rewards and prompts are those of RECIPE (data.eval,
-or else data.prompts), of the run that MODEL is, or --rewards and --data.
+or else data.prompts), of the run that MODEL is, or --rewards and --data. Completions are sampled
+as RECIPE says, or else as in the training of MODEL.
 
 An interval is mean ± 1.96 standard errors over prompts, each with the mean of its completions.
 """
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    from fastrl.cli.recipes.sampled_as import add_sampling
+
     result = argparse.ArgumentParser(
         prog="fastrl eval",
         description=_DESCRIPTION,
@@ -63,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--limit", type=int, help="the first so many prompts alone")
     result.add_argument("--reference", metavar="MODEL", help="whose KL divergence is measured")
     result.add_argument("-n", type=int, metavar="N", help="completions of each prompt; default 1")
-    add_sampling(result, max_new_tokens=None)
+    add_sampling(result)
     result.add_argument("--json", metavar="FILE", help="write the result there too")
     return result
 
@@ -162,20 +165,19 @@ def _prompts(options: argparse.Namespace, data: Any) -> Any:
 def _config(
     options: argparse.Namespace, recipe: Any, weights: Sequence[float] | None
 ) -> tuple[Any, float]:
-    """How completions are sampled, and the temperature: as options, recipe or defaults say."""
+    """How completions are sampled, and the temperature: as options, recipe or training say."""
+    from fastrl.cli.recipes.sampled_as import DEFAULTS, said, trained_with
     from fastrl.cli.recipes.schema import Eval
     from fastrl.trainers import PolicyGradientConfig
 
     settings = Eval() if recipe is None else recipe.eval
-    fields: dict[str, Any] = {"max_new_tokens": 128, "temperature": 1.0}
-    if recipe is not None:
-        of_training = recipe.config()
-        fields = {name: getattr(of_training, name) for name in OF_TRAINING}
-    temperature = fields["temperature"] if settings.temperature is None else settings.temperature
-    if options.temperature is not None:
-        temperature = options.temperature
-    if options.max_new_tokens is not None:
-        fields["max_new_tokens"] = options.max_new_tokens
+    of_training = trained_with(options.model) if recipe is None else recipe.config().to_dict()
+    names = DEFAULTS if recipe is None else OF_TRAINING
+    fields = {name: of_training[name] for name in names if name in of_training}
+    fields, own = {**DEFAULTS, **fields}, said(options)
+    temperature = own.pop("temperature", settings.temperature)
+    temperature = fields["temperature"] if temperature is None else temperature
+    fields |= own
     count = settings.completions_per_prompt if options.n is None else options.n
     config = PolicyGradientConfig(
         **fields,

@@ -26,8 +26,12 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    from fastrl.cli.recipes.sampled_as import add_sampling
+
     result = argparse.ArgumentParser(
-        prog="fastrl sample", description="Sample completions of prompts.", allow_abbrev=False
+        prog="fastrl sample",
+        description="Sample completions of prompts: of a run's model as the run has sampled them.",
+        allow_abbrev=False,
     )
     result.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     result.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
@@ -36,21 +40,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--limit", type=int, help="the file's first so many prompts alone")
     result.add_argument("--chat", action="store_true", help="prompts are a user's messages")
     result.add_argument("-n", type=int, default=1, metavar="N", help="completions of each prompt")
-    add_sampling(result, max_new_tokens=128)
+    add_sampling(result)
     result.add_argument("--top-k", type=int, help="from the k likeliest tokens")
     result.add_argument("--top-p", type=float, help="from the likeliest tokens of this share")
     result.add_argument("--json", action="store_true", help="a JSON object a line, on stdout")
     return result
-
-
-def add_sampling(result: argparse.ArgumentParser, max_new_tokens: int | None) -> None:
-    """The options that `fastrl sample` and `fastrl eval` share."""
-    result.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
-    result.add_argument("--temperature", type=float, help="0: the likeliest tokens; default 1")
-    result.add_argument("--seed", type=int, default=0, help="the same seed, the same completions")
-    result.add_argument("--tokenizer", help='in place of the model\'s own; "bytes" for bytes')
-    result.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    result.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
 def _sample(options: argparse.Namespace) -> int:
@@ -58,6 +52,7 @@ def _sample(options: argparse.Namespace) -> int:
 
     from fastrl.cli.recipes.loading import open_model
     from fastrl.cli.recipes.models import end_ids
+    from fastrl.cli.recipes.sampled_as import DEFAULTS, said, trained_with
     from fastrl.rollout import completion_seeds, generate
     from fastrl.trainers.prompts import PromptDataset
 
@@ -65,20 +60,26 @@ def _sample(options: argparse.Namespace) -> int:
     policy, tokenizer = open_model(
         options.model, tokenizer=options.tokenizer, dtype=options.dtype, device=options.device
     )
-    dataset = PromptDataset(entries, policy.vocab_size, tokenizer)
+    of_training = trained_with(options.model)
+    how = {name: of_training.get(name, value) for name, value in DEFAULTS.items()} | said(options)
+    dataset = PromptDataset(
+        entries, policy.vocab_size, tokenizer, chat_template_kwargs=how["chat_template_kwargs"]
+    )
     device = policy.head.weight.device
-    ends = end_ids(policy, tokenizer)
+    ends = end_ids(policy, tokenizer, how["eos_token_id"])
     examples = [dataset[index] for index in range(len(dataset))]
     rollout = generate(
         policy,
         [example.token_ids.to(device) for example in examples],
         completions_per_prompt=options.n,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=how["max_new_tokens"],
         seeds=completion_seeds(options.seed, _SAMPLE, torch.arange(len(examples)), options.n),
-        temperature=1.0 if options.temperature is None else options.temperature,
+        temperature=how["temperature"],
         top_k=options.top_k,
         top_p=options.top_p,
         eos_token_id=ends or None,
+        stop_strings=how["stop_strings"],
+        decode=tokenizer.decode,
         max_rows=64,
     )
     logprobs = rollout.logprobs.cpu().split(rollout.lengths.tolist())
@@ -95,7 +96,7 @@ def _sample(options: argparse.Namespace) -> int:
         }
         for group, ids, end, row in zip(groups, completions, ended, logprobs, strict=True)
     ]
-    _show(found, options)
+    _show(found, options, how)
     return 0
 
 
@@ -104,7 +105,7 @@ def _prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
     from fastrl.cli.recipes.toml import RecipeError
 
     for name in ("n", "max_new_tokens"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             option = "-n" if name == "n" else "--max-new-tokens"
             raise RecipeError(f"sample: expected {option} >= 1, got {getattr(options, name)}.")
     entries = [{"prompt": text} for text in options.prompt]
@@ -119,7 +120,7 @@ def _prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
     return entries
 
 
-def _show(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def _show(found: list[dict[str, Any]], options: argparse.Namespace, how: dict[str, Any]) -> None:
     if options.json:
         for entry in found:
             print(json.dumps(entry, ensure_ascii=False))
@@ -128,7 +129,6 @@ def _show(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
     from rich.markup import escape
 
     console = Console(highlight=False, file=sys.stdout)
-    temperature = 1.0 if options.temperature is None else options.temperature
     for index, entry in enumerate(found):
         if index % options.n == 0:
             prompt = entry["prompt"]
@@ -141,9 +141,15 @@ def _show(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
             soft_wrap=True,
         )
         console.print(entry["completion"], markup=False, soft_wrap=True)
+    temperature, stops = how["temperature"], ", ".join(map(repr, how["stop_strings"]))
     scale = (
         "of greedy sampling at temperature 1"
         if temperature == 0
         else f"at temperature {temperature:g}"
     )
-    console.print(f"\n[dim]Log-probabilities {scale}, in nats.[/dim]", soft_wrap=True)
+    until = f", or up to {escape(stops)}" if stops else ""
+    console.print(
+        f"\n[dim]Log-probabilities {scale}, in nats. At most {how['max_new_tokens']} tokens{until}."
+        "[/dim]",
+        soft_wrap=True,
+    )

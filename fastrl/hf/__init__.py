@@ -18,7 +18,7 @@ from torch import nn
 
 from fastrl.hf._attention import attention_function
 from fastrl.hf._masks import mask_function
-from fastrl.hf._models import NAME, check_model, refuse_models
+from fastrl.hf._models import NAME, check_model, refuse_models, tell_dynamo
 from fastrl.ops._checks import fail
 
 __all__ = ["check", "register"]
@@ -67,6 +67,7 @@ def register() -> None:
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, mask_function)
     refuse_models()
+    tell_dynamo()
 
 
 def check(model: nn.Module) -> None:

@@ -77,7 +77,6 @@ def check_packable(module: nn.Module) -> None:
         raise fail("hf", expected, ", ".join(sorted(kinds)), remedy)
 
 
-@torch.compiler.assume_constant_result
 def _unpackable(module: str) -> list[str]:
     """What the model classes beside an attention class say of themselves, by its module."""
     found = set()
@@ -136,6 +135,12 @@ def refuse_models() -> None:
 
     checked.checks_fastrl = True  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = checked  # type: ignore[method-assign]
+
+
+def tell_dynamo() -> None:
+    """What torch.compile need not trace. Not at import: Dynamo's own import takes more than a
+    second, and transformers' models have it anyway."""
+    torch.compiler.assume_constant_result(_unpackable)
 
 
 def check_mask(mask: object, expected: str) -> None:

@@ -67,6 +67,7 @@ class _WithoutAdapter:
     def __init__(self, policy: HuggingFacePolicy) -> None:
         self._policy = policy
         self.vocab_size, self.hidden_dim = policy.vocab_size, policy.hidden_dim
+        self.num_positions = policy.num_positions
 
     @property
     def config(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import fastrl.hf
 from fastrl.layout import PackedBatch
 from fastrl.models._kv_decoder import KVDecoder
 from fastrl.models._linear_layers import quick_layers
+from fastrl.models._positions import check_positions, longest_path, table_length
 from fastrl.models.protocol import Head
 from fastrl.ops._checks import fail, wrong_type
 
@@ -64,6 +65,7 @@ class HuggingFacePolicy(nn.Module):
         parameters = inspect.signature(causal.base_model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._checkpointed: list[Any] = []  # layers
+        self.num_positions = table_length(causal.base_model)  # None: as many as one likes
         self._check_head()
 
     @property
@@ -122,15 +124,29 @@ class HuggingFacePolicy(nn.Module):
         Returns:
             hidden: [B, T, D].
             state: transformers' cache.
+        Raises:
+            ValueError: more tokens than the model has positions for.
         """
+        if self.num_positions is not None:
+            length = token_ids.shape[1] + (0 if state is None else state.get_seq_length())
+            check_positions("hidden_states", self.num_positions, length, "texts of")
         output = self.trunk(input_ids=token_ids, use_cache=True, **{self._cache_name: state})
         return output.last_hidden_state, output[self._cache_name]
 
     def packed_hidden(self, batch: PackedBatch) -> Tensor:
-        """hidden [M, D], row m of which predicts batch.target_ids[m]; each token is read once."""
+        """hidden [M, D], row m of which predicts batch.target_ids[m]; each token is read once.
+
+        Raises:
+            ValueError: a path of more tokens than the model has positions for.
+        """
         layout = batch.layout
         if layout.num_tokens == 0:
             return self.head.weight.new_zeros(0, self.hidden_dim)
+        if self.num_positions is not None and layout.num_tokens > self.num_positions:
+            length = longest_path(layout)
+            check_positions(
+                "packed_hidden", self.num_positions, length, "a prompt and completion of"
+            )
         with quick_layers(self.trunk), _checkpointing(self._checkpointed):
             output = self.trunk(
                 input_ids=batch.token_ids[None],

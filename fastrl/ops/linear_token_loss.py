@@ -1,5 +1,6 @@
 """A per-token loss from hidden states, whose gradients form during the forward pass."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -81,8 +82,11 @@ def linear_token_loss(
     return loss, logprobs.reshape(leading), entropy.reshape(leading)
 
 
-@torch.compiler.disable
 def _apply(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if "torch._dynamo" in sys.modules:  # who has not imported it need not wait for it
+        from fastrl.ops import _out_of_graphs
+
+        return _out_of_graphs.linear_token_loss(*arguments)
     return _LinearTokenLoss.apply(*arguments)
 
 

@@ -21,6 +21,7 @@ from fastrl.trainers._checkpoint_files import (
     standing,
     unreadable,
 )
+from fastrl.trainers._digest import digest
 from fastrl.trainers._random_state import (
     check_random_state,
     keeping_random_state,
@@ -55,6 +56,7 @@ def resume(trainer: "Trainer", folder: Path) -> None:
         with keeping_random_state():  # a new model draws its first weights
             weights = load_model(folder).state_dict()
     _check_tensors(model, _kinds(weights), where)
+    _check_frozen(trainer, state.get("frozen", {}), folder)
     _check_moments(trainer, state["optimizer"]["moments"], folder / STATE)
     reference_file = _opened(folder / REFERENCE) if reference else None
     if reference_file is not None:
@@ -73,6 +75,7 @@ def state_tree(trainer: "Trainer") -> dict[str, Any]:
     return {
         "trainer": trainer.state_dict(),
         "weights": beside_frozen(trainer),
+        "frozen": trainer.frozen_weights,
         "optimizer": {"trained": _trained_names(trainer), "moments": moments(trainer)},
         "random": random_state(),
     }
@@ -98,6 +101,15 @@ def beside_frozen(trainer: "Trainer") -> dict[str, Tensor]:
     }
     tensors = trainer.model.state_dict() if frozen else {}
     return {name: tensor for name, tensor in tensors.items() if name not in frozen}
+
+
+def frozen_weights(model: nn.Module) -> dict[str, str]:
+    """What tells one frozen weight from another: dtype, shape and a digest of its bits."""
+    return {
+        name: f"{weight.dtype} {tuple(weight.shape)} with digest {digest(weight):016x}"
+        for name, weight in model.named_parameters()
+        if not weight.requires_grad
+    }
 
 
 def reference_tensors(trainer: "Trainer") -> dict[str, Tensor]:
@@ -142,6 +154,20 @@ def _check_moments(trainer: "Trainer", found: dict[str, dict[str, Tensor]], path
     for name, slots in found.items():
         like = {slot: weights[name] for slot in _SLOTS} | {"step": torch.zeros(())}
         _check_tensors(like, _kinds(slots), path, f"optimizer {name} ")
+
+
+def _check_frozen(trainer: "Trainer", saved: dict[str, str], folder: Path) -> None:
+    """Raise a ValueError where other weights than before lie below those that are trained.
+
+    A checkpoint of a version that kept no digests has none to compare.
+    """
+    own = trainer.frozen_weights if saved else {}
+    for name in sorted(own.keys() | saved.keys()):
+        if own.get(name) != saved.get(name):
+            raise ValueError(
+                f"resume: expected the frozen weight {name} to be {saved.get(name)} as in {folder}"
+                f", got {own.get(name)}. Load the model that the run was trained on."
+            )
 
 
 def _load_state(trainer: "Trainer", state: dict[str, Any], folder: Path) -> None:

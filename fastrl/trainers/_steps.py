@@ -115,6 +115,7 @@ def _update(trainer: "Trainer", rollout: Rollout) -> tuple[Record, str | None]:
         "entropy_coef": trainer.entropy.coef,
     }  # fmt: skip
     known, metrics = gather(trainer, rollout)
+    trainer.truncation.look(trainer, known)
     learned, problem = learn(trainer, known)
     numbers |= to_numbers(metrics) | learned
     if "kl" in numbers:

@@ -4,7 +4,8 @@ config.json, model.safetensors, ...   the model: a Hugging Face policy's folder 
                         `AutoModelForCausalLM`, and its tokenizer's files stand beside it
 reference.safetensors   the starting model, where it has weights of its own
 state.json              what the trainer remembers; the optimizer, its moments by the names of the
-                        weights that are trained; the state of every random number generator
+                        weights that are trained; digests of the frozen weights, which a resumed
+                        run has to have again; the state of every random number generator
 state.safetensors       the tensors of state.json (see `fastrl.trainers._tree`)
 trainer.json            format, trainer, step, config, model, size of the dataset, and the length
                         of each file; it is written last, when the others are on the disk

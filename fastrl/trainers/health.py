@@ -1,5 +1,6 @@
 """What keeps a run sound: one policy in sampling and learning, and no state that is not finite."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -8,7 +9,10 @@ from fastrl.models.storage import check_saveable
 from fastrl.trainers import checkpoint
 
 if TYPE_CHECKING:
+    from fastrl.trainers.experience import Experience
     from fastrl.trainers.trainer import Trainer
+
+_STEPS_WITHOUT_AN_END = 5  # in a row: one or two of them a long run may have
 
 
 class TrainingDivergedError(FloatingPointError):
@@ -25,6 +29,32 @@ def check_finite(trainer: "Trainer") -> None:
             f"{trainer.step}, got NaN or infinite ones, and wrote no checkpoint. Lower "
             "learning_rate and resume from the last one."
         )
+
+
+class TruncationWatch:
+    """Says once that mask_truncated has left nothing to learn from, for several steps in a row."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._has_warned = False
+
+    def look(self, trainer: "Trainer", known: "Experience") -> None:
+        """At what a step is about to learn from."""
+        if not trainer.config.mask_truncated or self._has_warned:
+            return
+        learns = bool(known.is_learned.any())
+        self._steps = 0 if learns or not bool(known.rollout.loss_mask.any()) else self._steps + 1
+        if self._steps == _STEPS_WITHOUT_AN_END:
+            self._has_warned = True
+            warnings.warn(
+                f"{type(trainer).__name__}: nothing was learned in {self._steps} steps in a row: "
+                f"all completions reached max_new_tokens = {trainer.config.max_new_tokens} "
+                f"without an end, and mask_truncated, with which this {trainer.config.algorithm} "
+                "runs, leaves such out. Raise max_new_tokens, begin with a model that ends its "
+                "texts, set stop_strings, or set mask_truncated=False.",
+                RuntimeWarning,
+                stacklevel=6,  # where train was called
+            )
 
 
 def without_dropout(model: nn.Module, *, will_learn_with_it: bool = False) -> None:

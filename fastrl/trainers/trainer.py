@@ -1,5 +1,6 @@
 """What both trainers share: sample, score, update, and what happens when numbers go bad."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +16,14 @@ from fastrl.models import reference_policy
 from fastrl.rollout import Environment, Rollout
 from fastrl.trainers import checkpoint, sampling
 from fastrl.trainers._attachments import Attachments, Part, Record
+from fastrl.trainers._resume import frozen_weights
 from fastrl.trainers._steps import make_steps
 from fastrl.trainers.config import TrainerConfig
 from fastrl.trainers.engines import RolloutFunction
 from fastrl.trainers.evaluation import evaluate
 from fastrl.trainers.experience import Experience
 from fastrl.trainers.health import (
+    TruncationWatch,
     check_checkpointing,
     check_finite,
     check_trainable,
@@ -118,6 +121,7 @@ class Trainer(ABC):
         self.own_checkpoints: set[Path] = set()  # this run's, so free to be replaced
         self.last_samples: Samples | None = None
         self.attachments = Attachments()
+        self.truncation = TruncationWatch()
         self.order = PromptOrder(len(self.dataset), self.config.seed)
 
     # What an algorithm is made of.
@@ -182,6 +186,11 @@ class Trainer(ABC):
     def temperature(self) -> float:
         """Of the step that is next, or under way."""
         return temperature(self.config, self.step)
+
+    @functools.cached_property
+    def frozen_weights(self) -> dict[str, str]:
+        """By name, what tells those that no step changes from others; see `checkpoint`."""
+        return frozen_weights(self.model)
 
     @property
     def checkpoint_folder(self) -> Path | None:
@@ -305,8 +314,9 @@ class Trainer(ABC):
         Training then goes on to bitwise the weights of a run that was not interrupted (on a CPU).
 
         Raises:
-            ValueError: not a checkpoint, cut short, or of another model, config or dataset; this
-                trainer is then unchanged.
+            ValueError: not a checkpoint, cut short, or of another model (frozen weights are
+                compared by digests of their bits), config or dataset; this trainer is then
+                unchanged.
         """
         checkpoint.resume(self, Path(folder))
         self.own_checkpoints.add(Path(folder).resolve())

@@ -184,6 +184,8 @@ def leave(arguments, key):
 
 def main():
     os.environ["TERM"] = "xterm"
+    # A shell's background job, such as a test run may be, ignores it, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     root = Path(sys.argv[1])
     pairs, output = root / "pairs.jsonl", root / "judgements.jsonl"
     rows = [

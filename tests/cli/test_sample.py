@@ -6,10 +6,13 @@ import torch
 for package in ("rich", "safetensors", "tensorboard", "transformers"):
     pytest.importorskip(package)
 
+from fastrl.cli import eval as evaluation  # noqa: E402
 from fastrl.cli import main as cli  # noqa: E402
 from fastrl.cli import sample, train  # noqa: E402
 from fastrl.cli.recipes.models import load_tokenizer  # noqa: E402
-from fastrl.trainers import load_model  # noqa: E402
+from fastrl.cli.recipes.sampled_as import trained_with  # noqa: E402
+from fastrl.models import LSTMLanguageModel  # noqa: E402
+from fastrl.trainers import PolicyGradientConfig, PolicyGradientTrainer, load_model  # noqa: E402
 
 RECIPE = """
 algorithm = "grpo"
@@ -78,6 +81,81 @@ def test_a_seed_and_the_filters_decide(run, capsys, tmp_path):
     assert sampled(capsys, run / "checkpoint", *options[1:], "--temperature", 0) == greedy
 
 
+@pytest.fixture(scope="module")
+def stopping(tmp_path_factory):
+    """A checkpoint of a run with settings of its own; without a recipe."""
+    folder = tmp_path_factory.mktemp("stopping") / "checkpoint"
+    config = PolicyGradientConfig(
+        prompts_per_step=1, completions_per_prompt=2, max_new_tokens=9, max_steps=3,
+        temperature=0.5, temperature_end=0.7, eos_token_id=tuple(range(20)),
+        stop_strings=tuple("abcdefghijklmnopqrstuvwxyz"),
+    )  # fmt: skip
+    trainer = PolicyGradientTrainer(
+        LSTMLanguageModel(257, 8, 16), lambda completions, **_: [0.0] * len(completions), ["ab"],
+        config, tokenizer=load_tokenizer("bytes"),
+    )  # fmt: skip
+    trainer.train(max_steps=1)
+    trainer.save(folder)
+    return folder
+
+
+def test_completions_are_sampled_as_in_training(stopping, capsys):
+    found = sampled(capsys, stopping, "--prompt", "ab", "-n", 60)
+    decode, stops = load_tokenizer("bytes").decode, set("abcdefghijklmnopqrstuvwxyz")
+    for entry in found:
+        *before, last = entry["token_ids"]
+        assert all(token >= 20 for token in before) and not stops & set(decode(before))
+        assert entry["ended"] == (last < 20 or decode([last]) in stops)
+        assert entry["ended"] or len(before) == 8
+    assert {entry["ended"] for entry in found} == {True, False}
+    model, (entry, *_) = load_model(stopping), found
+    ids = load_tokenizer("bytes").encode("ab") + entry["token_ids"]
+    logits = model(torch.tensor([ids]))[0].detach()[0, 1:-1]
+    rows = (logits / 0.6).log_softmax(-1)  # half way from 0.5 to 0.7
+    expected = rows[torch.arange(len(rows)), entry["token_ids"]]
+    assert entry["logprobs"] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert cli.main(["sample", str(stopping), "--prompt", "ab"]) == 0
+    assert (
+        "at temperature 0.6, in nats. At most 9 tokens, or up to 'a', " in capsys.readouterr().out
+    )
+
+
+def test_options_go_before_the_training(stopping, run, capsys):
+    options = ("--prompt", "ab", "-n", 20, "--max-new-tokens", 5, "--temperature", 1)
+    found = sampled(capsys, stopping, *options, "--stop", "", "--eos", "none")
+    assert {(len(entry["token_ids"]), entry["ended"]) for entry in found} == {(5, False)}
+    stops = [word for letter in "nopqrstuvwxyz" for word in ("--stop", letter)]
+    stopped = sampled(capsys, stopping, *options, *stops, "--eos", "none")
+    for entry in stopped:
+        assert entry["ended"] == (entry["completion"][-1] in "nopqrstuvwxyz")
+        assert entry["ended"] or len(entry["token_ids"]) == 5
+    assert {entry["ended"] for entry in stopped} == {True, False}
+    every = [word for token in range(257) for word in ("--eos", token)]
+    assert {len(e["token_ids"]) for e in sampled(capsys, stopping, *options, *every)} == {1}
+    assert {len(e["token_ids"]) for e in sampled(capsys, run, "--prompt", "ab", "-n", 9)} <= set(
+        range(1, 5)  # its recipe's max_new_tokens
+    )
+
+
+def test_an_evaluation_samples_as_in_training_too(stopping, tmp_path):
+    options = [str(stopping), "--rewards", "fastrl.cli.recipes.toy_rewards:vowels", "--tokenizer"]
+    (tmp_path / "p.txt").write_text("ab\ncd\n")
+    options += ["bytes", "--data", str(tmp_path / "p.txt"), "--json", str(tmp_path / "found.json")]
+    assert evaluation.main([*options, "-n", "40"]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["max_new_tokens"], found["temperature"]) == (9, pytest.approx(0.6))
+    assert 0.5 < found["ended"] < 1  # a token in six or so ends it
+    assert evaluation.main([*options, "--stop", "", "--eos", "none"]) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["ended"] == 0
+
+
+def test_the_start_of_a_run_is_sampled_as_its_recipe_says(tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "start").mkdir()
+    assert trained_with(str(tmp_path / "start"))["max_new_tokens"] == 4
+    assert trained_with("no/such-model") == trained_with(str(tmp_path)) == {}
+
+
 def test_a_save_that_was_interrupted_leaves_a_model(run, capsys):
     options = ("--prompt", "ab", "--max-new-tokens", 8)
     before = sampled(capsys, run, *options)
@@ -123,6 +201,8 @@ def test_mistakes(run, tmp_path, capsys):
         (str(run), "--prompt", ""): "expected a prompt [P] with P >= 1",
         (str(run), "--prompt", "a", "-n", "0"): "expected -n >= 1, got 0",
         (str(run), "--prompt", "a", "--temperature", "-1"): "temperature",
+        (str(run), "--prompt", "a", "--eos", "1", "--eos", "auto"): "whole numbers, or auto or",
+        (str(run), "--prompt", "a", "--eos", "257"): "sample: expected an EOS in [0, 257), got 257",
         (str(run), "--file", "none.txt"): "none.txt: No such file",
         (str(run), "--prompt", "a", "--chat"): "chat template",
         (str(tmp_path / "none"), "--prompt", "a"): "AutoModelForCausalLM loads, got",

@@ -3,6 +3,7 @@
 In a process of its own: Triton chooses when it is imported, and the rest of the tests compile.
 """
 
+import dataclasses
 import importlib
 import io
 import os
@@ -40,6 +41,41 @@ def _start() -> None:
     torch.set_num_threads(1)
     np.seterr(all="ignore")  # the kernels make infinities and NaN on purpose
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh tensors hold NaN
+    _without_idle_work()
+
+
+def _without_idle_work() -> None:
+    """Leave out what the interpreter does again and again to no effect: half of its time.
+
+    It computes whether whole numbers overflow, of which nobody hears without its option debug. And
+    it patches triton.language for each call of a device function, though all functions of a module
+    see the same: once for each module that a kernel calls into is enough.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    patch = interpreter._patch_lang
+    seen: set[int] = set()  # the globals of the modules, until the kernel's end
+
+    def patch_once(fn: Any) -> Any:
+        if id(fn.__globals__) in seen:
+            return None  # which nobody asks for within a kernel
+        is_kernel = not seen
+        seen.add(id(fn.__globals__))
+        scope = patch(fn)
+        if is_kernel and scope is not None:  # in an older Triton a patch stays
+            restore = scope.restore
+
+            def end() -> None:
+                seen.clear()
+                restore()
+
+            scope.restore = end
+        return scope
+
+    interpreter._patch_lang = patch_once
 
 
 def _run(module: str, function: str, packed: bytes) -> bytes:

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastrl.layout import PackedBatch, pack_groups
 from fastrl.models import HuggingFacePolicy, PolicyModel, as_policy, reference_policy
+from fastrl.rollout import generate
 
 MODELS = ["llama", "mistral", "gemma2", "gpt2", "gpt_neox", "opt"]
 LORA = {"target_modules": ["q_proj", "v_proj"], "r": 4}
@@ -139,6 +140,36 @@ def test_gradient_checkpointing_leaves_dropout_off():
     hidden = policy.packed_hidden(batch)
     torch.testing.assert_close(hidden, expected, rtol=0, atol=0)
     assert_equal_gradients(gradients(policy, hidden.square().sum()), plain, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "gpt_neox"])
+def test_positions_end_where_the_model_has_a_table_of_them(name):
+    """At the limit all goes well; behind it a message comes before anything is read."""
+    policy = HuggingFacePolicy(build(name, max_position_embeddings=12)).eval()
+    prompts, (completion,) = some_ids(2, 7), some_ids(5)
+    seeds = torch.tensor([1, 2])
+
+    def sampled(max_new_tokens):
+        rollout = generate(policy, prompts, max_new_tokens=max_new_tokens, seeds=seeds)
+        policy.packed_hidden(rollout.batch)
+
+    sampled(5)
+    state = policy.hidden_states(prompts[1][None])[1]
+    policy.hidden_states(completion[None], state)
+    branches = PackedBatch.from_segments([prompts[1], completion, completion], [-1, 0, 0])
+    policy.packed_hidden(branches)  # 17 tokens, of which no path has more than 12
+    if name in ("llama", "gpt_neox"):
+        assert policy.num_positions is None
+        sampled(6)
+        return
+    policy.trunk.register_forward_pre_hook(lambda *_: pytest.fail("something was read"))
+    with pytest.raises(ValueError, match=r"generate: .* at most 12 tokens.*, got 7 \+ 6 at 1\."):
+        sampled(6)
+    chain = PackedBatch.from_segments([prompts[1], completion, completion[:1]], [-1, 0, 1])
+    with pytest.raises(ValueError, match="packed_hidden: .* at most 12 tokens.*, got 13"):
+        policy.packed_hidden(chain)
+    with pytest.raises(ValueError, match="hidden_states: .* at most 12 tokens.*, got 13"):
+        policy.hidden_states(completion[None, :1], state)
 
 
 def test_only_the_adapter_has_gradients():

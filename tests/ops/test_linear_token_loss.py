@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from budget import assert_within_budget
 
 import fastrl
@@ -227,3 +228,20 @@ def test_bad_losses(loss_fn, error, message):
         x = torch.randn(4, 3, requires_grad=True)
         fastrl.linear_token_loss(x, torch.randn(5, 3), ids, loss_fn)
     assert str(caught.value).startswith("linear_token_loss: expected ")
+
+
+def test_a_compiled_function_breaks_here_and_has_the_same_numbers():
+    hidden, weight, token_ids, bias = problem(33, torch.float32, "cpu")
+    counter = torch._dynamo.testing.CompileCounter()
+
+    def around(hidden, weight, token_ids, loss_fn, **options):
+        loss, *rest = fastrl.linear_token_loss(hidden.tanh(), weight, token_ids, loss_fn, **options)
+        return loss * 2, *rest
+
+    given = hidden, weight, token_ids, bias, lambda p, e, r: -p * (r + 1)
+    expected = run(around, *given)
+    for found, wanted in zip(
+        run(torch.compile(around, backend=counter), *given), expected, strict=True
+    ):
+        assert torch.equal(found, wanted)
+    assert counter.frame_count > 1

@@ -1,9 +1,4 @@
-"""Two processes hold unequal slices of one vocabulary; run as a script this file is one of them."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Two processes hold unequal slices of one vocabulary; each calls worker."""
 
 import torch
 import torch.distributed as dist
@@ -53,14 +48,8 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
-def test_slices_give_the_result_of_the_whole(tmp_path: Path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)
-    ]
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+def test_slices_give_the_result_of_the_whole(two_ranks, tmp_path):
+    first, second = two_ranks.run(__file__, tmp_path)
     for rank in (first, second):
         for a, b in zip([*rank[0], *rank[1]], [*rank[2], *rank[3]], strict=True):
             assert torch.equal(a, b)  # run to run
@@ -84,7 +73,3 @@ def test_slices_give_the_result_of_the_whole(tmp_path: Path):
     for ours, one, truth in zip(sharded, whole_gradients, gradients, strict=True):
         torch.testing.assert_close(ours, one, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), sys.argv[2])

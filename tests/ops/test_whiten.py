@@ -1,9 +1,4 @@
-"""Two processes hold the parts of one batch; run as a script this file is one of them."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Two processes hold the parts of one batch; each calls worker."""
 
 import pytest
 import torch
@@ -54,15 +49,8 @@ def worker(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, __file__]
-    started = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=60) for process in started] == [0, 0]
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in (0, 1)]
+def ranks(two_ranks, tmp_path_factory):
+    return two_ranks.run(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -107,7 +95,3 @@ def test_bad_arguments(arguments, options, error, message):
     with pytest.raises(error, match=message) as caught:
         fastrl.whiten(*arguments, **options)
     assert str(caught.value).startswith("whiten: expected ")
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), sys.argv[2])

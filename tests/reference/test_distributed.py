@@ -1,9 +1,4 @@
-"""Two processes hold the parts of one problem; run as a script this file is one of them."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Two processes hold the parts of one problem; each calls worker."""
 
 import torch
 import torch.distributed as dist
@@ -53,14 +48,8 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
-def test_parts_give_the_result_of_the_whole(tmp_path: Path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)
-    ]
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+def test_parts_give_the_result_of_the_whole(two_ranks, tmp_path):
+    first, second = two_ranks.run(__file__, tmp_path)
 
     logits, hidden, weight, ids, kept, x = problem()
     outputs, gradients = results(logits, hidden, weight, ids, kept)
@@ -74,7 +63,3 @@ def test_parts_give_the_result_of_the_whole(tmp_path: Path):
     expected = (x - x[valid].mean()) / (x[valid].var() + 1e-8).sqrt()
     whitened = torch.cat([first[2], second[2]])
     torch.testing.assert_close(whitened, expected.masked_fill(~valid, 0))
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), sys.argv[2])

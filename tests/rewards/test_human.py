@@ -2,17 +2,14 @@ import io
 import json
 import os
 import pty
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import fastrl
 from fastrl.models import LSTMLanguageModel
 from fastrl.rewards._judgements import Answers, RecordFile, Tail
 from fastrl.rewards._terminal import Screen
@@ -194,17 +191,6 @@ def test_a_rating_out_of_scale_and_bad_arguments_are_errors(tmp_path):
         call(HumanReward(tmp_path), completions=[[1], [2], [3]])
 
 
-IN_TERMINAL = """
-import sys
-from types import SimpleNamespace
-from fastrl.rewards.human import HumanReward
-reward = HumanReward(sys.argv[1], terminal=True)
-state = SimpleNamespace(global_step=0)
-print("rewards:", reward(prompts=["p"] * 3, completions=["one", "two\\x1b[2J", "three"],
-                         trainer_state=state), flush=True)
-"""
-
-
 def read(terminal):
     try:
         return os.read(terminal, 4096)
@@ -212,30 +198,48 @@ def read(terminal):
         return b""
 
 
-def run_in_terminal(folder, typed):
-    """What it shows in a terminal where keys are pressed as soon as they are asked for."""
-    master, slave = pty.openpty()
-    package = str(Path(fastrl.__file__).parents[1])
-    process = subprocess.Popen(
-        [sys.executable, "-c", IN_TERMINAL, str(folder)], stdin=slave, stdout=slave, stderr=slave,
-        env={**os.environ, "PYTHONPATH": package, "TERM": "xterm"},
-    )  # fmt: skip
-    os.close(slave)
-    shown, keys = b"", iter(typed)
-    while data := read(master):
-        is_new = (shown + data).count(b"q(uit)?") > shown.count(b"q(uit)?")
-        shown += data
-        if is_new:
-            os.write(master, next(keys).encode())
-    assert process.wait(10) == 0
-    os.close(master)
-    return shown.decode()
+class Terminal:
+    """One in the place of standard input and output, where keys are pressed when asked for."""
+
+    def __init__(self, typed, monkeypatch):
+        self.shown, self._keys = b"", iter(typed)
+        self._master, slave = pty.openpty()
+        self._files = [os.fdopen(os.dup(slave), mode) for mode in ("r", "w")]
+        os.close(slave)
+        for name, file in zip(("stdin", "stdout"), self._files, strict=True):
+            monkeypatch.setattr(sys, name, file)
+        monkeypatch.setenv("TERM", "xterm")
+        self._person = threading.Thread(target=self._press, daemon=True)
+        self._person.start()
+
+    def _press(self):
+        while data := read(self._master):
+            is_new = (self.shown + data).count(b"q(uit)?") > self.shown.count(b"q(uit)?")
+            self.shown += data
+            if is_new:
+                os.write(self._master, next(self._keys, "q").encode())  # asked too often: leave
+
+    def close(self):
+        """What was shown."""
+        for file in self._files:
+            file.close()
+        self._person.join(30)
+        assert not self._person.is_alive()
+        os.close(self._master)
+        return self.shown.decode()
 
 
-def test_in_this_terminal_a_key_is_an_answer(tmp_path):
+def test_in_this_terminal_a_key_is_an_answer(tmp_path, monkeypatch):
     pytest.importorskip("rich")
-    shown = run_in_terminal(tmp_path, ["1", "5", "u", "7", "4", "s"])  # 7 is asked for again
-    assert "rewards: [-1.0, 0.5, None]" in shown
+    with monkeypatch.context() as patch:  # 7 is asked for again
+        terminal = Terminal(["1", "5", "u", "7", "4", "s"], patch)
+        reward = HumanReward(tmp_path, terminal=True)
+        found = reward(
+            prompts=["p"] * 3, completions=["one", "two\x1b[2J", "three"],
+            trainer_state=SimpleNamespace(global_step=0),
+        )  # fmt: skip
+        shown = terminal.close()
+    assert found == [-1.0, 0.5, None]
     assert "\x1b[2J" not in shown and "␛[2J" in shown  # a completion does not steer the terminal
     rows = lines(tmp_path / "ratings.jsonl")
     assert [row.get("rating", "retracted") for row in rows] == [1, 5, "retracted", 4, None]

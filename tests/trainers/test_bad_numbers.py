@@ -1,14 +1,17 @@
 """When numbers go bad: each clause of the rule."""
 
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastrl import reference
+from fastrl.models import LSTMLanguageModel
 from fastrl.trainers import TrainingDivergedError
 
+EOS = 7  # of 8 tokens
 KINDS = ["policy_gradient", "actor_critic"]
 
 
@@ -189,3 +192,42 @@ def test_no_checkpoint_of_a_bad_state_and_the_last_good_one_stays(make_trainer, 
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     again = make_trainer(output_dir=tmp_path).resume(folder)
     assert again.step == 2
+
+
+@pytest.mark.parametrize("config", [{"algorithm": "dapo"}, {"mask_truncated": True}])
+def test_a_model_that_never_ends_learns_nothing_and_is_told_once(make_trainer, config):
+    model = LSTMLanguageModel(8, 8, 24, 1)
+    with torch.no_grad():
+        model.lm_head.bias[EOS] = -100
+    trainer = make_trainer(model=model, eos_token_id=EOS, max_steps=12, **config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = weights_of(trainer)
+        trainer.train(max_steps=4)
+        assert not caught
+        trainer.train()
+        assert_equal(weights_of(trainer), before)
+    (warning,) = caught
+    message = str(warning.message)
+    assert "nothing was learned in 5 steps in a row" in message
+    assert "max_new_tokens = 4" in message and "mask_truncated=False" in message
+    assert warning.filename == __file__
+
+
+def test_a_model_that_ends_now_and_then_is_not_told(make_trainer, recwarn):
+    """Four steps without an end, and one with one."""
+    model, steps = LSTMLanguageModel(8, 8, 24, 1), []
+
+    def end_in_every_fifth(record):
+        steps.append(record["completions/clipped_ratio"])
+        with torch.no_grad():
+            model.lm_head.bias[EOS] = 100 if len(steps) % 5 == 4 else -100
+
+    trainer = make_trainer(
+        model=model, eos_token_id=EOS, max_steps=11, algorithm="dapo", learning_rate=1e-9
+    )
+    with torch.no_grad():
+        model.lm_head.bias[EOS] = -100
+    trainer.train(on_step=end_in_every_fifth)
+    assert steps == ([1.0] * 4 + [0.0]) * 2 + [1.0]
+    assert not recwarn.list

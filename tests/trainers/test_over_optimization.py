@@ -25,6 +25,7 @@ from fastrl.trainers import PolicyGradientTrainer, StopTraining
 from fastrl.trainers.over_optimization import OverOptimizationMonitor, measures
 
 pytestmark = pytest.mark.filterwarnings("ignore:Reward (falling|stalled)")
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 
 
 def gold_of(trainer, gold=up_to_a_half):
@@ -33,7 +34,7 @@ def gold_of(trainer, gold=up_to_a_half):
     return trainer.evaluate(HELD_OUT, completions_per_prompt=16, seed=99)["reward"]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_gamed_reward_is_caught_and_the_best_checkpoint_kept(tmp_path, seed):
     """Gold rises from 0.12 to 0.25 or so and would fall to -0.5."""
     trainer, monitor = make_run(
@@ -58,7 +59,7 @@ def test_a_gamed_reward_is_caught_and_the_best_checkpoint_kept(tmp_path, seed):
     assert gold_of(best) > gold_of(start) + 0.05
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", SEEDS[:2])
 @pytest.mark.parametrize("gold, end", [(share_and_noise, 0.8), (half_of_it_and_noise, 0.45)])
 def test_an_honest_reward_is_not_stopped(gold, end, seed):
     """Gold is the proxy, or comes to rest where the proxy goes on, but for noise."""

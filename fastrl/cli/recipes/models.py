@@ -218,13 +218,24 @@ def _bytes_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
-def end_ids(policy: Any, tokenizer: Any) -> list[int]:
-    """What ends a completion: as the model has it, else the tokenizer's EOS."""
-    found = getattr(policy, "eos_token_id", None)
-    found = tokenizer.eos_token_id if found is None else found
-    if found is None:
-        return []
-    return [found] if isinstance(found, int) else list(found)
+def end_ids(policy: Any, tokenizer: Any, given: Any = "auto") -> list[int]:
+    """What ends a completion: `given` as a config has it; "auto": as the model, else the tokenizer.
+
+    Raises:
+        RecipeError: an id outside the vocabulary.
+    """
+    found = given
+    if found == "auto":
+        found = getattr(policy, "eos_token_id", None)
+        found = tokenizer.eos_token_id if found is None else found
+    ids = [] if found is None else [found] if isinstance(found, int) else list(found)
+    for token in ids:
+        if token >= policy.vocab_size:
+            raise RecipeError(
+                f"train: expected an EOS in [0, {policy.vocab_size}), got {token}. "
+                "Use the tokenizer that the model was built for."
+            )
+    return ids
 
 
 def find_device(name: str) -> torch.device:

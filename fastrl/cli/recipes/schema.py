@@ -85,7 +85,9 @@ kl_budget = 20.0                nats per completion from the start; default: any
 
 [preference]                    fields of PreferenceConfig, and
 folds = 5                       of a cross-validation, whose models go to RUN/folds/0, 1, ..., for
-                                over_optimization.gold; 0, the default: none
+                                over_optimization.gold; 0, the default: none. A run that is
+                                interrupted here keeps its [supervised] part, and trains and
+                                cross-validates from the start again, to the same model
 
 A builder is called as f(folder, seed, **arguments), folder a Path or None, seed the run's. It
 gives a dict of lists of rows, each a dict with "prompt" and further columns: "train";
