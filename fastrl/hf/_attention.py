@@ -121,7 +121,7 @@ def _window(module: nn.Module, num_keys: int, given: int | None) -> int | None:
         return given
     # The mask function may have been asked for a window that this layer does not tell us about.
     configured = getattr(getattr(module, "config", None), "sliding_window", None)
-    if configured is not None and num_keys > configured:
+    if configured and num_keys > configured:  # 0, as Qwen2Moe has it, is none
         got = f"none in {type(module).__name__}, with config.sliding_window {configured}"
         remedy = "Set config.sliding_window = None, or use another attn_implementation."
         raise fail("hf", "a sliding_window from each layer", got, remedy)

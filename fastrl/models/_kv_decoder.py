@@ -138,6 +138,8 @@ class KVDecoder:
 
     @torch.no_grad()
     def step(self, token_ids: Tensor) -> Tensor:
+        if self._most_read == self._cache.max_tokens:
+            self._find_room()
         if self._prefixes is None:
             self._settle()
         self._key_end += self._runs
@@ -176,9 +178,7 @@ class KVDecoder:
             **self._prefixes,
             **numbers,
         }
-        # A step too many, which the checks refuse, is one that this bound shows.
-        known = index in self._accepted and self._most_read <= self._cache.max_tokens
-        attention: Any = decode_known if known else ops.decode_attention
+        attention: Any = decode_known if index in self._accepted else ops.decode_attention
         output = attention(query, own_key, own_value, **given)
         self._accepted.add(index)
         self._numbers[index] = numbers
@@ -186,9 +186,8 @@ class KVDecoder:
         return output if all_run else output.index_select(0, self._rows)
 
     def knows(self, index: int) -> bool:
-        """Whether the layer's own code has told the numbers of its attention (in an earlier step),
-        and this step has room."""
-        return index in self._numbers and self._most_read <= self._cache.max_tokens
+        """Whether the layer has told the numbers of its attention, in a step of its own code."""
+        return index in self._numbers
 
     def attend_projected(self, index: int, projected: Tensor, *angles_and_norms: Any) -> Tensor:
         """Of a quick block, where `knows`: what `attend` does, and what the layer does before it;
@@ -220,6 +219,14 @@ class KVDecoder:
         self._key_end, self._runs = self._num_read.int(), torch.ones_like(self._rows).int()
         self._most_read = 0 if not rows else self._most_read
         self._prefixes = None
+
+    def _find_room(self) -> None:
+        """The bound as it is without the rows that are gone. A step too many is the error that
+        attention would raise, before the keys have been written to where there is no room."""
+        self._most_read, most = int(self._num_read.max()), self._cache.max_tokens
+        if self._most_read == most:
+            remedy = "key_end counts the keys of its cache."
+            raise fail("decode_attention", f"key_end in [0, {most}]", most + 1, remedy)
 
     def _settle(self) -> None:
         """What attention is told of the prompts, once after a change of rows or prompts."""

@@ -45,8 +45,11 @@ class PackedLayers:
     """
 
     def __init__(self, module: nn.Module, rows: int) -> None:
-        self._forwards: dict[Any, Callable[..., Any]] = dict(quick_norms(module))
-        self._rows, self._casts = rows, torch.is_autocast_enabled("cpu")
+        self._forwards: dict[Any, Callable[..., Any]] = {}
+        self._rows = rows
+        if torch.is_autocast_enabled("cpu") or _is_compiled(module):
+            return
+        self._forwards.update(quick_norms(module))
         # Those that are not packed yet.
         self._left = {layer: None for layer in _layers(module) if _is_quick(layer, rows)}
         for parent in module.modules():
@@ -68,7 +71,7 @@ class PackedLayers:
 
     def _pack_attention(self, parent: Any, product: Linear | None) -> None:
         parameters = parent.parameters()
-        if self._casts or any(not x.is_cpu or x.dtype != torch.float32 for x in parameters):
+        if any(not x.is_cpu or x.dtype != torch.float32 for x in parameters):
             return
         quick = quick_attention(parent, product)
         if quick is not None:
@@ -79,7 +82,7 @@ class PackedLayers:
         for names in _SHARING:
             layers = self._found(parent, names)
             kinds = {(_weight(x).shape[1], x.bias is None) for x in layers}
-            if len(kinds) != 1 or len(set(layers)) < len(layers):
+            if len(kinds) != 1:
                 continue
             weights = [_weight(layer) for layer in layers]
             bias = None if layers[0].bias is None else torch.cat([x.bias for x in layers])
@@ -91,9 +94,11 @@ class PackedLayers:
         return None
 
     def _found(self, parent: Any, names: tuple[str, ...]) -> list[Any]:
-        """Its layers of these names that are still to be packed; none where one is missing."""
+        """Its layers of these names that are still to be packed; none where one is missing, or
+        stands there twice."""
         layers = [getattr(parent, name, None) for name in names]
-        return layers if self._left.keys() >= set(layers) else []
+        different = set(layers)
+        return layers if len(different) == len(layers) and self._left.keys() >= different else []
 
     def _take(self, layers: list[Any]) -> None:
         for layer in layers:
@@ -101,8 +106,9 @@ class PackedLayers:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """The module computes with what was packed."""
-        with _replaced(self._forwards):
+        """The module computes with what was packed. Not under autocast, which may have begun later:
+        its inputs are of another dtype."""
+        with _replaced({} if torch.is_autocast_enabled("cpu") else self._forwards):
             yield
 
 
@@ -188,7 +194,7 @@ def _learning(layer: Any) -> Linear:
 
 def _layers(module: nn.Module) -> list[Any]:
     """Those whose computation is ours to replace. Autocast has weights of its own."""
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or _is_compiled(module):
         return []
     return [
         layer
@@ -197,6 +203,12 @@ def _layers(module: nn.Module) -> list[Any]:
         and "forward" not in layer.__dict__  # where somebody else has put one
         and _weight(layer).is_cpu
     ]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile stands around any part, which has no place for oneDNN's products."""
+    parts: Iterator[Any] = module.modules()
+    return any(x._compiled_call_impl is not None or "_orig_mod" in x._modules for x in parts)
 
 
 def _weight(layer: Any) -> Tensor:

@@ -42,7 +42,7 @@ def norm_of(layer: Any) -> Norm | None:
         return None
     weight = layer.weight.detach()
     # Rows of different sizes: in the second eps is half of what counts.
-    row = torch.linspace(-1.0, 2.0, weight.numel())
+    row = torch.linspace(-1.0, 2.0, weight.numel(), dtype=torch.float32, device="cpu")
     trial = torch.stack([row, row * (eps**0.5 / row.norm() * weight.numel() ** 0.5)])[:, None]
     expected = layer.forward(trial)
     if not isinstance(expected, Tensor) or expected.shape != trial.shape:
@@ -77,7 +77,8 @@ def _rms_norm(kind: Norm, own: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
     """As x (factor sqrt D) / sqrt(|x|^2 + D eps)."""
     assert kind.factor is not None
     width = len(kind.factor)
-    scaled, floor = kind.factor * width**0.5, torch.tensor((width * kind.eps) ** 0.5)
+    scaled = kind.factor * width**0.5
+    floor = kind.factor.new_tensor((width * kind.eps) ** 0.5)
 
     def norm(x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or x.shape[-1] != width:

@@ -33,6 +33,7 @@ _ACTIVATIONS: tuple[tuple[Callable[..., Tensor], tuple[str, str]], ...] = (
     (functools.partial(F.gelu, approximate="tanh"), ("gelu", "tanh")),
 )
 _WORST = 1e-6  # of the largest number of a trial
+_WIDEST = 1024  # head that csrc/cpu/decode_attention_step.cpp takes
 
 Forward = Callable[..., Any]
 
@@ -42,7 +43,7 @@ class Decoding(Protocol):
 
     def knows(self, index: int) -> bool:
         """Whether a step was made through the layer's own code, which told the numbers of its
-        attention, and another one has room."""
+        attention."""
         ...
 
     def attend_projected(self, index: int, projected: Tensor, *rest: Any) -> Tensor:
@@ -53,14 +54,17 @@ class Decoding(Protocol):
 def quick_mlp(module: Any, pack: Callable[[Any], PackedWeight]) -> Forward | None:
     """down(act(gate(x)) up(x)), act and the product of both behind the products that they follow;
     None of a module with other code or an activation that oneDNN does not have."""
-    if not _is_like(module, "MLP", _MLP) or _is_watched(module):
+    if not _is_like(module, "MLP", _MLP):
         return None
-    activation = _activation_of(module)
+    watched = _hooks_of_parts(module)
+    activation = None if any(watched) else _activation_of(module)
     if activation is None:
         return None
-    gate, up = pack(module.gate_proj), pack(module.up_proj)
+    gate, up, own = pack(module.gate_proj), pack(module.up_proj), module.forward
 
     def forward(x: Tensor) -> Any:
+        if any(watched):
+            return own(x)
         return module.down_proj(up.times(x, gate.activated(x, *activation)))
 
     return forward
@@ -68,7 +72,7 @@ def quick_mlp(module: Any, pack: Callable[[Any], PackedWeight]) -> Forward | Non
 
 def _activation_of(module: Any) -> tuple[str, str] | None:
     """What oneDNN calls it."""
-    size = torch.linspace(-4.0, 4.0, 65)
+    size = torch.linspace(-4.0, 4.0, 65, dtype=torch.float32, device="cpu")
     trial = torch.cat([size, 30.0 * size, 1e4 * size, 1e-4 * size])
     for function, name in _ACTIVATIONS:
         if torch.equal(module.act_fn(trial), function(trial)):
@@ -83,7 +87,10 @@ def quick_attention(module: Any, product: Callable[[Tensor], Tensor] | None) -> 
     Args:
         product: of the queries', keys' and values' weights; None: the layers one by one.
     """
-    if not _is_like(module, "Attention", _ATTENTION) or _is_watched(module):
+    if not _is_like(module, "Attention", _ATTENTION):
+        return None
+    watched = _hooks_of_parts(module)
+    if any(watched) or not hasattr(module, "layer_idx"):  # of the latter the decoder will complain
         return None
     of_query, of_key = (_head_norm(module, name) for name in ("q_norm", "k_norm"))
     if of_query is None or of_key is None or of_query.eps != of_key.eps:
@@ -103,6 +110,8 @@ def quick_attention(module: Any, product: Callable[[Tensor], Tensor] | None) -> 
         decoding: Decoding | None = kwargs.get("decoding")
         if args or x is None or angles is None or decoding is None or "layout" in kwargs:
             return own(*args, **kwargs)
+        if any(watched):
+            return own(**kwargs)
         usual = (len(x), 1, width)
         if not decoding.knows(index) or any(_is_other(y, usual) for y in angles):
             return own(**kwargs)
@@ -118,7 +127,7 @@ def _is_other(x: Tensor, shape: tuple[int, ...]) -> bool:
 
 def _head_norm(module: Any, name: str) -> Norm | None:
     """Of queries or keys; one without a factor where there is none, None of an unknown kind."""
-    if name not in _code_of(module).__code__.co_names:
+    if name not in _function_of(module).__code__.co_names:
         return Norm(None, 0.0)
     norm = norm_of(getattr(module, name))
     return (
@@ -129,10 +138,11 @@ def _head_norm(module: Any, name: str) -> Norm | None:
 def _rotates_halves(module: Any) -> bool:
     """Whether what its code calls apply_rotary_pos_emb is x cos + (-x_2, x_1) sin."""
     width = module.head_dim
-    rotate = _code_of(module).__globals__.get("apply_rotary_pos_emb")
-    if rotate is None or width % 2:
+    rotate = _function_of(module).__globals__.get("apply_rotary_pos_emb")
+    if rotate is None or width % 2 or width > _WIDEST:
         return False
-    query, key, cos, sin = torch.linspace(-2.0, 3.0, 4 * width).sin().view(4, 1, width)
+    trial = torch.linspace(-2.0, 3.0, 4 * width, dtype=torch.float32, device="cpu").sin()
+    query, key, cos, sin = trial.view(4, 1, width)
     found = rotate(query.view(1, 1, 1, -1), key.view(1, 1, 1, -1), cos[None], sin[None])
     for x, turned in zip((query, key), found, strict=True):
         a, b = x.chunk(2, -1)
@@ -151,8 +161,8 @@ def _is_like(module: Any, kind: str, names: tuple[str, ...]) -> bool:
     """
     if not type(module).__name__.endswith(kind) or "forward" in module.__dict__:
         return False
-    code = _code_of(module).__code__
-    return any(_same_code(code, known) for known in _known_codes(kind, names))
+    code = getattr(_function_of(module), "__code__", None)
+    return code is not None and any(_same_code(code, x) for x in _known_codes(kind, names))
 
 
 @functools.cache
@@ -164,20 +174,27 @@ def _known_codes(kind: str, names: tuple[str, ...]) -> list[CodeType]:
             models = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
         except ImportError:  # a version without it
             continue
-        known = getattr(models, beginning + kind, None)
-        if known is not None:
-            codes.append(_undecorated(known.forward).__code__)
+        known = _undecorated(getattr(getattr(models, beginning + kind, None), "forward", None))
+        if getattr(known, "__globals__", None) is vars(models):  # else somebody has put it there
+            codes.append(known.__code__)
     return codes
 
 
-def _code_of(module: Any) -> Any:
+def _function_of(module: Any) -> Any:
     return _undecorated(type(module).forward)
 
 
 def _undecorated(function: Any) -> Any:
-    while hasattr(function, "__wrapped__"):
+    """Without transformers' own decorators; anybody else's may change what is computed."""
+    while hasattr(function, "__wrapped__") and _is_of_transformers(function):
         function = function.__wrapped__
     return function
+
+
+def _is_of_transformers(function: Any) -> bool:
+    # Not __module__, which functools.wraps copies.
+    scope: dict[str, Any] = getattr(function, "__globals__", {})
+    return str(scope.get("__name__")).startswith("transformers.")
 
 
 def _same_code(a: CodeType, b: CodeType) -> bool:
@@ -188,7 +205,12 @@ def _same_code(a: CodeType, b: CodeType) -> bool:
     return a is b or of(a) == of(b)
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody wants to see what its parts compute."""
-    parts = [x for x in module.modules() if x is not module]
-    return any(x._forward_hooks or x._forward_pre_hooks for x in parts)
+def _hooks_of_parts(module: nn.Module) -> list[Any]:
+    """Of who wants to see what its parts compute: torch's own dictionaries, in which later hooks
+    are found too."""
+    of_all = nn.modules.module
+    hooks: list[Any] = [of_all._global_forward_hooks, of_all._global_forward_pre_hooks]
+    for part in module.modules():
+        if part is not module:
+            hooks += part._forward_hooks, part._forward_pre_hooks
+    return hooks

@@ -5,6 +5,7 @@ import torch
 from hf_models import VOCAB, build, build_pair
 
 from fastrl.models import HuggingFacePolicy
+from fastrl.models._kv_decoder import KVDecoder
 from fastrl.rollout import completion_seeds, generate
 
 MODELS = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text"]
@@ -151,6 +152,24 @@ def test_more_rows_than_there_is_room_for_are_an_error():
         decoder.open([0, 0, 0])
 
 
+def test_a_step_too_many_is_an_error():
+    _, decoder = decoder_of(build("llama"), 2)  # whose buffers have no row behind these
+    decoder.read(prompts()[:1])
+    decoder.open([0, 0])
+    for _ in range(3):
+        decoder.step(torch.tensor([8, 9]))
+    with pytest.raises(ValueError, match=r"expected key_end in \[0, 3\], got 4"):
+        decoder.step(torch.tensor([8, 9]))
+
+
+def test_rows_that_take_the_places_of_others_are_quick_too(monkeypatch):
+    own, slow = KVDecoder.attend, []
+    monkeypatch.setattr(KVDecoder, "attend", lambda *a, **k: slow.append(1) or own(*a, **k))
+    model = build("llama")
+    assert len(sample(HuggingFacePolicy(model), max_rows=4).token_ids) > 100
+    assert len(slow) == model.config.num_hidden_layers  # in the first step
+
+
 def test_models_whose_caches_are_not_one_a_layer_are_refused():
     model = build("llama")
     policy, decoder = decoder_of(model, 2)
@@ -158,8 +177,9 @@ def test_models_whose_caches_are_not_one_a_layer_are_refused():
     with pytest.raises(ValueError, match=r"expected keys from each of 2 layers.*layers \[0, 0\]"):
         decoder.read(prompts())
     del model.model.layers[1].self_attn.layer_idx
-    with pytest.raises(ValueError, match="expected layer_idx in LlamaAttention, got none"):
-        decoder.read(prompts())
+    for nameless in (decoder, policy.decoder(2, 4)):
+        with pytest.raises(ValueError, match="expected layer_idx in LlamaAttention, got none"):
+            nameless.read(prompts())
     model.config.num_kv_shared_layers = 1
     with pytest.raises(ValueError, match="expected a cache of its own in each layer"):
         policy.decoder(2, 4)
@@ -171,3 +191,5 @@ def test_a_model_that_hides_its_window_is_refused_when_it_may_matter():
     _, decoder = decoder_of(model, 2, max_new_tokens=6)
     with pytest.raises(ValueError, match="expected a sliding_window from each layer"):
         decoder.read(prompts()[:1])  # 5 tokens, and 5 more
+    model.config.sliding_window = 0  # none, as Qwen2Moe's configuration says it
+    decoder.read(prompts()[:1])

@@ -1,5 +1,7 @@
 """Blocks that are computed in fewer operations than their own, against their own."""
 
+import functools
+
 import pytest
 import torch
 from hf_models import VOCAB, build
@@ -7,14 +9,15 @@ from torch import nn
 
 from fastrl.models import HuggingFacePolicy, _kv_decoder
 from fastrl.models._linear_layers import PackedLayers
-from fastrl.models._quick_blocks import quick_attention, quick_mlp
+from fastrl.models._norms import norm_of
+from fastrl.models._quick_blocks import _known_codes, quick_attention, quick_mlp
 from fastrl.ops._quick_product import PackedWeight, is_quick
 
 ROWS = 24
 QUICK = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text"]
 
 
-def decoded(model, monkeypatch, *, quick):
+def decoded(model, monkeypatch, *, quick, at_step=lambda step: None):
     """Hidden states of some steps behind prompts of two lengths, some rows ending early."""
     steps, own = [], _kv_decoder.decode_step
     if not quick:
@@ -27,6 +30,7 @@ def decoded(model, monkeypatch, *, quick):
     decoder.open([0] * (ROWS // 2) + [1] * (ROWS // 2))
     rows = ROWS
     for step in range(9):
+        at_step(step)
         if step == 5:  # few enough to stay where they are
             decoder.keep(torch.tensor([r for r in range(ROWS) if r not in (2, ROWS - 1)]))
             rows -= 2
@@ -44,6 +48,23 @@ def test_steps_are_the_models_own(name, monkeypatch):
     expected, never = decoded(model, monkeypatch, quick=False)
     got, steps = decoded(model, monkeypatch, quick=True)
     assert (never, steps) == (0, 8 * model.config.num_hidden_layers)  # the first is the model's own
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("part", ["self_attn.k_proj", "mlp.up_proj"])
+def test_a_later_hook_changes_what_a_layer_computes(part, monkeypatch):
+    model = build("llama")
+    hooked, handles = model.model.layers[0].get_submodule(part), []
+
+    def hook(step):
+        if step == 4:
+            handles.append(hooked.register_forward_hook(lambda _, __, y: 2.0 * y))
+
+    without, _ = decoded(model, monkeypatch, quick=True)
+    expected, _ = decoded(model, monkeypatch, quick=False, at_step=hook)
+    handles.pop().remove()
+    got, _ = decoded(model, monkeypatch, quick=True, at_step=hook)
+    assert (got - without).abs().max() > 0.01
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
@@ -76,6 +97,16 @@ def another_forward(x):
     x.__class__ = type(f"My{type(x).__name__}", (type(x),), {"forward": forward})
 
 
+def decorated(x):
+    own = type(x).forward
+
+    @functools.wraps(own)
+    def forward(*args, **kwargs):
+        return own(*args, **kwargs)
+
+    x.__class__ = type(f"My{type(x).__name__}", (type(x),), {"forward": forward})
+
+
 def another_rotation(x):
     rotate = x.forward.__func__
     while hasattr(rotate, "__wrapped__"):
@@ -91,20 +122,29 @@ def another_rotation(x):
     "change",
     [
         another_forward,
+        decorated,
         another_rotation,
         lambda x: setattr(x, "forward", x.forward),
         lambda x: x.k_proj.register_forward_hook(lambda *_: None),
         lambda x: setattr(x, "k_norm", nn.Identity()),
         lambda x: setattr(x.q_norm, "weight", nn.Parameter(torch.ones(x.q_proj.out_features))),
         lambda x: setattr(x.q_norm, "variance_epsilon", 0.5),
+        lambda x: delattr(x, "layer_idx"),
     ],
-    ids=["code", "rotation", "forward", "hook", "norm", "width", "eps"],
+    ids="code decorated rotation forward hook norm width eps nameless".split(),
 )
 def test_a_changed_attention_computes_by_itself(change):
     attention = block("qwen3").self_attn
     assert quick_attention(attention, None)
     change(attention)
     assert quick_attention(attention, None) is None
+
+
+def test_heads_that_are_too_wide_for_the_kernel_compute_by_themselves():
+    attention = block().self_attn
+    for width, is_quick_one in ((1024, True), (1026, False)):
+        attention.head_dim = width
+        assert (quick_attention(attention, None) is not None) == is_quick_one
 
 
 @pytest.fixture
@@ -123,11 +163,12 @@ class Clipped(nn.Module):
     "change",
     [
         another_forward,
+        decorated,
         lambda x: setattr(x, "act_fn", nn.ReLU()),
         lambda x: setattr(x, "act_fn", Clipped()),
         lambda x: x.up_proj.register_forward_pre_hook(lambda *_: None),
     ],
-    ids=["code", "relu", "clipped", "hook"],
+    ids=["code", "decorated", "relu", "clipped", "hook"],
 )
 def test_a_changed_mlp_computes_by_itself(change, pack):
     mlp = block().mlp
@@ -157,3 +198,49 @@ def test_packed_layers_compute_with_quick_blocks_while_in_use(pack):
         got = layer.mlp(x)
     assert not any("forward" in part.__dict__ for part in layer.modules())
     torch.testing.assert_close(got, layer.mlp(x))
+
+
+def test_a_class_that_was_changed_before_is_not_known(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    changed = type("LlamaMLP", (modeling_llama.LlamaMLP,), {"forward": lambda self, x: x})
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", changed)
+    _known_codes.cache_clear()
+    try:
+        assert _known_codes("MLP", ("llama.Llama",)) == []
+    finally:
+        _known_codes.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_norm_is_what_it_is_under_any_default_dtype(dtype):
+    layers = [build(name).model.norm for name in ("llama", "gemma2")]
+    for layer in layers:
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+    torch.set_default_dtype(dtype)
+    try:
+        norms = [norm_of(layer) for layer in layers]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for norm, expected in zip(norms, (layers[0].weight, 1.0 + layers[1].weight), strict=True):
+        assert norm and torch.equal(norm.factor, expected)
+
+
+@torch.no_grad()
+def test_a_layer_that_stands_twice_in_a_block(pack):
+    layer = block()
+    layer.mlp.up_proj = layer.mlp.gate_proj
+    x = torch.randn(ROWS, 1, 32)
+    expected = layer.mlp(x)
+    with PackedLayers(layer, ROWS).in_use():
+        torch.testing.assert_close(layer.mlp(x), expected)
+
+
+def test_layers_compute_by_themselves_under_autocast_and_in_compiled_parts():
+    layer = block()
+    packed = PackedLayers(layer, ROWS)
+    with torch.autocast("cpu", torch.bfloat16), packed.in_use():
+        assert not any("forward" in part.__dict__ for part in layer.modules())
+    layer.mlp.compile(backend="eager")
+    with PackedLayers(layer, ROWS).in_use():
+        assert not any("forward" in part.__dict__ for part in layer.modules())
