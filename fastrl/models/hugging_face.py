@@ -14,7 +14,7 @@ import fastrl.hf
 from fastrl.layout import PackedBatch
 from fastrl.models._kv_decoder import KVDecoder
 from fastrl.models._linear_layers import quick_layers
-from fastrl.models._positions import check_positions, longest_path, table_length
+from fastrl.models._positions import check_positions, longest_path, num_positions
 from fastrl.models.protocol import Head
 from fastrl.ops._checks import fail, wrong_type
 
@@ -65,7 +65,7 @@ class HuggingFacePolicy(nn.Module):
         parameters = inspect.signature(causal.base_model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._checkpointed: list[Any] = []  # layers
-        self.num_positions = table_length(causal.base_model)  # None: as many as one likes
+        self.num_positions = num_positions(causal.base_model)  # None: as many as one likes
         self._check_head()
 
     @property

@@ -142,6 +142,23 @@ def test_gradient_checkpointing_leaves_dropout_off():
     assert_equal_gradients(gradients(policy, hidden.square().sum()), plain, atol=0)
 
 
+LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0}
+LONG |= {"original_max_position_embeddings": 8, "rope_type": "longrope"}
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 2.0}, LONG])
+def test_positions_end_where_frequencies_follow_the_longest_text(rope):
+    rope = {"rope_theta": 1e4, **rope}
+    policy = HuggingFacePolicy(build("llama", rope_parameters=rope, max_position_embeddings=8))
+    prompts = [torch.tensor([1, 2, 3])]
+    rollout = generate(policy, prompts, max_new_tokens=5, seeds=torch.zeros(1, dtype=torch.int64))
+    log_p = policy.head.logits(policy.packed_hidden(rollout.batch)).log_softmax(-1)
+    expected = log_p.gather(1, rollout.token_ids[:, None])[:, 0]
+    torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="expected prompt and max_new_tokens at most 8 tokens"):
+        generate(policy, prompts, max_new_tokens=6, seeds=torch.zeros(1, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "gpt_neox"])
 def test_positions_end_where_the_model_has_a_table_of_them(name):
     """At the limit all goes well; behind it a message comes before anything is read."""
