@@ -165,6 +165,31 @@ def test_scores_in_the_thousands(any_kernel, options):
         assert (ours[index] - truth[index]).abs().max() <= 1e-6 * terms
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_reaches_those_who_see_it(bad):
+    """No completion beside it, in the forward and the backward pass; no query before it, and none
+    that a window has taken past it, wherever a group of queries begins."""
+    for prompt in (70, 71, 72, 73):
+        layout = layout_of(*group(prompt, 6, 7, 6))
+        tensors = inputs(1, 4, 2, layout.num_tokens, layout.num_tokens, 16)
+        upstream = torch.randn_like(tensors[0])
+        clean = run(fastrl.attention, tensors, upstream, layout=layout)
+        tensors[2][:, :, prompt + 2 : prompt + 6] = bad
+        found = run(fastrl.attention, tensors, upstream, layout=layout)
+        for x, y in zip(clean, found, strict=True):
+            assert torch.equal(x[:, :, prompt + 6 :], y[:, :, prompt + 6 :])
+        assert torch.equal(clean[0][:, :, : prompt + 2], found[0][:, :, : prompt + 2])
+        assert not found[0][:, :, prompt + 2 : prompt + 6].isfinite().any()
+    query, key, value = inputs(1, 2, 1, 90, 90, 16)
+    clean = fastrl.attention(query, key, value, window=5)
+    value[:, :, 66] = bad
+    found = fastrl.attention(query, key, value, window=5)
+    seen = slice(66, 71)
+    assert torch.equal(clean[:, :, :66], found[:, :, :66])
+    assert torch.equal(clean[:, :, 71:], found[:, :, 71:])
+    assert not found[:, :, seen].isfinite().any()
+
+
 def test_a_shared_prompt_equals_its_copies(device):
     prompt, completions = 50, [7, 20, 1, 33]
     lengths, prefix = group(prompt, *completions)
