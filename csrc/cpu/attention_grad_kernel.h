@@ -3,6 +3,10 @@
 //     p_ij = exp(s_ij - lse_i),  delta_i = <grad_output_i, output_i> - grad_lse_i
 //     grad_s_ij = p_ij (<grad_output_i, value_j> - delta_i),  times 1 - (s_ij / softcap)^2
 //
+// An output of 16 bits is too coarse for delta where keys or values have a mean: what is left of
+// grad_s is then far smaller than its terms. For it <grad_output_i, output_i> is taken as
+// sum_j p_ij <grad_output_i, value_j>, at two more products.
+//
 // Tile of keys by tile, for each of these the blocks of queries that see some of it. Included by
 // kernels_*.cpp after attention_kernel.h.
 
@@ -36,6 +40,7 @@ struct HeadGrads {
   typedef typename DecodeVectors<T>::Vec Vec;
   typedef Wide<T> Num;
   static constexpr int N = DecodeVectors<T>::kLanesOf;
+  static constexpr bool kCoarse = !std::is_same_v<T, Num>;
 
   const AttentionHead<T>& h;
   const DecodeExp exp;
@@ -74,26 +79,69 @@ struct HeadGrads {
       __builtin_memset(grad + i * wide, 0, wide * sizeof(Num));
     }
     delta[i] = h.grad_lse ? -h.grad_lse[i] : Num(0);
-    Num total = 0;
-    for (int l = 0; l < N; ++l) total += sum[l];
-    delta[i] += total;
+    if (!kCoarse) delta[i] += total_of(sum);
   }
 
-  // The first `limit` scores of a row become p, and <grad_output, value> becomes grad_s.
+  static Num total_of(Vec sum) {
+    Num total = 0;
+    for (int l = 0; l < N; ++l) total += sum[l];
+    return total;
+  }
+
+  // What R queries see of a tile adds to their delta.
+  template <int R>
+  FASTRL_INLINE void add_delta(const AttentionRun<T>& run, int64_t r, int64_t tile,
+                               int64_t count) const {
+    const int32_t *from = run.from + r, *to = run.to + r;
+    const auto [first, last] = seen_by<R, N>(from, to, tile, count);
+    if (first >= last) return;
+    const int64_t limit = (last - first + N - 1) / N * N, start = tile + first;
+    const int64_t i = run.first_row + r;
+    multiply_keys<R, Vec, N>(query + i * wide, wide, keys + first, h.width, limit, p);
+    multiply_keys<R, Vec, N>(grad + i * wide, wide, values + first, h.width, limit, grad_s);
+    for (int64_t k = 0; k < R; ++k) {
+      Num* const grad_row = grad_s + k * kDecodeTile;
+      weigh<true>(i + k, limit, std::clamp<int64_t>(from[k] - start, 0, limit),
+                  std::clamp<int64_t>(to[k] - start, 0, limit), p + k * kDecodeTile, grad_row);
+      Vec sum = {};
+      for (int64_t j = 0; j < limit; j += N) sum += load_wide(grad_row + j);
+      delta[i + k] += total_of(sum);
+    }
+  }
+
+  void add_deltas(const AttentionRun<T>& run) const {
+    for (int64_t tile = 0; tile < run.count; tile += kDecodeTile) {
+      const int64_t count = std::min(kDecodeTile, run.count - tile);
+      pack_columns(run.keys + tile * run.key_stride, run.key_stride, count, h.width, keys);
+      pack_columns(run.values + tile * run.value_stride, run.value_stride, count, h.width, values);
+      for (int64_t r = 0; r < run.rows; r += kGradRows) {
+        const int64_t end = std::min(r + kGradRows, run.rows);
+        if (!sees(run, r, end - r, tile, count)) continue;
+        int64_t i = r;
+        for (; i + kTogether <= end; i += kTogether) add_delta<kTogether>(run, i, tile, count);
+        for (; i < end; ++i) add_delta<1>(run, i, tile, count);
+      }
+    }
+  }
+
+  // The first `limit` scores of a row become p, and <grad_output, value> becomes grad_s; of
+  // delta's terms, p <grad_output, value>.
+  template <bool kTerms = false>
   FASTRL_INLINE void weigh(int64_t i, int64_t limit, int64_t from, int64_t to, Num* row,
                            Num* grad_row) const {
     const Num scale = static_cast<Num>(h.scale), softcap = static_cast<Num>(h.softcap);
-    const Vec lse = splat_like(Vec{}, h.lse[i]), shift = splat_like(Vec{}, delta[i]);
+    const Vec lse = splat_like(Vec{}, h.lse[i]);
+    const Vec shift = splat_like(Vec{}, kTerms ? Num(0) : delta[i]);
     for (int64_t j = 0; j < limit; j += N) {
       Vec s = load_wide(row + j) * scale, slope = splat_like(Vec{}, scale);
       if (softcap != 0) {
-        const Vec t = tanh_of(s / softcap, exp);
-        s = t * softcap;
-        slope = (1 - t * t) * scale;
+        slope = tanh_slope(s / softcap, exp) * scale;
+        s = tanh_of(s / softcap, exp) * softcap;
       }
       const Vec weight = exp(s - lse);
       store_wide(row + j, weight);
-      store_wide(grad_row + j, (load_wide(grad_row + j) - shift) * weight * slope);
+      const Vec terms = (load_wide(grad_row + j) - shift) * weight;
+      store_wide(grad_row + j, kTerms ? terms : terms * slope);
     }
     for (int64_t j = 0; j < std::min(from, limit); ++j) row[j] = grad_row[j] = 0;
     for (int64_t j = to; j < limit; ++j) row[j] = grad_row[j] = 0;
@@ -222,6 +270,9 @@ template <class T>
 void attend_backward(const AttentionHead<T>& head, const AttentionRun<T>* runs, int64_t num_runs,
                      Wide<T>* scratch) {
   const HeadGrads<T> grads(head, scratch);
+  if (HeadGrads<T>::kCoarse && head.needs_scores && head.grad_output) {
+    for (int64_t i = 0; i < num_runs; ++i) grads.add_deltas(runs[i]);
+  }
   for (int64_t i = 0; i < num_runs; ++i) grads.add_run(runs[i]);
   grads.finish();
 }

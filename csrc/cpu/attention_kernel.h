@@ -53,6 +53,7 @@ struct WideRows {
     }
     for (int64_t j = 0; j < count; ++j) pack_row(rows + j * row_stride, width, packed + j * stride);
   }
+  const Wide<T>* row(int64_t j) const { return data + j * stride; }
 };
 
 // A block of queries and what it has seen so far.
@@ -75,12 +76,16 @@ struct AttentionSums {
     keys = sums + kAttentionRows * wide;
     packed = keys + kDecodeTile * wide;
     scores = packed + kDecodeTile * wide;
-    __builtin_memset(sums, 0, b.rows * wide * sizeof(Num));
     for (int64_t r = 0; r < b.rows; ++r) {
       pack_row(b.query[r], b.width, queries + r * wide);
-      states[r].max = kFloor<Num>;
-      states[r].sum = Vec{};
+      clear(r);
     }
+  }
+
+  void clear(int64_t r) {
+    __builtin_memset(sums + r * wide, 0, wide * sizeof(Num));
+    states[r].max = kFloor<Num>;
+    states[r].sum = Vec{};
   }
 
   template <int R>
@@ -98,22 +103,29 @@ struct AttentionSums {
           std::clamp<int64_t>(to[r] - start, 0, limit), static_cast<Num>(b.scale),
           static_cast<Num>(b.softcap), exp);
     }
-    const Num* const value = values.data + first * values.stride;
+    // From the first key that is seen on: what a window has left behind is not read.
+    int64_t lead = limit;
+    for (int r = 0; r < R; ++r) {
+      if (from[r] < to[r]) lead = std::min(lead, std::max<int64_t>(from[r] - start, 0));
+    }
+    const Num *const weights = scores + lead, *const value = values.row(first + lead);
+    const int64_t used = last - first - lead;
     Num* const sum = sums + i * wide;
     int64_t c = 0;
     for (; c + kVectors <= vectors; c += kVectors) {
-      add_values<R, kVectors, Vec, N>(scores, shrink, value + c * N, values.stride, last - first,
+      add_values<R, kVectors, Vec, N>(weights, shrink, value + c * N, values.stride, used,
                                       sum + c * N, wide);
     }
     for (; c < vectors; ++c) {
-      add_values<R, 1, Vec, N>(scores, shrink, value + c * N, values.stride, last - first,
-                               sum + c * N, wide);
+      add_values<R, 1, Vec, N>(weights, shrink, value + c * N, values.stride, used, sum + c * N,
+                               wide);
     }
   }
 
-  void add(const AttentionRun<T>& run) {
+  // For the queries [begin, end) of the block.
+  void add(const AttentionRun<T>& run, int64_t begin, int64_t end) {
     int64_t first = run.count, last = 0;
-    for (int64_t r = 0; r < b.rows; ++r) {
+    for (int64_t r = begin; r < end; ++r) {
       if (run.from[r] >= run.to[r]) continue;
       first = std::min<int64_t>(first, run.from[r]);
       last = std::max<int64_t>(last, run.to[r]);
@@ -123,11 +135,28 @@ struct AttentionSums {
       pack_columns(run.keys + tile * run.key_stride, run.key_stride, count, b.width, keys);
       const WideRows<T> values(run.values + tile * run.value_stride, run.value_stride, count,
                                b.width, packed);
-      int64_t i = 0;
-      for (; i + kTogether <= b.rows; i += kTogether) {
+      int64_t i = begin;
+      for (; i + kTogether <= end; i += kTogether) {
         attend<kTogether>(i, run, tile, count, values);
       }
-      for (; i < b.rows; ++i) attend<1>(i, run, tile, count, values);
+      for (; i < end; ++i) attend<1>(i, run, tile, count, values);
+    }
+  }
+
+  bool is_finite(int64_t r) const {
+    Vec zeros = {};
+    for (int64_t d = 0; d < wide; d += N) zeros += load_wide(sums + r * wide + d) * Num(0);
+    Num total = 0;
+    for (int l = 0; l < N; ++l) total += zeros[l];
+    return total == 0;
+  }
+
+  // A weight of 0 does not stop the infinity or NaN of a value that only others of the four see.
+  void add_alone(const AttentionRun<T>* runs, int64_t num_runs) {
+    for (int64_t r = 0; r < b.rows; ++r) {
+      if (is_finite(r)) continue;
+      clear(r);
+      for (int64_t i = 0; i < num_runs; ++i) add(runs[i], r, r + 1);
     }
   }
 
@@ -156,7 +185,8 @@ template <class T>
 void attend_block(const AttentionBlock<T>& block, const AttentionRun<T>* runs, int64_t num_runs,
                   Wide<T>* scratch) {
   AttentionSums<T> sums(block, scratch);
-  for (int64_t i = 0; i < num_runs; ++i) sums.add(runs[i]);
+  for (int64_t i = 0; i < num_runs; ++i) sums.add(runs[i], 0, block.rows);
+  sums.add_alone(runs, num_runs);
   sums.finish();
 }
 

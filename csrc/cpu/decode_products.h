@@ -234,4 +234,11 @@ FASTRL_INLINE VecD tanh_of(VecD x, const DecodeExp& exp) {
   return x < 0.0 ? -size : size;
 }
 
+// 1 - tanh(x)^2, without the difference, which cancels where tanh is close to 1.
+template <class Vec>
+FASTRL_INLINE Vec tanh_slope(Vec x, const DecodeExp& exp) {
+  const Vec e = exp(x < 0 ? 2 * x : -2 * x), sum = 1 + e;
+  return 4 * e / (sum * sum);
+}
+
 }  // namespace fastrl::FASTRL_SIMD

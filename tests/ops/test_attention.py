@@ -165,6 +165,56 @@ def test_scores_in_the_thousands(any_kernel, options):
         assert (ours[index] - truth[index]).abs().max() <= 1e-6 * terms
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"softcap": 20.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_keys_and_values_with_a_mean(dtype, options):
+    """As those of layers with a bias have. <grad_output, output> of an output of 16 bits is then
+    wrong by more than the gradient of the queries is large."""
+    query, key, value = inputs(1, 4, 2, 70, 70, 32)
+    tensors = [x.to(dtype) for x in (query, key + 10, value + 4)]
+    assert_exact(tensors, dtype, **options)
+    upstream = torch.randn_like(query)
+    ours = run(fastrl.attention, tensors, upstream, through_lse=True, **options)[2]
+    exact = [x.double() for x in tensors]
+    truth = run(reference.attention, exact, upstream.double(), through_lse=True, **options)[2]
+    assert (ours - truth).norm() <= TOLERANCE[dtype] * truth.norm()
+
+
+def test_the_slope_of_a_softcap_far_out():
+    """1 - tanh(x)^2 without the difference, of which nothing is left in float32 from x = 9 on."""
+    query = torch.linspace(-12, 12, 97)[:, None].expand(1, 1, 97, 1).requires_grad_()
+    one = torch.ones(1, 1, 1, 1)
+    _, lse = fastrl.attention(query, one, one, causal=False, softcap=1.0, return_lse=True)
+    (slope,) = torch.autograd.grad(lse.sum(), query)
+    exact = query.detach().double().cosh() ** -2
+    torch.testing.assert_close(slope.double(), exact, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_reaches_those_who_see_it(bad):
+    """No completion beside it, in the forward and the backward pass; no query before it, and none
+    that a window has taken past it, wherever a group of queries begins."""
+    for prompt in (70, 71, 72, 73):
+        layout = layout_of(*group(prompt, 6, 7, 6))
+        tensors = inputs(1, 4, 2, layout.num_tokens, layout.num_tokens, 16)
+        upstream = torch.randn_like(tensors[0])
+        clean = run(fastrl.attention, tensors, upstream, layout=layout)
+        tensors[2][:, :, prompt + 2 : prompt + 6] = bad
+        found = run(fastrl.attention, tensors, upstream, layout=layout)
+        for x, y in zip(clean, found, strict=True):
+            assert torch.equal(x[:, :, prompt + 6 :], y[:, :, prompt + 6 :])
+        assert torch.equal(clean[0][:, :, : prompt + 2], found[0][:, :, : prompt + 2])
+        assert not found[0][:, :, prompt + 2 : prompt + 6].isfinite().any()
+    query, key, value = inputs(1, 2, 1, 90, 90, 16)
+    clean = fastrl.attention(query, key, value, window=5)
+    value[:, :, 66] = bad
+    found = fastrl.attention(query, key, value, window=5)
+    seen = slice(66, 71)
+    assert torch.equal(clean[:, :, :66], found[:, :, :66])
+    assert torch.equal(clean[:, :, 71:], found[:, :, 71:])
+    assert not found[:, :, seen].isfinite().any()
+
+
 def test_a_shared_prompt_equals_its_copies(device):
     prompt, completions = 50, [7, 20, 1, 33]
     lengths, prefix = group(prompt, *completions)
