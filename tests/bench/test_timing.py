@@ -91,11 +91,13 @@ def test_the_probe_sees_work_beside_it():
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()
-    busy = sorted(probe.slowness(probe()) for _ in range(20))
+    busy, deadline = [1.0], time.monotonic() + 10
+    while busy[len(busy) // 2] <= DISTURBED and time.monotonic() < deadline:  # until they run
+        busy = sorted(probe.slowness(probe()) for _ in range(20))
     stop.set()
     for thread in threads:
         thread.join()
-    assert not busy[10] <= DISTURBED
+    assert busy[10] > DISTURBED
     assert Probe(torch.device("cuda")).is_quiet(9.0)
 
 
