@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from setuptools import setup
 from torch.utils import cpp_extension
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, library_paths
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: one binary for it and all that follow
@@ -67,7 +67,7 @@ def extension():
         depends=sorted(str(p) for name in ("*.h", "*.cuh") for p in Path("csrc").rglob(name)),
     )
     built.libraries.remove("torch_python")  # nothing of torch's Python side is called
-    if with_cuda and not any((Path(d) / "libcudart.so").exists() for d in built.library_dirs):
+    if with_cuda and not any((Path(d) / "libcudart.so").exists() for d in library_paths("cuda")):
         built.libraries.remove("cudart")  # a toolkit without it; torch has loaded its own by then
     return built
 

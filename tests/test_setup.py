@@ -47,7 +47,7 @@ def test_the_toolkit_is_where_its_headers_are(machine, extension):
     toolkit = machine / "toolkit"
     assert cpp_extension.CUDA_HOME == str(toolkit)  # whose nvcc is run
     assert str(toolkit / "include") in built.include_dirs
-    assert str(toolkit / "lib64") in built.library_dirs
+    assert str(toolkit / "lib64") in vars(built)["library_dirs"]
     assert "cudart" in built.libraries and "csrc/cuda/gae.cu" in built.sources
 
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from draws import CUTS, assert_draws_agree, expected_of
+from torch import library
 
 import fastrl
 from fastrl import reference
@@ -154,9 +155,9 @@ def test_opcheck(device, cut):
     logits = torch.randn(3, 4, 300, device=device)
     seeds = torch.arange(12, device=device).view(3, 4)
     arguments = (logits, seeds, 3, 0.9, *cut)
-    torch.library.opcheck(torch.ops.fastrl.sample_tokens.default, arguments)
+    library.opcheck(torch.ops.fastrl.sample_tokens.default, arguments)
     _, _, lowest, last_id = torch.ops.fastrl.sample_tokens(*arguments)
-    torch.library.opcheck(torch.ops.fastrl.kept_ids.default, (logits, lowest, last_id))
+    library.opcheck(torch.ops.fastrl.kept_ids.default, (logits, lowest, last_id))
 
 
 def test_compiles_without_a_break(device):
