@@ -22,7 +22,7 @@ from fastrl.cli.labelling import session  # noqa: F401
 from fastrl.cli.recipes import command  # noqa: F401
 
 NUM_KILLS, NUM_ITEMS = 45, 500
-LIFETIME = 0.06  # seconds after the first question, some ten answers
+MOST_ANSWERS = 10  # before a kill: all of them together are fewer than the items, on any machine
 QUESTION = re.compile(r"item-(\d+)(?:(?!item-).)*?(first|second)(?:(?!item-).)*?q\(uit\)\?", re.S)
 
 
@@ -109,41 +109,45 @@ def written(path):
     return [(r["id"], "retracted" if r.get("retracted") else r["choice"]) for r in rows]
 
 
-def attempt(arguments, person, after_start, seconds):
-    """Label, and die so long after the start or the first question.
+def attempt(arguments, person, num_answers, seconds):
+    """Label, and die so long after the last of these answers; after the start, if they are none.
 
-    What was shown before death counts. Returns the seconds to the first question, if it came.
+    What was shown before death counts. Returns the seconds to the first question, if it came, and
+    between two questions, if there were two.
     """
     person.at_a_new_process()
     pid, terminal = start(arguments)
-    started = time.monotonic()
-    end = started + (seconds if after_start else 60)
-    to_first = None
+    times = [time.monotonic()]
+    end = times[0] + (60 if num_answers else seconds)
     is_alive = True
     while (data := read(terminal, end - time.monotonic() if is_alive else 10)) is not None:
         if is_alive and time.monotonic() >= end:
             os.kill(pid, signal.SIGKILL)
             is_alive = False
         if person.sees(data) and is_alive:
-            if to_first is None:
-                to_first = time.monotonic() - started
-                end = end if after_start else time.monotonic() + seconds
-            os.write(terminal, person.key().encode())
+            times.append(time.monotonic())
+            if person.num_seen <= num_answers:
+                os.write(terminal, person.key().encode())
+            if person.num_seen == num_answers:
+                end = time.monotonic() + seconds
     os.close(terminal)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert code == -signal.SIGKILL, (code, person.shown)
-    return to_first
+    to_first = times[1] - times[0] if len(times) > 1 else None
+    to_next = (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else None
+    return to_first, to_next
 
 
 def kill_at_random_moments(arguments, output):
     """The file's lines are always the acknowledged events, and at most the one in flight more."""
     person, draw = Person(1), random.Random(2)
     report = {"kills": 0, "kept": 0, "lost": 0, "torn": 0, "before_any": 0}
-    to_first = 0.0
+    to_first, to_next = 0.0, 0.0  # seconds, as this machine has them now
     for number in range(NUM_KILLS):
-        at_start = number % 5 == 4
-        seconds = draw.uniform(0, to_first if at_start else LIFETIME)
-        to_first = attempt(arguments, person, at_start, seconds) or to_first
+        num_answers = 0 if number % 5 == 4 else draw.randint(1, MOST_ANSWERS)
+        seconds = draw.uniform(0, 1.5 * to_next if num_answers else to_first)
+        measured = attempt(arguments, person, num_answers, seconds)
+        to_first, to_next = measured[0] or to_first, measured[1] or to_next
         found = written(output)
         more = found[len(person.events) :]
         assert found[: len(person.events)] == person.events
