@@ -120,13 +120,13 @@ def test_ratings_are_scaled_and_a_resumed_run_asks_nothing_twice(tmp_path):
 
 
 def test_after_the_timeout_the_unrated_have_no_opinion(tmp_path, caplog):
-    reward = HumanReward(tmp_path, timeout=0.3, poll_seconds=0.01, name="people")
+    reward = HumanReward(tmp_path, timeout=20.0, poll_seconds=0.01, name="people")
     with Rater(tmp_path, lambda request: None if request["completion"] == "one" else 4):
         assert call(reward)[0] == [None, 0.5, 0.5]  # "one" was skipped, which ends the wait for it
-    started = time.monotonic()
+    started, reward.timeout = time.monotonic(), 0.1
     found, logged = call(reward, step=1)
     assert found == [None] * 3 and logged == {"people/unrated": 3}
-    assert 0.3 <= time.monotonic() - started < 2
+    assert 0.1 <= time.monotonic() - started < 20
     ids = [r["id"] for r in lines(tmp_path / "requests.jsonl") if r.get("step") == 1]
     closed = [r["id"] for r in lines(tmp_path / "requests.jsonl") if r.get("closed")]
     assert closed == ids
@@ -150,7 +150,7 @@ def test_the_mean_over_annotators_is_waited_for(tmp_path):
         thread.join(0.3)
         assert thread.is_alive()
     with Rater(tmp_path, lambda request: 2 if request["completion"] == "two" else 5, "bob"):
-        thread.join(5)
+        thread.join(60)
     assert found == [[1.0, 0.25, 1.0]]
 
 
