@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrl.cli.sample import MODEL_HELP
+from fastrl.cli.sample import MODEL_HELP, check_limit
 
 PROMPTS_AT_ONCE = 16
 # Fields of a recipe's config that say how completions are sampled and rewarded.
@@ -61,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--rewards", action="append", metavar="NAME", help="file.py:function")
     result.add_argument("--weights", type=float, nargs="+", help="one for each --rewards")
     result.add_argument("--data", metavar="FILE", help="prompts, as data.prompts of a recipe")
-    result.add_argument("--column", help="of the data, that is the prompt")
-    result.add_argument("--split", help="of a dataset by name")
+    result.add_argument("--column", help="of --data, that is the prompt")
+    result.add_argument("--split", help="of a dataset by name as --data")
     result.add_argument("--limit", type=int, help="the first so many prompts alone")
     result.add_argument("--reference", metavar="MODEL", help="whose KL divergence is measured")
     result.add_argument("-n", type=int, metavar="N", help="completions of each prompt; default 1")
@@ -82,6 +82,7 @@ def _eval(options: argparse.Namespace) -> int:
     from fastrl.cli.recipes.toml import RecipeError
     from fastrl.trainers.loggers import finite
 
+    _check(options)
     recipe = _recipe(options)
     if recipe is not None and recipe.is_preference:
         raise RecipeError(
@@ -112,6 +113,19 @@ def _eval(options: argparse.Namespace) -> int:
         Path(options.json).write_text(text + "\n", encoding="utf-8")
     show_measured(Console(highlight=False), result)
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise a RecipeError for an option that nothing would look at, or that cannot be."""
+    from fastrl.cli.recipes.toml import RecipeError
+
+    for name, of in (("weights", "rewards"), ("column", "data"), ("split", "data")):
+        if getattr(options, name) is not None and getattr(options, of) is None:
+            raise RecipeError(
+                f"eval: expected --{of} with --{name}, got none. A recipe's own are changed by "
+                "--set."
+            )
+    check_limit(options, "eval")
 
 
 def _recipe(options: argparse.Namespace) -> Any:

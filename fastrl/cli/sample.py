@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     result.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
     result.add_argument("--file", metavar="FILE", help="of prompts: .txt, .jsonl or .json")
-    result.add_argument("--column", default="prompt", help="of the file, that is the prompt")
+    result.add_argument("--column", help='of the file, that is the prompt; default "prompt"')
     result.add_argument("--limit", type=int, help="the file's first so many prompts alone")
     result.add_argument("--chat", action="store_true", help="prompts are a user's messages")
     result.add_argument("-n", type=int, default=1, metavar="N", help="completions of each prompt")
@@ -108,16 +108,30 @@ def _prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             option = "-n" if name == "n" else "--max-new-tokens"
             raise RecipeError(f"sample: expected {option} >= 1, got {getattr(options, name)}.")
+    for name in ("column", "limit"):
+        if getattr(options, name) is not None and options.file is None:
+            raise RecipeError(f"sample: expected --file with --{name}, got none. Name the file.")
+    check_limit(options, "sample")
     entries = [{"prompt": text} for text in options.prompt]
     if options.file is not None:
         entries += load_prompts(
-            options.file, key="--file", column=options.column, limit=options.limit
+            options.file, key="--file", column=options.column or "prompt", limit=options.limit
         )
     if not entries:
         raise RecipeError("sample: expected --prompt TEXT or --file FILE, got neither. Pass one.")
     if options.chat:
         entries = [{"prompt": [{"role": "user", "content": e["prompt"]}]} for e in entries]
     return entries
+
+
+def check_limit(options: argparse.Namespace, command: str) -> None:
+    """Raise a RecipeError for a --limit below 1: of a list, -1 would be all but the last."""
+    from fastrl.cli.recipes.toml import RecipeError
+
+    if options.limit is not None and options.limit < 1:
+        raise RecipeError(
+            f"{command}: expected --limit >= 1, got {options.limit}. Leave it out for all of them."
+        )
 
 
 def _show(found: list[dict[str, Any]], options: argparse.Namespace, how: dict[str, Any]) -> None:

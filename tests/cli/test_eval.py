@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import statistics
@@ -8,10 +9,14 @@ import torch
 for package in ("rich", "safetensors", "tensorboard", "transformers"):
     pytest.importorskip(package)
 
+from rich.console import Console  # noqa: E402
+
 from fastrl.cli import eval as evaluation  # noqa: E402
 from fastrl.cli import main as cli  # noqa: E402
 from fastrl.cli import train  # noqa: E402
 from fastrl.cli.recipes.models import load_tokenizer  # noqa: E402
+from fastrl.cli.recipes.parse import read_recipe  # noqa: E402
+from fastrl.cli.recipes.result import show_result  # noqa: E402
 from fastrl.models import LSTMLanguageModel  # noqa: E402
 from fastrl.trainers import load_model  # noqa: E402
 
@@ -133,6 +138,23 @@ def test_a_recipe_beside_a_model_and_what_a_person_reads(run, tmp_path, capsys):
     assert "\x1b" not in shown
 
 
+def test_one_prompt_has_no_interval(run, tmp_path, capsys):
+    found = evaluated(tmp_path, run, "--limit", 1)
+    assert found["reward"]["half_width"] is None and found["reward"]["prompts"] == 1
+    assert "±" not in next(x for x in capsys.readouterr().out.splitlines() if " reward " in x)
+
+
+def test_a_run_whose_held_out_prompts_have_no_reward_shows_its_result(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    console = Console(file=io.StringIO(), width=100)
+    none = {"prompt_rewards": [None, math.nan], "eval/kl": 0.5}
+    recipe = read_recipe(tmp_path / "recipe.toml")
+    show_result(console, tmp_path / "metrics.jsonl", {"before": none, "after": none}, recipe)
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["reward", "–", "–", "–"] in rows
+
+
 def test_mistakes(run, tmp_path, capsys):
     plain = str(run / "checkpoint")
     data = ["--data", str(run.parent / "held_out.jsonl")]
@@ -143,6 +165,10 @@ def test_mistakes(run, tmp_path, capsys):
         ([plain, "none.toml"], "to be a file that can be read"),
         ([str(run), "--rewards", f"{run.parent}/rewards.py:length", "--weights", "1", "2"],
          "reward_weights for 1 reward functions, got 2"),
+        ([str(run), "--weights", "2"], "eval: expected --rewards with --weights, got none"),
+        ([str(run), "--column", "text"], "eval: expected --data with --column, got none"),
+        ([str(run), "--split", "test"], "eval: expected --data with --split, got none"),
+        ([str(run), "--limit", "-1"], "eval: expected --limit >= 1, got -1"),
         ([str(run), "-n", "-3"], "completions_per_prompt a whole number >= 1, got -3"),
     ]:  # fmt: skip
         assert evaluation.main(options) == 2, options

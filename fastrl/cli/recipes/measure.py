@@ -45,9 +45,9 @@ def measure(
         temperature: in place of the config's; 0 takes the likeliest tokens.
     Returns:
         "reward" and "rewards/<function>": {"mean", "half_width", "prompts"}, over prompts, each
-        with the mean of its completions; "entropy", and "kl" where there is a reference, nats per
-        token; "completions/..." and counts as in training; "ended", the share that said EOS; how
-        it was sampled, and "prompt_rewards".
+        with the mean of its completions, half_width NaN of one prompt; "entropy", and "kl" where
+        there is a reference, nats per token; "completions/..." and counts as in training; "ended",
+        the share that said EOS; how it was sampled, and "prompt_rewards".
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
@@ -129,7 +129,8 @@ def show_measured(console: Console, result: dict[str, Any]) -> None:
     hidden = ("num_prompts", "completions_per_prompt", "seed")
     for name, value in result.items():
         if isinstance(value, dict):
-            table.add_row(Text(name), f"{value['mean']:.4f} ± {value['half_width']:.4f}")
+            width = "" if math.isnan(value["half_width"]) else f" ± {value['half_width']:.4f}"
+            table.add_row(Text(name), f"{value['mean']:.4f}{width}")
         elif isinstance(value, int | float) and name not in hidden:
             table.add_row(Text(name), f"{value:,.4g}")
     console.print(table)
@@ -143,7 +144,7 @@ def show_measured(console: Console, result: dict[str, Any]) -> None:
 def _interval(prompt_means: Sequence[float | None]) -> dict[str, float]:
     """Of the prompts that have one; NaN where none has."""
     finite = [mean for mean in prompt_means if mean is not None and math.isfinite(mean)]
-    mean, half_width = mean_interval(finite) if finite else (math.nan, math.nan)
+    mean, half_width = mean_interval(finite)
     return {"mean": mean, "half_width": half_width, "prompts": len(finite)}
 
 

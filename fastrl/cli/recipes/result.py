@@ -97,4 +97,6 @@ def _number(value: float | None) -> str:
 
 def _interval(mean_and_half: tuple[float, float], sign: str = "") -> str:
     mean, half = mean_and_half
+    if math.isnan(half):  # of one prompt, or of none that has a reward
+        return _number(mean)
     return f"{mean:{sign}.3f} ± {half:.3f}"

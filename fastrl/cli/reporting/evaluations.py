@@ -1,7 +1,6 @@
 """What results.json says of the held-out prompts: intervals, gains, and what else was measured."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +39,7 @@ class Gain:
 def reward_intervals(entry: dict[str, Any]) -> tuple[float, float] | None:
     """Mean and half-width of an evaluation's rewards, as in `Gain`; None where there are none."""
     values = [v for v in entry.get("prompt_rewards") or () if is_number(v)]
-    return _of_several(mean_interval(values), len(values)) if values else None
-
-
-def _of_several(interval: tuple[float, float], prompts: int) -> tuple[float, float]:
-    return interval if prompts > 1 else (interval[0], math.nan)
+    return mean_interval(values) if values else None
 
 
 def gain_of(run: RunData) -> Gain | None:
@@ -57,7 +52,7 @@ def gain_of(run: RunData) -> Gain | None:
     if not pairs:
         return None
     gain = gain_interval(*zip(*pairs, strict=True))
-    return Gain(before, after, _of_several(gain, len(pairs)), len(pairs))
+    return Gain(before, after, gain, len(pairs))
 
 
 def figure_rows(run: RunData) -> list[tuple[Any, ...]]:

@@ -62,11 +62,16 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval: 1.96 standard errors over the prompts.
 
-    Prompts are taken as independent; NaN (no usable completion) is left out.
+    Prompts are taken as independent; NaN (no usable completion) is left out. One prompt says
+    nothing of the width, and none nothing at all: NaN.
     """
     finite = [value for value in values if value is not None and math.isfinite(value)]
+    if not finite:
+        return math.nan, math.nan
     mean = math.fsum(finite) / len(finite)
-    variance = math.fsum((value - mean) ** 2 for value in finite) / max(1, len(finite) - 1)
+    if len(finite) == 1:
+        return mean, math.nan
+    variance = math.fsum((value - mean) ** 2 for value in finite) / (len(finite) - 1)
     return mean, 1.96 * math.sqrt(variance / len(finite))
 
 
