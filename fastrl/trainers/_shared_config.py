@@ -24,7 +24,8 @@ class TrainerConfig:
         max_prompt_tokens: a longer prompt is an error; None: any length.
         chat_template_kwargs: for the tokenizer's chat template.
     Rewards:
-        gamma: discount per token, in [0, 1]; 0 is the purely immediate reward.
+        gamma: discount per token, in [0, 1]; 0 is the purely immediate reward. Algorithms that
+            compare a prompt's completions by the sums of their rewards do not discount.
         reward_weights: a factor for each reward function; None: 1 each.
         reward_timeout: seconds after which a reward function counts as hanging; None: never.
         reward_errors: "raise" what a reward function raises, or "mask" its completions.

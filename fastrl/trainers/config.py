@@ -21,10 +21,11 @@ class PolicyGradientConfig(TrainerConfig):
         algorithm: "reinforce" | "rloo" | "grpo" | "dr_grpo" | "dapo" | "gspo" | "cispo", see
             `fastrl.trainers.algorithms`. The next fields change a part of it; None: its own.
         advantage: "returns", or an estimator of `fastrl.group_advantages`.
-        advantage_k: of "max_at_k".
+        advantage_k: of "max_at_k"; at most completions_per_prompt.
         reduction: how the losses of tokens add up.
         clip_low, clip_high: distance of the ratio's bounds from 1.
-        dual_clip: bound of the ratio where the advantage is negative; None: none.
+        dual_clip: bound of the ratio where the advantage is negative; None: none. Not with
+            "reinforce" and "cispo".
         baseline: with advantage "returns", what is taken off a token's reward-to-go: "none";
             "running_mean", of earlier steps at the same position; or "rloo", of the other
             completions of the same prompt at the same position (`fastrl.trainers.baselines`).
@@ -60,7 +61,14 @@ class PolicyGradientConfig(TrainerConfig):
             self._fail('advantage_k with advantage "max_at_k" and no other', self.advantage_k)
         if self.advantage_k is not None:
             self._check_int("advantage_k", 1)
+            if self.advantage_k > self.completions_per_prompt:
+                count = self.completions_per_prompt
+                self._fail(f"advantage_k <= completions_per_prompt = {count}", self.advantage_k)
         self._check_choice("baseline", self.BASELINES)
+        if self.baseline != "none" and self.advantage != "returns":
+            self._fail(f'baseline "none" with advantage {self.advantage!r}', self.baseline)
+        if self.dual_clip is not None and not self.loss.startswith("ppo"):
+            self._fail(f"no dual_clip with algorithm {self.algorithm!r}", self.dual_clip)
         self._check_range("baseline_decay", 0.0, 1.0)
         compares = self.advantage != "returns" or self.baseline == "rloo"
         if compares and self.completions_per_prompt < 2:
@@ -133,6 +141,8 @@ class ActorCriticConfig(TrainerConfig):
             self._check_range("value_clip", 0.0, math.inf, above=True)
         if self.dual_clip is not None:
             self._check_range("dual_clip", 1.0, math.inf, above=True)
+            if not is_ppo:
+                self._fail(f"no dual_clip with algorithm {self.algorithm!r}", self.dual_clip)
         self._check_bool("whiten_advantages")
         self._check_int("replay_size", 0)
         self._check_int("replay_per_step", 1)

@@ -112,6 +112,19 @@ def test_bad_values_are_errors(config_class, field, value, message):
             {"algorithm": "grpo", "completions_per_prompt": 1},
             "completions_per_prompt >= 2 with 'grpo', got 1",
         ),
+        (
+            PolicyGradientConfig,
+            {"advantage": "max_at_k", "advantage_k": 9, "completions_per_prompt": 8},
+            "advantage_k <= completions_per_prompt = 8, got 9",
+        ),
+        (
+            PolicyGradientConfig,
+            {"algorithm": "grpo", "baseline": "rloo"},
+            "baseline \"none\" with advantage 'grpo', got 'rloo'",
+        ),
+        (PolicyGradientConfig, {"algorithm": "cispo", "dual_clip": 3.0}, "no dual_clip with .*isp"),
+        (PolicyGradientConfig, {"dual_clip": 3.0}, "no dual_clip with algorithm 'reinforce'"),
+        (ActorCriticConfig, {"dual_clip": 3.0}, "no dual_clip with algorithm 'a2c', got 3.0"),
         (PolicyGradientConfig, {"epochs": 2}, r"epochs = minibatches = 1 .*'reinforce'.* \(2, 1\)"),
         (ActorCriticConfig, {"minibatches": 2}, r"epochs = minibatches = 1 .*'a2c'.* \(1, 2\)"),
         (
