@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +55,13 @@ class Completions:
         max_new_tokens: int,
         stop: Stop,
         environment: Environment | None,
+        vocab_size: int,
     ) -> None:
         device, count = prompts[0].device, len(prompts) * completions_per_prompt
         self.ended = torch.zeros(count, dtype=torch.bool, device=device)
         self._prompts, self._per_prompt = prompts, completions_per_prompt
         self._limit, self._stop, self._environment = max_new_tokens, stop, environment
+        self._vocab_size = vocab_size
         self._lengths = torch.zeros(count, dtype=torch.int64, device=device)
         self._steps: list[tuple[Tensor, ...]] = []  # rows, token ids, logprobs, values, written
         # On the host, for those who look at tokens one by one.
@@ -114,7 +117,8 @@ class Completions:
                 prompt = self._prompts[row // self._per_prompt].tolist()
                 answered = self._environment(row, prompt, list(self._ids[row]))
                 if answered is not None:
-                    self._answers[row], self._turns[row] = deque(answered), []
+                    new = checked_answer(answered, row, self._vocab_size)
+                    self._answers[row], self._turns[row] = deque(new), []
                     ended[i] = False
         device = token_ids.device
         return (
@@ -196,6 +200,27 @@ def check_sampling(
         raise ValueError(
             "generate: expected decode with stop_strings, got None. Pass the tokenizer's decode."
         )
+
+
+def checked_answer(answer: Any, index: int, vocab_size: int) -> list[int]:
+    """What an environment answered completion `index`, as a list of ids.
+
+    Raises:
+        TypeError: something else.  ValueError: an id that the model does not have.
+    """
+    ids = answer.tolist() if hasattr(answer, "tolist") else answer
+    is_list = isinstance(ids, Sequence) and not isinstance(ids, str)
+    if not is_list or not all(isinstance(x, int) and not isinstance(x, bool) for x in ids):
+        raise TypeError(
+            f"generate: expected environment to answer completion {index} with a list of ids or "
+            f"None, got {answer!r}. Encode what it says."
+        )
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ValueError(
+            f"generate: expected environment to answer completion {index} with ids in "
+            f"[0, {vocab_size}), got {min(ids)} to {max(ids)}. Use the model's tokenizer."
+        )
+    return list(ids)
 
 
 def check_lengths(prompts: list[Tensor], max_new_tokens: int, num_positions: int | None) -> None:

@@ -137,8 +137,9 @@ def generate(
         A Rollout without rewards.
     Raises:
         ValueError: no prompts, an empty prompt, seeds of another shape, a number out of its range,
-            or more tokens than the model has positions for, where it has a table of them.
-        TypeError: prompts that are not int64.
+            more tokens than the model has positions for, where it has a table of them, or an answer
+            of the environment with an id outside the vocabulary.
+        TypeError: prompts that are not int64; an answer of the environment that is no list of ids.
     """
     num_completions = len(prompts) * completions_per_prompt
     check_sampling(prompts, seeds, num_completions, max_new_tokens, max_rows, stop_strings, decode)
@@ -146,7 +147,9 @@ def generate(
     device = prompts[0].device
     seeds = seeds.to(device)
     stop = Stop(eos_token_id, stop_strings, decode, device)
-    completions = Completions(prompts, completions_per_prompt, max_new_tokens, stop, environment)
+    completions = Completions(
+        prompts, completions_per_prompt, max_new_tokens, stop, environment, model.vocab_size
+    )
     limit = min(num_completions, max_rows or num_completions)
     decoder = model.decoder(limit, max_new_tokens)
     logits_of = model.head.for_sampling(limit)

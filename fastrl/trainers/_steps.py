@@ -11,8 +11,8 @@ from fastrl.rollout import Rollout
 from fastrl.trainers import checkpoint, sampling
 from fastrl.trainers._attachments import Part, Record, StopTraining
 from fastrl.trainers.experience import gather
-from fastrl.trainers.health import TrainingDivergedError
-from fastrl.trainers.metrics import Samples, rollout_metrics
+from fastrl.trainers.health import TrainingDivergedError, warn_of_16_bit_weights
+from fastrl.trainers.metrics import Samples, metrics_of_given_rewards, rollout_metrics
 from fastrl.trainers.prompts import Example
 from fastrl.trainers.schedules import learning_rate
 from fastrl.trainers.scoring import Scores
@@ -28,6 +28,8 @@ def make_steps(trainer: "Trainer", max_steps: int, callbacks: list[Part]) -> lis
     folder, every = trainer.checkpoint_folder, trainer.config.save_every
     if folder is not None and folder.resolve() not in trainer.own_checkpoints:
         checkpoint.check_unused(folder)
+    if trainer.step < max_steps:
+        warn_of_16_bit_weights(trainer)
     records: list[Record] = []
     is_stopped = trainer.step < max_steps and _tell(trainer.attachments.starts)
     while trainer.step < max_steps and not is_stopped:
@@ -65,7 +67,8 @@ def _make_step(trainer: "Trainer") -> tuple[Record, str | None]:
     examples = [trainer.dataset[trainer.order(position)] for position in positions]
     rollout = sampling.collect(trainer, examples, torch.tensor(positions))
     sampled = time.perf_counter()
-    scores, rollout = _score(trainer, examples, rollout)
+    given = rollout
+    scores, rollout = _score(trainer, examples, given)
     scored = time.perf_counter()
     metrics, problem = _update(trainer, rollout)
     ended = time.perf_counter()
@@ -77,7 +80,7 @@ def _make_step(trainer: "Trainer") -> tuple[Record, str | None]:
     trainer.last_samples = Samples(trainer, examples, rollout, scores)
     return {
         "step": trainer.step,
-        **({} if scores is None else scores.metrics),
+        **(metrics_of_given_rewards(given, rollout) if scores is None else scores.metrics),
         **metrics,
         **rollout_metrics(rollout),
         "epoch": trainer.step * trainer.config.prompts_per_step / len(trainer.dataset),

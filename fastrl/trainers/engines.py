@@ -28,6 +28,8 @@ for each prompt, each a list with one entry for each completion (any number of t
 or a whole Rollout, for trees of conversations; its rewards, if it has some, are taken as they are.
 """
 
+_KEYS = ("completion_ids", "logprobs", "loss_mask", "ended")
+
 
 def rollout_of(
     result: Any, prompts: list[Tensor], eos_token_ids: Sequence[int], device: torch.device
@@ -35,13 +37,16 @@ def rollout_of(
     """What a rollout function returned, checked, as a Rollout.
 
     Raises:
-        ValueError, TypeError: lists of the wrong lengths or types, ids without a log-probability.
+        ValueError, TypeError: lists of the wrong lengths or types, ids without a log-probability,
+            a key that means nothing here.
     """
     if isinstance(result, Rollout):
         return _checked(result, len(prompts))
     if not isinstance(result, Mapping) or not {"completion_ids", "logprobs"} <= result.keys():
         got = sorted(result) if isinstance(result, Mapping) else type(result).__name__
         raise _wrong('a dict with "completion_ids" and "logprobs", or a Rollout', got)
+    if unknown := sorted(map(str, result.keys() - set(_KEYS))):
+        raise _wrong(f"a dict of {', '.join(_KEYS)} alone", ", ".join(unknown))
     ids = _groups(result, "completion_ids", len(prompts))
     counts = [len(group) for group in ids]
     if not any(counts):
@@ -89,6 +94,13 @@ def _checked(rollout: Rollout, num_prompts: int) -> Rollout:
         bad = float(rollout.logprobs[~(rollout.logprobs <= 0)][0])
         raise _wrong("a Rollout with logprobs <= 0", bad)
     return rollout
+
+
+def check_ids(rollout: Rollout, vocab_size: int) -> None:
+    """Raise a ValueError for an id outside the vocabulary: on a GPU it would end the process."""
+    ids = rollout.batch.token_ids
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise _wrong(f"ids in [0, {vocab_size})", f"ids from {int(ids.min())} to {int(ids.max())}")
 
 
 def _batch(

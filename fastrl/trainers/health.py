@@ -3,6 +3,7 @@
 import warnings
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from fastrl.models.storage import check_saveable
@@ -55,6 +56,22 @@ class TruncationWatch:
                 RuntimeWarning,
                 stacklevel=6,  # where train was called
             )
+
+
+def warn_of_16_bit_weights(trainer: "Trainer") -> None:
+    """Say where trained weights are of a dtype in which most of a step is rounded away."""
+    narrow = [x for x in trainer.parameters if x.dtype in (torch.bfloat16, torch.float16)]
+    if not narrow:
+        return
+    name = str(narrow[0].dtype).removeprefix("torch.")
+    warnings.warn(
+        f"{type(trainer).__name__}: weights of dtype {name} are trained. A step that is smaller "
+        f"than {torch.finfo(narrow[0].dtype).eps / 2:.1g} of a weight leaves it as it is: with "
+        "usual learning rates most of them never move. Load the model with dtype=torch.float32, "
+        'and set precision="bfloat16" for layers in bfloat16.',
+        RuntimeWarning,
+        stacklevel=4,  # where train was called
+    )
 
 
 def without_dropout(model: nn.Module, *, will_learn_with_it: bool = False) -> None:

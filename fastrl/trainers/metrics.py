@@ -57,6 +57,25 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     return to_numbers(metrics)
 
 
+def metrics_of_given_rewards(given: Rollout, rollout: Rollout) -> dict[str, float]:
+    """Of a rollout that came with rewards: what a scorer would say of them.
+
+    Args:
+        given: as it came.
+        rollout: the same with the completions that are used.
+    """
+    assert given.rewards is not None and rollout.rewards is not None
+    if not len(rollout.lengths):
+        return {}
+    totals, bad = (
+        torch.segment_reduce(x.double(), "sum", lengths=rollout.lengths, initial=0)
+        for x in (rollout.rewards, ~given.rewards.isfinite())
+    )
+    used = totals if rollout.is_used is None else totals[rollout.is_used]
+    spread = used.std() if len(used) > 1 else used.new_tensor(torch.nan)
+    return to_numbers({"reward": used.mean(), "reward_std": spread, "rewards/bad": (bad > 0).sum()})
+
+
 class Samples:
     """The last step's completions, made readable when somebody asks."""
 

@@ -95,7 +95,7 @@ class PromptDataset:
     Raises:
         ValueError: the dataset is empty; later, an entry without tokens, with too many, or with
             ids out of range.
-        TypeError: the dataset has no len; later, an entry of another type.
+        TypeError: the dataset has no len, or is a dict; later, an entry of another type.
     """
 
     def __init__(
@@ -107,6 +107,12 @@ class PromptDataset:
         max_prompt_tokens: int | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        if isinstance(dataset, Mapping):
+            raise TypeError(
+                "Trainer: expected dataset with an entry for each prompt, got a "
+                f"{type(dataset).__name__} of {', '.join(map(str, dataset))}. Pass one split of "
+                "it, or a list of dicts where these are columns."
+            )
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
                 "Trainer: expected dataset with len() and whole-number indices, got "

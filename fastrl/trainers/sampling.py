@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl.rollout import Rollout, completion_seeds, generate
-from fastrl.trainers.engines import rollout_of
+from fastrl.trainers.engines import check_ids, rollout_of
 from fastrl.trainers.prompts import Example
 from fastrl.trainers.tokens import autocast
 
@@ -42,7 +42,9 @@ def collect(trainer: "Trainer", examples: list[Example], positions: Tensor) -> R
         seeds=seeds.tolist(),
         policy=trainer.policy,
     )
-    return rollout_of(result, prompts, trainer.eos_token_ids, trainer.device)
+    rollout = rollout_of(result, prompts, trainer.eos_token_ids, trainer.device)
+    check_ids(rollout, trainer.policy.vocab_size)
+    return rollout
 
 
 def sample(trainer: "Trainer", prompts: list[Tensor], seeds: Tensor, **options: Any) -> Rollout:

@@ -213,6 +213,7 @@ GOOD = {"completion_ids": [[[1, 2]], [[3]]], "logprobs": [[[-1.0, -2.0]], [[-3.0
         (lambda r: r | {"logprobs": [[[-1.0, 0.5]], [[-3.0]]]}, "logprobs <= 0 .* got 0.5"),
         (lambda r: r | {"logprobs": [[[-1.0, math.nan]], [[-3.0]]]}, "logprobs <= 0 .* got nan"),
         (lambda r: r | {"loss_mask": [[[True]], [[True]]]}, "2 loss_mask for .* 0, .* got 1"),
+        (lambda r: r | {"rewards": [[1.0], [0.0]]}, "loss_mask, ended alone, got rewards"),
         (lambda r: r | {"ended": [[True], []]}, r"ended of \[1, 1\] completions, .* got \[1, 0\]"),
     ],
 )  # fmt: skip
@@ -281,7 +282,7 @@ def test_ids_that_are_not_in_the_vocabulary_are_an_error(make_trainer):
         return {"completion_ids": [[[8]]] * 3, "logprobs": [[[-1.0]]] * 3}
 
     trainer = make_trainer(rollout_function=rollout_function)
-    with pytest.raises(ValueError, match=r"\[0, 8\)"):
+    with pytest.raises(ValueError, match=r"rollout_function: expected ids in \[0, 8\), got .* 8"):
         trainer.train(max_steps=1)
 
 
@@ -357,3 +358,5 @@ def test_a_rollout_that_brings_rewards_is_taken_as_it_is(make_trainer):
     record, gradient = one_step(trainer)
     assert_same(gradient, wanted)
     assert record["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert (record["reward"], record["rewards/bad"]) == (1.0, 1)  # of 0 and 2
+    assert record["reward_std"] == pytest.approx(math.sqrt(2))

@@ -47,6 +47,24 @@ def test_an_environments_tokens_are_read_and_not_learned(make_trainer, kind):
     assert_learns(trainer, rollout, torch.cat(losses).mean())
 
 
+@pytest.mark.parametrize(
+    "answer, error, message",
+    [
+        ([1, 8], ValueError, r"completion 0 with ids in \[0, 8\), got 1 to 8"),
+        ([-1], ValueError, "got -1 to -1"),
+        ("ab", TypeError, "a list of ids or None, got 'ab'"),
+        ([0.5], TypeError, r"a list of ids or None, got \[0.5\]"),
+    ],
+)
+def test_answers_that_are_no_ids_are_errors(make_trainer, answer, error, message):
+    trainer = make_trainer(
+        environment=lambda index, prompt_ids, completion_ids: answer,
+        eos_token_id=tuple(range(8)), max_new_tokens=3,
+    )  # fmt: skip
+    with pytest.raises(error, match=f"generate: expected environment to answer .*{message}"):
+        trainer.train(max_steps=1)
+
+
 def test_a_run_with_an_environment(make_trainer):
     """The policy is to say 3 after the question, and has to wait for it."""
 

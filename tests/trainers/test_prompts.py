@@ -253,6 +253,8 @@ def test_empty_and_endless_datasets_are_errors():
         PromptDataset([], 3)
     with pytest.raises(TypeError, match=r"with len\(\) and whole-number indices, got generator"):
         PromptDataset((x for x in [[1]]), 3)
+    with pytest.raises(TypeError, match="an entry for each prompt, got a dict of prompt, answer"):
+        PromptDataset({"prompt": [[1], [2]], "answer": ["a", "b"]}, 3)
 
 
 def test_order_is_a_function_of_seed_and_epoch():
