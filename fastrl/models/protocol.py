@@ -1,5 +1,6 @@
 """What the rollout and the trainers ask of a language model."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -35,18 +36,36 @@ class Head:
         return self._bent(logits)
 
     def for_sampling(self, rows: int) -> Callable[[Tensor], Tensor]:
-        """`logits`, for many calls with up to `rows` rows while the weights stay as they are.
+        """`logits` in float32, for many calls with up to `rows` rows while the weights stay as
+        they are.
 
-        On a CPU the weight is copied into a layout that is quicker for few rows.
+        16-bit weights too give float32 sums, as in the ops that learn from what is sampled here:
+        logits rounded to 16 bits are those of another policy. On a CPU the weight is copied, into
+        a layout that is quicker for few rows.
         """
-        product = packed_linear(self.weight, self.bias, rows)
-        if product is None:
-            return self.logits
+        dtype, on_cpu = self.weight.dtype, self.weight.is_cpu
+        wide = torch.promote_types(dtype, torch.float32)
+        if dtype != wide and not on_cpu:
+            return self._wide_logits
+        bias = None if self.bias is None else self.bias.to(wide)
+        weight = self.weight.to(wide)
+        product = packed_linear(weight, bias, rows) or functools.partial(
+            F.linear, weight=weight, bias=bias
+        )
 
         def logits(hidden: Tensor) -> Tensor:
-            return self._bent(product(hidden.to(self.weight.dtype)))
+            with torch.autocast(hidden.device.type, enabled=False):
+                return self._bent(product(hidden.to(dtype).to(wide)))
 
         return logits
+
+    def _wide_logits(self, hidden: Tensor) -> Tensor:
+        """Of 16-bit weights on a GPU, without a graph."""
+        rows = hidden.reshape(-1, hidden.shape[-1]).to(self.weight.dtype)
+        logits = torch.mm(rows, self.weight.t(), torch.float32)
+        if self.bias is not None:
+            logits += self.bias
+        return self._bent(logits).view(*hidden.shape[:-1], -1)
 
     def _bent(self, logits: Tensor) -> Tensor:
         if self.softcap is not None:

@@ -18,6 +18,7 @@ from hand_losses import (
 
 from fastrl import ops
 from fastrl.layout import PackedBatch, pack_groups
+from fastrl.models import LSTMLanguageModel
 from fastrl.trainers.micro_batches import micro_batches
 
 STILL = {"max_grad_norm": None, "max_new_tokens": 6, "eos_token_id": 7}
@@ -284,6 +285,23 @@ def test_values_are_float32_in_bfloat16_too(make_trainer, algorithm):
     records = trainer.train(max_steps=2)
     assert seen == {(torch.float32, torch.float32)}
     assert records[-1]["skipped_updates"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_sample_from_the_logits_that_are_learned_from(make_trainer, dtype):
+    """Logits rounded to 16 bits would put sequences beyond GSPO's bounds before the first step."""
+    torch.manual_seed(0)
+    model = LSTMLanguageModel(8, 8, 24)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)
+    trainer = make_trainer(model=model.to(dtype), algorithm="gspo", max_new_tokens=12)
+    hidden = torch.randn(5, 24, dtype=dtype)
+    logits, head = model.head.for_sampling(5)(hidden), model.lm_head
+    exact = hidden.double() @ head.weight.double().T + head.bias.double()
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+    with pytest.warns(RuntimeWarning, match="weights of dtype .*float16 are trained"):
+        (record,) = trainer.train(max_steps=1)
+    assert record["logprob_gap"] < 1e-5 and record["clip_ratio/region_mean"] == 0
 
 
 def test_bfloat16_samples_as_it_learns(make_trainer):
