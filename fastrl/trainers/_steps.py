@@ -11,7 +11,11 @@ from fastrl.rollout import Rollout
 from fastrl.trainers import checkpoint, sampling
 from fastrl.trainers._attachments import Part, Record, StopTraining
 from fastrl.trainers.experience import gather
-from fastrl.trainers.health import TrainingDivergedError, warn_of_16_bit_weights
+from fastrl.trainers.health import (
+    TrainingDivergedError,
+    warn_of_16_bit_weights,
+    warn_of_other_processes,
+)
 from fastrl.trainers.metrics import Samples, metrics_of_given_rewards, rollout_metrics
 from fastrl.trainers.prompts import Example
 from fastrl.trainers.schedules import learning_rate
@@ -30,6 +34,7 @@ def make_steps(trainer: "Trainer", max_steps: int, callbacks: list[Part]) -> lis
         checkpoint.check_unused(folder)
     if trainer.step < max_steps:
         warn_of_16_bit_weights(trainer)
+        warn_of_other_processes(trainer)
     records: list[Record] = []
     is_stopped = trainer.step < max_steps and _tell(trainer.attachments.starts)
     while trainer.step < max_steps and not is_stopped:
