@@ -117,6 +117,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise a RecipeError for an option that nothing would look at, or that cannot be."""
+    from fastrl.cli.recipes.prompts import is_dataset
     from fastrl.cli.recipes.toml import RecipeError
 
     for name, of in (("weights", "rewards"), ("column", "data"), ("split", "data")):
@@ -125,6 +126,10 @@ def _check(options: argparse.Namespace) -> None:
                 f"eval: expected --{of} with --{name}, got none. A recipe's own are changed by "
                 "--set."
             )
+    if options.split is not None and not is_dataset(options.data):
+        raise RecipeError(
+            f"eval: expected --split with a dataset by name, got the file {options.data}."
+        )
     check_limit(options, "eval")
 
 

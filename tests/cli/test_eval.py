@@ -168,6 +168,7 @@ def test_mistakes(run, tmp_path, capsys):
         ([str(run), "--weights", "2"], "eval: expected --rewards with --weights, got none"),
         ([str(run), "--column", "text"], "eval: expected --data with --column, got none"),
         ([str(run), "--split", "test"], "eval: expected --data with --split, got none"),
+        ([str(run), *data, "--split", "test"], "eval: expected --split with a dataset by name"),
         ([str(run), "--limit", "-1"], "eval: expected --limit >= 1, got -1"),
         ([str(run), "-n", "-3"], "completions_per_prompt a whole number >= 1, got -3"),
     ]:  # fmt: skip

@@ -125,6 +125,9 @@ def without(text):
         (RECIPE, ["model.critic=same"], "with actor-critic, got grpo. Actor-critic is a2c"),
         (RECIPE, ["model.dtype=int8"], "float32, bfloat16 or float16, got int8"),
         (without('prompts = "prompts.jsonl"'), [], "data.prompts in .* to name the prompts"),
+        (RECIPE, ["data.eval=test"], "--set data.eval a split with a dataset by name alone, got"),
+        (RECIPE, ["data.split=test"], "--set data.split with data.prompts a dataset by name, got"),
+        (RECIPE, ["data.arguments={a=1}"], "--set data.arguments with data.builder, got none"),
         (RECIPE, ["no equals"], "expected --set section.key=value, got 'no equals'"),
     ],
 )  # fmt: skip

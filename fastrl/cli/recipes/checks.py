@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from fastrl.cli.recipes.schema import OverOptimization, Recipe
+from fastrl.cli.recipes.prompts import is_dataset, is_split
+from fastrl.cli.recipes.schema import Data, OverOptimization, Recipe
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.trainers import ActorCriticConfig
 
@@ -103,8 +104,21 @@ def _check_data(recipe: Recipe, where: Where) -> None:
             if getattr(data, key) is not None:
                 remedy = "The builder makes the rows."
                 raise wrong(where(f"data.{key}"), "without data.builder", "both", remedy)
-    elif not data.prompts:
+        return
+    if not data.prompts:
         raise wrong(where("data.prompts"), "to name the prompts", "nothing")
+    for key in ("folder", "arguments"):
+        if getattr(data, key) is not None:
+            raise wrong(where(f"data.{key}"), "with data.builder", "none")
+    if is_dataset(data.prompts):
+        return
+    if isinstance(data.prompts, str) and isinstance(data.eval, str) and is_split(data.eval):
+        remedy = "Name a file of held-out prompts, or list them."
+        raise wrong(where("data.eval"), "a split with a dataset by name alone", data.eval, remedy)
+    for key in ("split", "subset"):
+        if getattr(data, key) != getattr(Data, key):
+            expected = "with data.prompts a dataset by name"
+            raise wrong(where(f"data.{key}"), expected, "a file or a list")
 
 
 def _check_rewards(recipe: Recipe, where: Where) -> None:

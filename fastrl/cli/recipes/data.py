@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.cli.recipes.imports import load_object
-from fastrl.cli.recipes.prompts import load_prompts
+from fastrl.cli.recipes.prompts import is_split, load_prompts
 from fastrl.cli.recipes.schema import Recipe
 from fastrl.cli.recipes.tasks import BUILDERS
 from fastrl.cli.recipes.tasks.files import split_off, without
@@ -225,7 +225,7 @@ def _held_out_prompts(recipe: Recipe) -> Any:
     if data.eval is None:
         return None
     source, split = data.eval, data.split
-    if isinstance(source, str) and isinstance(data.prompts, str) and _is_split(source):
+    if isinstance(source, str) and isinstance(data.prompts, str) and is_split(source):
         source, split = data.prompts, source
     return load_prompts(
         source,
@@ -235,8 +235,3 @@ def _held_out_prompts(recipe: Recipe) -> Any:
         split=split,
         subset=data.subset,
     )
-
-
-def _is_split(text: str) -> bool:
-    """Names of splits have neither a folder nor a suffix: "test", "train[90%:]"."""
-    return "/" not in text and "." not in text

@@ -7,6 +7,8 @@ from typing import Any
 
 from fastrl.cli.recipes.toml import RecipeError
 
+SUFFIXES = (".jsonl", ".json", ".txt")
+
 
 def load_prompts(
     source: str | list[str],
@@ -32,9 +34,9 @@ def load_prompts(
     if isinstance(source, list):
         return [{"prompt": text} for text in source[:limit]]
     path = Path(source)
-    readers = {".jsonl": _json_lines, ".json": _json, ".txt": _lines}
-    if path.suffix not in readers:
+    if is_dataset(source):
         return _dataset(source, key, column, limit, split, subset)
+    readers = dict(zip(SUFFIXES, (_json_lines, _json, _lines), strict=True))
     try:
         entries = readers[path.suffix](path.read_text(encoding="utf-8"), f"{key} {path}")
     except OSError as error:
@@ -45,6 +47,16 @@ def load_prompts(
     if not entries:
         raise _bad(f"{key} {path}", "to hold at least one prompt, got none")
     return [_entry(entry, place, column) for place, entry in entries[:limit]]
+
+
+def is_dataset(source: Any) -> bool:
+    """Whether prompts are those of a dataset by name, which alone has splits and subsets."""
+    return isinstance(source, str) and Path(source).suffix not in SUFFIXES
+
+
+def is_split(text: str) -> bool:
+    """Names of splits have neither a folder nor a suffix: "test", "train[90%:]"."""
+    return "/" not in text and "." not in text
 
 
 def _json_lines(text: str, what: str) -> list[tuple[str, Any]]:
