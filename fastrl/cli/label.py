@@ -58,13 +58,14 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("--export", type=Path, metavar="FILE", help="write preferences there")
     result.add_argument("--output", type=Path, metavar="FILE", help="appended to")
     result.add_argument("--annotator", metavar="NAME", help="default: the user's name")
-    result.add_argument("--scale", default="1-5", metavar="LOW-HIGH", help="of --rate; default 1-5")
+    result.add_argument("--scale", metavar="LOW-HIGH", help="of --rate; default 1-5")
     result.add_argument("--shuffle", action="store_true", help="items in an order of --seed")
     result.add_argument("--seed", type=int, default=0, help="of the order and of the sides")
     return result
 
 
 def _run(options: argparse.Namespace) -> int:
+    _check(options)
     if options.agreement:
         from fastrl.cli.labelling.agree import report
 
@@ -93,13 +94,33 @@ def _judge(options: argparse.Namespace) -> None:
         raise ValueError("label: expected --output FILE for the judgements, got none. Name one.")
     path, annotator = options.files[0], _annotator(options)
     questions = (
-        session.rating_questions(path, _scale(options.scale))
+        session.rating_questions(path, _scale(options.scale or "1-5"))
         if options.rate
         else session.pair_questions(path, annotator, options.seed)
     )
     if options.shuffle:
         questions = session.shuffled(questions, options.seed)
     session.judge(questions, options.output, annotator)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise a ValueError for an option that nothing would look at."""
+    asks = not (options.agreement or options.export)
+    judges = asks and options.live is None
+    for name, is_read in (
+        ("scale", options.rate),
+        ("annotator", asks),
+        ("output", judges),
+        ("shuffle", judges),
+    ):
+        if getattr(options, name) and not is_read:
+            others = ("rate", "live", "agreement", "export")
+            given = [f"--{other}" for other in others if getattr(options, other)]
+            beside = given[0] if given else "pairs"
+            raise ValueError(
+                f"label: expected no --{name} with {beside}, got one. Leave it out: nothing reads "
+                "it there."
+            )
 
 
 def _expect(options: argparse.Namespace, wanted: str, is_so: bool) -> None:
