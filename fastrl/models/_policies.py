@@ -139,7 +139,8 @@ def save_policy(policy: Any, folder: Path) -> None:
         (folder / _CONFIG).write_text(document, encoding="utf-8")
         write_tensors(policy.state_dict(), folder / _WEIGHTS)
     else:
-        with _without_progress_bars():  # a training run has one of its own
+        # A training run has a progress bar of its own.
+        with _without_progress_bars(), _on_any_rank(policy.causal):
             if policy.adapter is None:
                 policy.model.save_pretrained(folder)  # type: ignore[operator]
             else:
@@ -199,6 +200,17 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _on_any_rank(model: Any) -> Iterator[None]:
+    """Where torch.distributed is at work, save_pretrained writes on rank 0 alone, and elsewhere it
+    returns as if it had: a checkpoint there would be one without weights."""
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank
 
 
 def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Any:

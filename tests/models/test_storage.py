@@ -101,6 +101,18 @@ def test_an_adapter_is_saved_without_a_model_that_has_a_name(tmp_path):
     torch.testing.assert_close(theirs(TOKEN_IDS).logits, model(TOKEN_IDS)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "lora"])
+def test_a_model_is_saved_on_any_rank(kind, tmp_path, monkeypatch):
+    """save_pretrained writes on rank 0 alone."""
+    model = KINDS[kind]()
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.distributed.is_initialized", lambda: True)
+        patched.setattr("torch.distributed.get_rank", lambda *_: 1)
+        save_model(model, tmp_path)
+    again, expected = load_model(tmp_path).state_dict(), model.state_dict()
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
 def test_a_policy_replaces_an_actor_critic(tmp_path):
     model = with_values(lstm(), lstm())
     save_model(model, tmp_path)
