@@ -54,7 +54,7 @@ def _sample(options: argparse.Namespace) -> int:
     from fastrl.cli.recipes.models import end_ids
     from fastrl.cli.recipes.sampled_as import DEFAULTS, said, trained_with
     from fastrl.rollout import completion_seeds, generate
-    from fastrl.trainers.prompts import PromptDataset
+    from fastrl.trainers.prompts import PromptDataset, decode_all
 
     entries = _prompts(options)
     policy, tokenizer = open_model(
@@ -79,7 +79,7 @@ def _sample(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         eos_token_id=ends or None,
         stop_strings=how["stop_strings"],
-        decode=tokenizer.decode,
+        decode=decode_all(tokenizer),
         max_rows=64,
     )
     logprobs = rollout.logprobs.cpu().split(rollout.lengths.tolist())

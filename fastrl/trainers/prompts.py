@@ -1,7 +1,8 @@
 """The dataset as the trainers see it: examples with a prompt, its token ids and more columns."""
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +27,8 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids; called with skip_special_tokens=True if it has that argument."""
+        """Text of the ids; called with skip_special_tokens if it has that argument: True for
+        what people read, False to look for stop strings."""
         ...
 
 
@@ -244,9 +246,14 @@ def is_chat(prompt: Any) -> bool:
     )
 
 
-def _decode_options(tokenizer: Any) -> dict[str, bool]:
-    """transformers keeps special tokens in a text unless it is told otherwise."""
+def decode_all(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Ids to text with the special tokens in it, as a stop string may be one."""
+    return functools.partial(tokenizer.decode, **_decode_options(tokenizer, skip=False))
+
+
+def _decode_options(tokenizer: Any, *, skip: bool = True) -> dict[str, bool]:
+    """transformers keeps special tokens in a text unless it is told otherwise, tokenizers not."""
     if tokenizer is None:
         return {}
     knows = "skip_special_tokens" in inspect.signature(tokenizer.decode).parameters
-    return {"skip_special_tokens": True} if knows else {}
+    return {"skip_special_tokens": skip} if knows else {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastrl.rollout import Rollout, completion_seeds, generate
 from fastrl.trainers.engines import check_ids, rollout_of
-from fastrl.trainers.prompts import Example
+from fastrl.trainers.prompts import Example, decode_all
 from fastrl.trainers.tokens import autocast
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def collect(trainer: "Trainer", examples: list[Example], positions: Tensor) -> R
 def sample(trainer: "Trainer", prompts: list[Tensor], seeds: Tensor, **options: Any) -> Rollout:
     """`generate` with what a trainer's config says."""
     config = trainer.config
-    decode = None if trainer.tokenizer is None else trainer.tokenizer.decode
+    decode = None if trainer.tokenizer is None else decode_all(trainer.tokenizer)
     with torch.no_grad(), autocast(trainer.device, config.precision):
         return generate(
             trainer.policy,

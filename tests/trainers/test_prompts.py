@@ -7,6 +7,7 @@ import torch
 
 from fastrl.layout import pack_groups
 from fastrl.rollout import Rollout
+from fastrl.trainers import sampling
 from fastrl.trainers.prompts import PromptDataset, PromptOrder
 from fastrl.trainers.scoring import RewardScorer
 
@@ -74,6 +75,19 @@ def test_completions_are_text_without_special_tokens(kind, request):
     assert dataset.decode([6, 8, 7], eos_token_id=8) == "w6 w8 w7"
     assert dataset.decode([6, 7, 8], eos_token_id=None) == "w6 w7 w8"
     assert dataset.decode([], eos_token_id=1) == ""
+
+
+@pytest.mark.parametrize("kind", ["plain_tokenizer", "tokenizer"])
+def test_a_special_token_may_be_a_stop_string(kind, request, make_trainer):
+    trainer = make_trainer(
+        tokenizer=request.getfixturevalue(kind), stop_strings=("[PAD]",), eos_token_id=None,
+        max_new_tokens=30,
+    )  # fmt: skip
+    rollout = sampling.collect(trainer, [trainer.dataset[i] for i in range(3)], torch.arange(3))
+    pad = WORDS.index("[PAD]")
+    assert rollout.ended.any()
+    for ids, ended in zip(rollout.completion_ids, rollout.ended.tolist(), strict=True):
+        assert ids.tolist().index(pad) == len(ids) - 1 if ended else pad not in ids
 
 
 def test_special_tokens_are_never_there_twice(tokenizer, plain_tokenizer):
