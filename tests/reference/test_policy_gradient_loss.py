@@ -93,11 +93,15 @@ def test_micro_batches_add_up_to_the_batch(reduction):
     torch.testing.assert_close(parts.grad, whole.grad)
 
 
+@pytest.mark.parametrize("has_normalizer", [False, True])
 @pytest.mark.parametrize("reduction", [*REDUCTIONS, "none"])
-def test_nothing_counted_is_zero_with_zero_gradients(reduction):
+def test_nothing_counted_is_zero_with_zero_gradients(reduction, has_normalizer):
     logprobs = torch.full((2, 3), NAN, requires_grad=True)
     mask = torch.zeros(2, 3, dtype=torch.bool)
-    loss = policy_gradient_loss(logprobs, logprobs, loss_mask=mask, reduction=reduction)
+    normalizer = mask.sum() if has_normalizer else None  # of all ranks together
+    loss = policy_gradient_loss(
+        logprobs, logprobs, loss_mask=mask, reduction=reduction, normalizer=normalizer
+    )
     assert (loss == 0).all()
     loss.sum().backward()
     assert (logprobs.grad == 0).all()
