@@ -61,7 +61,9 @@ class Trainer(ABC):
         tokenizer: for prompts that are text; reward functions then get text. Without it they get
             lists of ids.
         rollout_function: samples in the policy's place; see `fastrl.trainers.engines`. Its tokens
-            are weighed with their importance, at most config.importance_cap.
+            are weighed with their importance, at most config.importance_cap. It ends completions
+            itself: stop_strings and environment are then those of `evaluate`, which samples from
+            the policy.
         environment: answers completions that have ended, so that they go on; see
             `fastrl.rollout.generate`.
         ops: `fastrl.ops` or `fastrl.reference`.
