@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrl.hf
+from fastrl.hf._models import check_model
 from fastrl.layout import PackedBatch
 from fastrl.models._kv_decoder import KVDecoder
 from fastrl.models._linear_layers import quick_layers
@@ -53,6 +54,8 @@ class HuggingFacePolicy(nn.Module):
         _check_adapter(model)
         if causal.config._attn_implementation != "fastrl":
             causal.set_attn_implementation("fastrl")
+        if causal.config._attn_implementation != "fastrl":  # of some it cannot be set, unsaid
+            check_model(type(causal))
         fastrl.hf.check(causal)
         head = causal.get_output_embeddings()
         if not isinstance(getattr(head, "weight", None), Tensor) or causal.base_model is causal:

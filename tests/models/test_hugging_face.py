@@ -99,6 +99,12 @@ def test_models_without_a_head_and_other_modules_are_refused():
         HuggingFacePolicy(nn.Linear(2, 2))
 
 
+def test_a_model_whose_attention_cannot_be_replaced_is_refused_for_what_it_is():
+    model = build("bloom", "eager", hidden_size=32, n_layer=1, n_head=4)
+    with pytest.raises(ValueError, match="a model that hands its arguments on .*got BloomForCau"):
+        HuggingFacePolicy(model)
+
+
 def test_another_attention_is_replaced():
     model = build("llama", "sdpa")
     policy = HuggingFacePolicy(model)
