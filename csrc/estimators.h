@@ -43,7 +43,8 @@ struct Step {
   // c_t = gamma_t (1 - terminated_t), c_t k_t with k_t = 1 - truncated_t, and c_t k_t lambda_t.
   FASTRL_DEVICE D discount() const { return terminated ? D{} : gamma; }
   FASTRL_DEVICE D unbroken() const { return truncated ? D{} : discount(); }
-  FASTRL_DEVICE D trace() const { return unbroken() * lambda; }
+  // The product as one for all steps, where gamma and lambda are.
+  FASTRL_DEVICE D trace() const { return truncated ? D{} : terminated ? D{} : gamma * lambda; }
 };
 
 // factor * x; but behind an end nothing is looked at: 0 * inf would be nan.

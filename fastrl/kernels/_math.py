@@ -34,21 +34,34 @@ def expm1(y):
 
 
 @triton.jit
-def ordered_sum(x, SIZE: tl.constexpr):
-    """Sum of x [SIZE], a power of two, by halves: the same bits however threads share x.
+def folded(x, SIZE: tl.constexpr, INTO: tl.constexpr):
+    """Sums of x [SIZE], powers of two, over the entries INTO apart, by halves: [INTO].
 
     tl.sum adds first what one thread holds, and that follows from the alignment of x in memory.
     Between two numbers there is but one order.
     """
     for i in tl.static_range(31):
-        if SIZE >> i > 1:
+        if SIZE >> i > INTO:
             x = tl.sum(tl.reshape(x, [2, SIZE >> (i + 1)]), axis=0)
+    return x
+
+
+@triton.jit
+def ordered_sum(x, SIZE: tl.constexpr):
+    """Sum of x [SIZE], a power of two, with the same bits however threads share x.
+
+    From neighbours up: threads that hold neighbours, as they do of what they load 16 bytes at a
+    time, add those first, and hand on a single number.
+    """
+    for i in tl.static_range(31):
+        if SIZE >> i > 1:
+            x = tl.sum(tl.reshape(x, [SIZE >> (i + 1), 2]), axis=1)
     return tl.sum(x, axis=0)
 
 
 @triton.jit
 def ordered_sums(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """The sum of each row of x [ROWS, SIZE], powers of two, in the order of ordered_sum."""
+    """The sum of each row of x [ROWS, SIZE], powers of two, by halves as folded."""
     x = tl.reshape(tl.trans(x), [SIZE * ROWS])
     for i in tl.static_range(31):
         if SIZE >> i > 1:

@@ -7,13 +7,15 @@
 The forward pass reads the logits once. A row is cut into stretches of CHUNK columns, one program
 each, and a second small kernel merges their partial states in order: a single row fills the GPU as
 a million rows do, and a row's result depends on the vocabulary's size alone, never on its batch.
-Nor on its address: what a thread holds of a block follows from the row's alignment, so the columns
-of a block are summed apart, and at a stretch's end in a fixed order. The maximum stays out of every
-sum (log1p of the rest), so that p -> 1 keeps its digits. The backward pass reads the logits once
-and writes the gradient once, over the logits on request.
+Nor on its address: what a thread holds of a block follows from the row's alignment, so columns
+SUMS apart are summed, and at a stretch's end these sums, in a fixed order. The maximum stays out of
+every sum (log1p of the rest), so that p -> 1 keeps its digits. The backward pass reads the logits
+once and writes the gradient once, over the logits on request.
 
 Bytes: forward N V b, backward 2 N V b, with b bytes a logit; the partial states are 16 bytes for
-each CHUNK columns.
+each CHUNK columns. While a multiprocessor of an H200 reads a column of bfloat16 it has some 15
+instructions of a thread for it. The forward pass takes 11, and 16 in blocks that reach the maximum
+so far, as a rule a fifth of them; the backward pass, with twice the time, about 15.
 """
 
 from typing import Any
@@ -24,13 +26,21 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl import _vocabulary
-from fastrl.kernels._math import LOG2E, expm1, log1p, ordered_sum
+from fastrl.kernels._math import LOG2E, expm1, folded, log1p, ordered_sum
 from fastrl.kernels._rows import below, finite, row_start, rows_of
 
-# Not measured on a GPU yet. Compiled for sm_90: no spills, 16 bytes a load.
+# Not measured on a GPU yet. Compiled for sm_90: no spills, 16 bytes a load. SUMS: as many as the
+# threads load at once, so that a thread folds what it holds.
 CHUNK = 32768
-BLOCKS = ({"BLOCK_V": 1024, "num_warps": 4}, {"BLOCK_V": 4096, "num_warps": 8})
+FORWARD = (
+    {"BLOCK_V": 1024, "SUMS": 1024, "num_warps": 4},
+    {"BLOCK_V": 2048, "SUMS": 512, "num_warps": 2},
+)
+BACKWARD = ({"BLOCK_V": 1024, "num_warps": 4}, {"BLOCK_V": 4096, "num_warps": 4})
+# Of rows off 16-byte bounds each entry has an address, and a thread registers for half as many.
+BACKWARD_UNALIGNED = ({"BLOCK_V": 1024, "num_warps": 4}, {"BLOCK_V": 4096, "num_warps": 8})
 MERGE = {"BLOCK_N": 128, "num_warps": 4}
+_LN2 = tl.constexpr(0.6931471805599453)
 
 # What changes from step to step: neither its value nor its divisors make another kernel. Of the
 # strides, which in logits [B, T, V] change with T, ALIGNED says what a kernel needs to know.
@@ -45,9 +55,31 @@ _OF_A_ROW = [
 ]  # fmt: skip
 
 
-def block_for(vocab: int) -> dict[str, int]:
-    """Configuration of the kernels that walk a row: of the vocabulary's size alone."""
-    return BLOCKS[0] if vocab <= BLOCKS[0]["BLOCK_V"] else BLOCKS[1]
+def block_for(vocab: int, blocks: tuple[dict[str, int], ...]) -> dict[str, int]:
+    """Configuration of a kernel that walks a row: of the vocabulary's size alone."""
+    return blocks[0] if vocab <= blocks[0]["BLOCK_V"] else blocks[1]
+
+
+@triton.jit
+def _with_block(
+    x, m, rest, count, weighted, scale,
+    BLOCK_V: tl.constexpr, SUMS: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The state of the columns so far, and of another block's entries x."""
+    top = tl.max(x, axis=0)
+    if top > m:
+        rest, count, weighted = below(m, top, rest, count, weighted, scale)
+        m = top
+    d = x - m
+    e = tl.exp2(d * scale)
+    if top == m:  # no other block has entries that equal m, and most blocks have none
+        at_max = (d == 0.0).to(tl.float32)  # 0 for inf - inf: +inf and NaN reach the sum as NaN
+        e -= at_max  # 2^0 is 1 to the bit
+        count += folded(at_max, BLOCK_V, SUMS)
+    rest += folded(e, BLOCK_V, SUMS)
+    if ENTROPY:  # where d is -inf, e is 0
+        weighted -= folded(e * tl.maximum(d, -3.4028234663852886e38), BLOCK_V, SUMS)
+    return m, rest, count, weighted
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_OF_A_ROW)
@@ -55,39 +87,39 @@ def _token_logprobs_fwd_kernel(
     logits_ptr, token_ids_ptr, state_ptr,  # [N, V], [N] -> [N, num_chunks, 4]
     V, num_chunks, inner_size, stride_outer: tl.int64, stride_inner: tl.int64,
     scale, ignore_index: tl.int64,
-    CHUNK: tl.constexpr, BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_V: tl.constexpr, SUMS: tl.constexpr, ENTROPY: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program per stretch of a row: (max, rest, count, weighted) of its entries."""
-    pid = tl.program_id(0).to(tl.int64)  # N * V exceeds int32 at real vocabularies
-    n, chunk = pid // num_chunks, pid % num_chunks
+    pid = tl.program_id(0)
+    n = pid // num_chunks
     if tl.load(token_ids_ptr + n) == ignore_index:
         return
     row_ptr = logits_ptr + row_start(n, inner_size, stride_outer, stride_inner, ALIGNED)
-    start = (chunk * CHUNK).to(tl.int32)
+    start = (pid - n * num_chunks) * CHUNK
     stop = tl.minimum(start + CHUNK, V)
+    tail = start + (stop - start) // BLOCK_V * BLOCK_V
+    offs_v = tl.arange(0, BLOCK_V)
     m = -3.4028234663852886e38  # a finite floor: a block of -inf must not give inf - inf
-    rest = tl.zeros([BLOCK_V], tl.float32)  # over the columns v0 + j, for each j
+    rest = tl.zeros([SUMS], tl.float32)  # over the columns j, j + SUMS, ..., for each j
     count, weighted = rest, rest
-    for v0 in tl.range(start, stop, BLOCK_V, num_stages=3):
-        offs_v = v0 + tl.arange(0, BLOCK_V)
+    for v0 in tl.range(start, tail, BLOCK_V, num_stages=3):
+        x = tl.load(row_ptr + (v0 + offs_v)).to(tl.float32)
+        m, rest, count, weighted = _with_block(
+            x, m, rest, count, weighted, scale, BLOCK_V, SUMS, ENTROPY
+        )
+    if tail < stop:  # apart: a mask is a selection for each entry
+        offs_v = tail + offs_v
         x = tl.load(row_ptr + offs_v, mask=offs_v < stop, other=float("-inf")).to(tl.float32)
-        m_new = tl.maximum(m, tl.max(x, axis=0))
-        if m_new > m:
-            rest, count, weighted = below(m, m_new, rest, count, weighted, scale)
-            m = m_new
-        d = x - m
-        at_max = d == 0.0  # false for inf - inf: +inf and NaN logits reach the sum as NaN
-        e = tl.where(at_max, 0.0, tl.exp2(d * scale))
-        rest += e
-        count += at_max.to(tl.float32)
-        if ENTROPY:
-            weighted -= tl.where(e > 0, e * d, 0.0)
-    out_ptr = state_ptr + pid * 4
+        m, rest, count, weighted = _with_block(
+            x, m, rest, count, weighted, scale, BLOCK_V, SUMS, ENTROPY
+        )
+    out_ptr = state_ptr + pid.to(tl.int64) * 4
     tl.store(out_ptr, m)
-    tl.store(out_ptr + 1, ordered_sum(rest, BLOCK_V))
-    tl.store(out_ptr + 2, ordered_sum(count, BLOCK_V))
+    tl.store(out_ptr + 1, ordered_sum(rest, SUMS))
+    tl.store(out_ptr + 2, ordered_sum(count, SUMS))
     if ENTROPY:
-        tl.store(out_ptr + 3, ordered_sum(weighted, BLOCK_V))
+        tl.store(out_ptr + 3, ordered_sum(weighted, SUMS))
 
 
 @triton.jit(do_not_specialize=[*_RUNTIME, "V"], do_not_specialize_on_alignment=_OF_A_ROW)
@@ -146,9 +178,10 @@ def _token_logprobs_bwd_kernel(
     BLOCK_V: tl.constexpr, LOGPROBS: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program per block of a row, which it loads before it stores: grad may be logits."""
-    pid = tl.program_id(0).to(tl.int64)
-    n, block = pid // num_blocks, pid % num_blocks
-    offs_v = (block * BLOCK_V).to(tl.int32) + tl.arange(0, BLOCK_V)
+    pid = tl.program_id(0)
+    n = pid // num_blocks
+    first = (pid - n * num_blocks) * BLOCK_V
+    offs_v = first + tl.arange(0, BLOCK_V)
     mask_v = offs_v < V
     grad_row_start = row_start(n, inner_size, grad_stride_outer, grad_stride_inner, ALIGNED)
     out_ptr = grad_ptr + grad_row_start + offs_v
@@ -167,19 +200,25 @@ def _token_logprobs_bwd_kernel(
         h = tl.load(grad_entropy_ptr + n)
         entropy = tl.load(entropy_ptr + n)
     g = tl.where(logprob == logprob, g, float("nan"))  # an id outside the whole vocabulary
-    d = x - tl.load(row_max_ptr + n)
-    p = tl.exp2(d * scale) * tl.exp(-log_total)
-    grad = -g * p
+    # 2^t (a + b t): of p, of its logarithm and of -1 / T, what is the row's alone is in a and b.
+    share = -tl.exp(-log_total) * inverse_temperature
+    t = (x - tl.load(row_max_ptr + n)) * scale
     if ENTROPY:
-        log_p = d * inverse_temperature - log_total
-        grad -= tl.where(p > 0, h * p * (log_p + entropy), 0.0)
-    # The target's own entry from "everything but the target", or p -> 1 would cancel. logprob comes
-    # from the forward pass: in place, another program may have overwritten the target's logit.
-    p_target = tl.exp(logprob)
-    grad_target = -g * expm1(logprob)
-    if ENTROPY:
-        grad_target -= tl.where(p_target > 0, h * p_target * (logprob + entropy), 0.0)
-    grad = tl.where(offs_v == token_id - vocab_start, grad_target, grad) * inverse_temperature
+        t = tl.maximum(t, -200.0)  # where 2^t is 0; -inf times 0 would be NaN
+        a = (g + h * (entropy - log_total)) * share
+        grad = tl.exp2(t) * (a + h * share * _LN2 * t)
+    else:
+        grad = tl.exp2(t) * (g * share)
+    target = token_id - vocab_start - first
+    if (target >= 0) & (target < BLOCK_V):
+        # From "everything but the target", or p -> 1 would cancel. logprob comes from the forward
+        # pass: in place, another program may have overwritten the target's logit.
+        p_target = tl.exp(logprob)
+        own = -g * expm1(logprob)
+        if ENTROPY:
+            own -= tl.where(p_target > 0, h * p_target * (logprob + entropy), 0.0)
+        is_target = tl.arange(0, BLOCK_V) == target.to(tl.int32)
+        grad = tl.where(is_target, own * inverse_temperature, grad)
     tl.store(out_ptr, grad.to(grad_ptr.dtype.element_ty), mask=mask_v)
 
 
@@ -244,7 +283,7 @@ def _partial_states(
     )  # fmt: skip
     aligned = (stride_outer | stride_inner) % 16 == 0  # both are
     _token_logprobs_fwd_kernel[(N * num_chunks,)](
-        CHUNK=CHUNK, ALIGNED=aligned, **shared, **block_for(V)
+        CHUNK=CHUNK, ALIGNED=aligned, **shared, **block_for(V, FORWARD)
     )
     return shared
 
@@ -299,7 +338,7 @@ def _backward(
     source, inner_size, stride_outer, stride_inner = rows_of(logits)
     target, _, grad_stride_outer, grad_stride_inner = rows_of(grad)
     aligned = (stride_outer | stride_inner | grad_stride_outer | grad_stride_inner) % 16 == 0
-    block = block_for(V)
+    block = block_for(V, BACKWARD if aligned else BACKWARD_UNALIGNED)
     num_blocks = triton.cdiv(V, block["BLOCK_V"])
     _token_logprobs_bwd_kernel[(N * num_blocks,)](
         grad_logprobs_ptr=grad_logprobs, grad_entropy_ptr=grad_entropy, logits_ptr=source,

@@ -21,6 +21,10 @@ _CPU_SLICE, _GPU_SLICE = 2**21, 2**27
 _LEAST_WIDTH = 256
 # Rows of a slice that has the whole vocabulary: with fewer the products become slower.
 _CPU_ROWS, _GPU_ROWS = 256, 1024
+# Entries of a 16-bit gradient, 1 GB, that waits for its products. They add to a float32 gradient as
+# large as the weight, which is read and written each time: behind 1024 rows, at D = 4096, for about
+# as long as the product takes.
+_GPU_GRADIENT = 2**29
 ALL = slice(None)
 
 _bwd_inplace = _binary.op("token_logprobs_bwd_")
@@ -49,11 +53,23 @@ class Head:
         width = max(_LEAST_WIDTH, budget // max(1, len(self.hidden)) // 64 * 64)
         return _cut(len(self.weight), width)
 
-    def row_slices(self) -> Iterator[slice]:
-        """For the whole vocabulary at once; of one size, since small ones are slow."""
+    def row_slices(self) -> Iterator[list[slice]]:
+        """For the whole vocabulary at once; of one size, since small ones are slow. Together those
+        whose gradients wait for each other."""
         rows = len(self.hidden)
         count = max(1, round(rows / (_GPU_ROWS if self._on_gpu else _CPU_ROWS)))
-        return _cut(rows, max(1, -(-rows // count)))
+        size = max(1, -(-rows // count))
+        # Those of float16 have a scale each, and those of float32 lie over the slice's logits.
+        waits = self._is_narrow and not self.has_half_factors
+        together = max(1, _GPU_GRADIENT // (size * len(self.weight))) if waits else 1
+        parts = list(_cut(rows, size))
+        return (parts[i : i + together] for i in range(0, len(parts), together))
+
+    def room_for_gradient(self, rows: int) -> Tensor | None:
+        """[rows, V] in the dtype of the products' factors; None where it lies over the logits."""
+        if not self._is_narrow:
+            return None
+        return self.buffer("gradient", rows, len(self.weight), dtype=self.dtype)
 
     def weight_of(self, columns: slice) -> Tensor:
         if columns == ALL:  # converted once, and not for every slice of rows
@@ -80,20 +96,29 @@ class Head:
             out.mul_(self.softcap)
         return out
 
-    def gradient(self, logits: Tensor, g: Tensor | None, h: Tensor | None, *saved: Any) -> Tensor:
+    def gradient(
+        self,
+        logits: Tensor,
+        g: Tensor | None,
+        h: Tensor | None,
+        *saved: Any,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Of the products' result, in the dtype of their factors; over the logits where it can.
 
         saved: token_ids, logprobs, entropy, row_max, log_total, temperature, ignore_index,
             vocab_start.
+        out: where a 16-bit one goes, if not into memory that the next call uses again.
         """
-        if not self._is_narrow or self.softcap is not None:
-            _bwd_inplace(g, h, logits, *saved)
-            if self.softcap is not None:
-                logits.mul_(self.buffer("slope", *logits.shape))
-            return self._as_factor(logits)
-        grad = self.buffer("gradient", *logits.shape, dtype=self.dtype)
-        _bwd_narrow(grad, g, h, logits, *saved)
-        return grad
+        if self._is_narrow and out is None:
+            out = self.buffer("gradient", *logits.shape, dtype=self.dtype)
+        if out is not None and self.softcap is None:
+            _bwd_narrow(out, g, h, logits, *saved)
+            return out
+        _bwd_inplace(g, h, logits, *saved)
+        if self.softcap is not None:
+            logits.mul_(self.buffer("slope", *logits.shape))
+        return logits if out is None else out.copy_(logits)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
         """out = a b, or out += a b; sums are float32, and so is out unless it is 16-bit."""

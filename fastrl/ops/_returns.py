@@ -50,10 +50,11 @@ def check(
     A call on a small batch is mostly this, so what is usual is seen at a glance and in one frame;
     the functions below look closer, and say what is wrong. further: by name, shaped like rewards.
     """
-    floats, shape, device = _checks.FLOATS, None, None
+    floats, shape, device, here = _checks.FLOATS, None, None, False
     if isinstance(rewards, Tensor):
         shape, device = rewards.shape, rewards.device
-    if not (shape and rewards.is_cpu and rewards.dtype in floats):
+        here = rewards.is_cpu or device.type in _checks.IMPLEMENTATIONS[op]
+    if not (shape and here and rewards.dtype in floats):
         _check_rewards(op, rewards)
     given = further if next_values is None else {**further, "next_values": next_values}
     for name, y in given.items():
@@ -105,9 +106,15 @@ def check(
 
 
 def _convert_to_one_dtype(steps: list[Tensor | None]) -> None:
-    floats = [x for x in steps if x is not None and x.dtype in _checks.FLOATS]
-    if len({x.dtype for x in floats}) == 1:
+    first = steps[0]
+    assert first is not None
+    dtype = first.dtype
+    for x in steps:
+        if x is not None and x.dtype is not dtype and x.dtype in _checks.FLOATS:
+            break
+    else:
         return
+    floats = [x for x in steps if x is not None and x.dtype in _checks.FLOATS]
     widest = result_dtype(floats)
     for i, x in enumerate(steps):
         if x is not None and x.dtype in _checks.FLOATS:

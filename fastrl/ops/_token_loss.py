@@ -25,6 +25,7 @@ class TokenLoss:
                 "Pass a function of (logprobs, entropy, rows).",
             )  # fmt: skip
         self._op, self._loss_fn, self._is_first = op, loss_fn, True
+        self._weights: Tensor | None = None  # of as many tokens as there were at once
 
     def __call__(
         self, logprobs: Tensor, entropy: Tensor, rows: Tensor, counted: Tensor
@@ -39,7 +40,9 @@ class TokenLoss:
         leaves = (logprobs.detach().requires_grad_(), entropy.detach().requires_grad_())
         losses = self._losses(*leaves, rows)
         total = losses.detach().double().masked_fill(~counted, 0.0).sum()
-        weights = _powers_of_two(len(rows), losses)
+        if self._weights is None or len(self._weights) < len(rows):
+            self._weights = _powers_of_two(len(rows), losses)
+        weights = self._weights[: len(rows)]
         if self._is_first:
             self._is_first = False
             other = weights == 1  # a half of them and more is left as it is, in its place

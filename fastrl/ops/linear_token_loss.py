@@ -111,20 +111,26 @@ class _LinearTokenLoss(torch.autograd.Function):
             loss = hidden.new_zeros((), dtype=torch.float64)
             logprobs = hidden.new_empty(len(rows.token_ids), dtype=torch.float32)
             entropy = torch.empty_like(logprobs)
-            for part in head.row_slices():
-                logits = head.logits(part, ALL, for_backward=any(needs))
-                ids = rows.token_ids[part]
-                found = _fwd(logits, ids, temperature, ignore_index, True, False)
-                logprobs[part], entropy[part] = found[0], found[1]
-                total, g, h = loss_fn(found[0], found[1], rows.index(part), ids != ignore_index)
-                loss += total
+            for parts in head.row_slices():
+                whole = slice(parts[0].start, parts[-1].stop)
+                room = head.room_for_gradient(whole.stop - whole.start) if any(needs) else None
+                for part in parts:
+                    logits = head.logits(part, ALL, for_backward=any(needs))
+                    ids = rows.token_ids[part]
+                    found = _fwd(logits, ids, temperature, ignore_index, True, False)
+                    logprobs[part], entropy[part] = found[0], found[1]
+                    total, g, h = loss_fn(found[0], found[1], rows.index(part), ids != ignore_index)
+                    loss += total
+                    if any(needs):
+                        scale = None
+                        if head.has_half_factors:
+                            g, h, scale = _for_half_factors(g, h)
+                        saved = (ids, *found, temperature, ignore_index, 0)
+                        grad = head.gradient(logits, g, h, *saved, out=_within(room, part, whole))
+                    del logits  # before there are others: a slice at a time
                 if any(needs):
-                    g, h, scale = _for_half_factors(g, h) if head.has_half_factors else (g, h, None)
-                    numbers = (temperature, ignore_index, 0)
-                    grad = head.gradient(logits, g, h, ids, *found, *numbers)
-                    gradients.add(part, grad, scale)
+                    gradients.add(whole, grad if room is None else room, scale)
                     del grad
-                del logits  # before there are others: a slice at a time
             ctx.gradients = gradients.of_inputs(rows)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         logprobs, entropy = rows.scatter(logprobs), rows.scatter(entropy)
@@ -154,6 +160,11 @@ class _LinearTokenLoss(torch.autograd.Function):
             for x, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return *cast, *(None,) * 6
+
+
+def _within(room: Tensor | None, part: slice, whole: slice) -> Tensor | None:
+    """Of room for the whole, that of a part."""
+    return None if room is None else room[part.start - whole.start : part.stop - whole.start]
 
 
 def _for_half_factors(

@@ -19,7 +19,8 @@ def test_every_configuration_keeps_to_the_budget(compiled):
 def test_every_block_size_that_ships_is_compiled(compiled):
     from fastrl.kernels import sample_tokens, token_logprobs
 
-    shipped = dict.fromkeys(("fwd", "bwd"), token_logprobs.BLOCKS)
+    backward = token_logprobs.BACKWARD + token_logprobs.BACKWARD_UNALIGNED
+    shipped = {"fwd": token_logprobs.FORWARD, "bwd": backward}
     shipped = {f"token_logprobs._token_logprobs_{k}_kernel": v for k, v in shipped.items()}
     both = (sample_tokens.DRAW, sample_tokens.TRUNCATE_AND_DRAW)
     shipped["sample_tokens._sample_tokens_kernel"] = both

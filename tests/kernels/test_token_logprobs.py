@@ -15,9 +15,9 @@ from fastrl import _vocabulary, reference
 MODULE = "fastrl.kernels.token_logprobs"
 FLOATS = [torch.float32, torch.float16]
 CHUNK = 32768  # columns a program walks; a test below holds it against the kernel's own
-# One column; odd; a warp and its neighbour; the small block and its neighbours; the large block and
-# its neighbour; two stretches of the vocabulary, the second of more than a block.
-VOCABULARIES = [1, 2, 33, 1023, 1024, 1025, 4096, 4097, CHUNK + 5000]
+# One column; odd; a warp and its neighbour; the small block and its neighbours; the large blocks
+# and their neighbours; two stretches of the vocabulary, the second of more than a block.
+VOCABULARIES = [1, 2, 33, 1023, 1024, 1025, 2048, 2049, 4096, 4097, CHUNK + 5000]
 
 
 @pytest.fixture
@@ -250,5 +250,7 @@ def test_a_state_without_entropy(interpreted):
 def test_the_sizes_above_are_the_kernels():
     kernels = pytest.importorskip("fastrl.kernels.token_logprobs")
     assert kernels.CHUNK == CHUNK
-    assert [block["BLOCK_V"] for block in kernels.BLOCKS] == [1024, 4096]
+    assert [block["BLOCK_V"] for block in kernels.FORWARD] == [1024, 2048]
+    for blocks in (kernels.BACKWARD, kernels.BACKWARD_UNALIGNED):
+        assert [block["BLOCK_V"] for block in blocks] == [1024, 4096]
     assert kernels.MERGE["BLOCK_N"] == 128

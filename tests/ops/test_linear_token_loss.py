@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import pytest
@@ -8,6 +9,8 @@ from budget import assert_within_budget
 import fastrl
 from fastrl import reference
 from fastrl.ops import _head
+
+_linear_token_loss = importlib.import_module("fastrl.ops.linear_token_loss")
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -22,6 +25,7 @@ def small_slices(monkeypatch):
     """Many slices of small problems."""
     monkeypatch.setattr(_head, "_CPU_ROWS", 16)
     monkeypatch.setattr(_head, "_GPU_ROWS", 16)
+    monkeypatch.setattr(_head, "_GPU_GRADIENT", 40 * 301)  # of two slices
 
 
 class ClippedLoss:
@@ -89,6 +93,44 @@ def test_it_takes_three_products(device, monkeypatch):
     calls.clear()
     fastrl.linear_token_loss(hidden.clone().requires_grad_(), weight, token_ids, loss_fn)
     assert len(calls) == 2
+
+
+class HeadOfAGpu(_head.Head):
+    """What a GPU is given, in products of float32 on this CPU; `products` are their shapes."""
+
+    products: list[tuple[int, ...]] = []
+
+    def __init__(self, hidden, *rest):
+        super().__init__(hidden, *rest)
+        self._is_narrow, self.dtype, self.hidden = True, hidden.dtype, hidden
+        self.has_half_factors = hidden.dtype == torch.float16
+
+    def product(self, a, b, out, *, add=False):
+        self.products.append((*a.shape, b.shape[1]))
+        return out.copy_(a.float() @ b.float() + (out if add else 0.0))
+
+
+def bwd_narrow(out, g, h, logits, *saved):
+    _head._bwd_inplace(g, h, logits, *saved)
+    out.copy_(logits)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_16_bits_wait_for_each_other(monkeypatch, dtype, softcap):
+    monkeypatch.setattr(_linear_token_loss, "Head", HeadOfAGpu)
+    monkeypatch.setattr(HeadOfAGpu, "products", [])
+    monkeypatch.setattr(_head, "_bwd_narrow", bwd_narrow)
+    given = hidden, weight, token_ids, bias = problem(81, dtype, "cpu")
+    loss_fn, plain = ClippedLoss(81, "cpu"), reference.linear_token_loss
+    actual = run(fastrl.linear_token_loss, *given, loss_fn, softcap=softcap)
+    eager = run(plain, *given, loss_fn, softcap=softcap)
+    wide = hidden.double(), weight.double(), token_ids, bias.double()
+    for parts in zip(actual, eager, run(plain, *wide, loss_fn, softcap=softcap), strict=True):
+        assert_within_budget(*parts, dtype)
+    # 80 rows that count are five slices: two, two and one, but with a scale each in float16.
+    rows = [shape[1] for shape in HeadOfAGpu.products if shape[0] == 301]
+    assert rows == ([16] * 5 if dtype == torch.float16 else [32, 32, 16])
 
 
 def test_small_gradients_reach_the_loss_scale(device):

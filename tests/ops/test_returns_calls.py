@@ -8,6 +8,7 @@ from returns_cases import INPUTS, NUMBERS, OPS, WITHOUT_LAMBDA, call, case, on_t
 from torch import library
 
 import fastrl
+from fastrl.ops import _returns
 
 every_op = pytest.mark.parametrize("op", OPS)
 RENAMED = {"gamma_per_step": "gamma", "lambda_per_step": "gae_lambda"}
@@ -140,3 +141,20 @@ def test_bad_arguments(op, change, error, message):
     with pytest.raises(error, match=message) as caught:
         getattr(fastrl, op)(**(arguments | change))
     assert str(caught.value).startswith(f"{op}: expected ")
+
+
+def test_what_a_gpu_is_given_has_one_dtype():
+    """The widest of the floats; flags and bounds stay."""
+    half, single, flags = torch.ones(3).half(), torch.ones(3), torch.ones(3, dtype=torch.bool)
+    bounds = torch.tensor([0, 3], dtype=torch.int32)
+    for given, found in (
+        ([half, half, None, flags, bounds], torch.float16),
+        ([half, None, flags, single, bounds], torch.float32),
+        ([single, half.bfloat16(), bounds], torch.float32),
+        ([single, None, single.double()], torch.float64),
+    ):
+        steps = list(given)
+        _returns._convert_to_one_dtype(steps)
+        for before, after in zip(given, steps, strict=True):
+            is_float = before is not None and before.is_floating_point()
+            assert after.dtype == found if is_float else after is before
