@@ -68,8 +68,11 @@ def _walk(
         of_row = tl.cast(h, tl.int64) * T + i0
         log_total = tl.load(log_total_ptr + of_row + i, mask=exists, other=0.0)
         x = product(k, q.T, None)  # [BLOCK_N, BLOCK_M], as all that follows
+        # Early for tensor cores; in float32 the threads have no room for it beside other products.
+        EARLY: tl.constexpr = NEEDS_KEY and k.dtype != tl.float32
         if NEEDS_KEY:
             delta = tl.load(delta_ptr + of_row + i, mask=exists, other=0.0)
+        if EARLY:
             ds = product(v, do.T, None) - delta[None, :]
         if SOFTCAP:
             x = capped(x * inner, k.dtype == tl.float32)
@@ -82,13 +85,15 @@ def _walk(
                 seen &= position[None, :] < reach[:, None]
             p = tl.where(seen, p, 0.0)
         dk, dv = state
-        if NEEDS_KEY:
+        if EARLY:
             ds *= p
-            if SOFTCAP:
-                ds *= 1.0 - x * x
         if NEEDS_VALUE:
             dv = product(p.to(do.dtype), do, dv)
         if NEEDS_KEY:
+            if not EARLY:
+                ds = p * (product(v, do.T, None) - delta[None, :])
+            if SOFTCAP:
+                ds *= 1.0 - x * x
             dk = product(ds.to(q.dtype), q, dk)
         state = (dk, dv)
         c0 += BLOCK_M
