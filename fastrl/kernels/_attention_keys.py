@@ -39,16 +39,19 @@ def _walk(
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The blocks of queries at [begin, end) of some heads, one head after the other; those outside
-    [mid, full_end) are masked. Query c - shift stands at c, and there is one for [first, stop)."""
+    [mid, full_end) are masked. Query c - shift stands at c, and there is one for [first, stop); no
+    key is seen from outside of it.
+
+    Returns state, and the head behind the last.
+    """
     query, grad_output, log_total_ptr, delta_ptr, position_ids_ptr, b, h0, T, strides = source
     lo, hi, reach = of_keys
     blocks = tl.cdiv(end - begin, BLOCK_M)
-    for n in tl.range(0, heads * tl.maximum(blocks, 0), disable_licm=True):
-        h = h0 + n // blocks
-        c0 = begin + n % blocks * BLOCK_M
+    h, c0 = h0, begin
+    for _ in tl.range(0, heads * tl.maximum(blocks, 0), disable_licm=True):
         i0 = c0 - shift
-        c = c0 + tl.arange(0, BLOCK_M)
-        exists = (c >= first) & (c < stop)
+        i = tl.arange(0, BLOCK_M)
+        exists = (i >= first - c0) & (i < stop - c0)
         if DESCRIPTORS:  # without a mask: where the tensor goes on, other trees have p = 0
             q = load_rows(query, b, h, i0, 0, 0, 0, True, HEAD, BLOCK_M, BLOCK_D)
             do = load_rows(grad_output, b, h, i0, 0, 0, 0, True, HEAD, BLOCK_M, BLOCK_D)
@@ -63,29 +66,40 @@ def _walk(
                 False, HEAD, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         of_row = tl.cast(h, tl.int64) * T + i0
-        i = tl.arange(0, BLOCK_M)
-        log_total = tl.load(log_total_ptr + of_row + i, mask=exists, other=float("inf"))
+        log_total = tl.load(log_total_ptr + of_row + i, mask=exists, other=0.0)
         x = product(k, q.T, None)  # [BLOCK_N, BLOCK_M], as all that follows
+        # Early for tensor cores; in float32 the threads have no room for it beside other products.
+        EARLY: tl.constexpr = NEEDS_KEY and k.dtype != tl.float32
+        if NEEDS_KEY:
+            delta = tl.load(delta_ptr + of_row + i, mask=exists, other=0.0)
+        if EARLY:
+            ds = product(v, do.T, None) - delta[None, :]
         if SOFTCAP:
             x = capped(x * inner, k.dtype == tl.float32)
         p = tl.exp2(tl.math.fma(x, outer, -log_total[None, :]))
         if (c0 < mid) | (c0 >= full_end):
+            c = c0 + i
             seen = (c[None, :] >= lo[:, None]) & (c[None, :] < hi[:, None])
             if TREE_WINDOW:
                 position = tl.load(position_ids_ptr + c, mask=exists, other=0).to(tl.int32)
                 seen &= position[None, :] < reach[:, None]
             p = tl.where(seen, p, 0.0)
         dk, dv = state
+        if EARLY:
+            ds *= p
         if NEEDS_VALUE:
             dv = product(p.to(do.dtype), do, dv)
         if NEEDS_KEY:
-            delta = tl.load(delta_ptr + of_row + i, mask=exists, other=0.0)
-            ds = p * (product(v, do.T, None) - delta[None, :])
+            if not EARLY:
+                ds = p * (product(v, do.T, None) - delta[None, :])
             if SOFTCAP:
                 ds *= 1.0 - x * x
             dk = product(ds.to(q.dtype), q, dk)
         state = (dk, dv)
-    return state
+        c0 += BLOCK_M
+        h = tl.where(c0 < end, h, h + 1)
+        c0 = tl.where(c0 < end, c0, begin)
+    return state, h
 
 
 @triton.jit
@@ -133,19 +147,22 @@ def _walk_tree_window(
     NEEDS_KEY: tl.constexpr, NEEDS_VALUE: tl.constexpr, SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of each segment the queries that stand near enough: positions begin again in each of them."""
+    """Of each segment the queries that stand near enough: positions begin again in each of them.
+
+    Returns state, and where the walk ended.
+    """
     reach = tl.max(of_keys[2])
     for s in tl.range(segment, end_segment, disable_licm=True):
         at = segments_ptr + tl.cast(s, tl.int64) * 5
         last = tl.minimum(tl.minimum(tl.load(at + 1), reach - tl.load(at + 3)), end)
         from_here = first + tl.maximum(tl.load(at) - first, 0) // BLOCK_M * BLOCK_M
         begin = tl.maximum(begin, from_here)  # a block that two segments share is walked once
-        state = _walk(
+        state, _ = _walk(
             state, k, v, inner, outer, of_keys, source, 1, begin, last, last, last, first, stop, 0,
             NEEDS_KEY, NEEDS_VALUE, True, SOFTCAP, DESCRIPTORS, HEAD, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         begin += tl.cdiv(tl.maximum(last - begin, 0), BLOCK_M) * BLOCK_M
-    return state
+    return state, begin
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_TABLES)
@@ -195,7 +212,7 @@ def _attention_dkdv_kernel(
     mid = origin + tl.cdiv(tl.maximum(tl.maximum(tl.max(lo), first) - origin, 0), BLOCK_M) * BLOCK_M
     full_end = tl.minimum(tl.min(hi), stop)
     full_end = origin + tl.maximum(full_end - origin, 0) // BLOCK_M * BLOCK_M
-    of_keys = (lo, hi, reach)
+    of_keys = (tl.maximum(lo, first), tl.minimum(hi, stop), reach)
     state = (tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
     h0 = h_key * queries_per_key
     strides = (query_h * UNIT, query_t * UNIT, grad_h * UNIT, grad_t * UNIT)
@@ -206,11 +223,12 @@ def _attention_dkdv_kernel(
     if LAYOUT and WINDOW:
         tile_ptr = key_tiles_ptr + (item // (TILE // BLOCK_N)).to(tl.int64) * 7
         segment, end_segment = tl.load(tile_ptr + 5), tl.load(tile_ptr + 6)
+        walked = begin
         for h in tl.range(h0, h0 + queries_per_key, disable_licm=True):
             source = (
                 query, grad_output, log_total_ptr, delta_ptr, position_ids_ptr, b, h, T, strides
             )  # fmt: skip
-            state = _walk_tree_window(
+            state, walked = _walk_tree_window(
                 state, k, v, inner, outer, of_keys, source, segments_ptr, segment, end_segment,
                 begin, end, first, stop,
                 NEEDS_KEY, NEEDS_VALUE, SOFTCAP, DESCRIPTORS, HEAD, BLOCK_M, BLOCK_D,
@@ -220,11 +238,12 @@ def _attention_dkdv_kernel(
             query, grad_output, log_total_ptr + at, delta_ptr + at, position_ids_ptr, b, h0, T,
             strides,
         )  # fmt: skip
-        state = _walk(
+        state, walked = _walk(
             state, k, v, inner, outer, of_keys, source, queries_per_key, begin, mid, full_end, end,
             first, stop, shift,
             NEEDS_KEY, NEEDS_VALUE, False, SOFTCAP, DESCRIPTORS, HEAD, BLOCK_M, BLOCK_D,
         )  # fmt: skip
+    j0 += tl.minimum(walked, 0)  # 0: or the addresses of k would stay in registers for those of dk
     dk, dv = state
     dk *= scale
     if LAYOUT:

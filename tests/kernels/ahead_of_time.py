@@ -69,6 +69,7 @@ class Compiled:
     shared: int  # bytes a block
     ttgir: str
     ptx: str
+    cubin: bytes
 
     @property
     def name(self) -> str:
@@ -126,9 +127,10 @@ def compile_one(request: Request) -> Compiled:
     source = ASTSource(request.kernel, request.signature, request.constants, request.attributes)
     target = GPUTarget("cuda", request.arch, 32)
     kernel = triton.compile(source, target=target, options=request.options)
-    registers, stack = _usage(kernel.asm["cubin"])
+    asm = kernel.asm
+    registers, stack = _usage(asm["cubin"])
     return Compiled(
-        request, registers, stack, kernel.metadata.shared, kernel.asm["ttgir"], kernel.asm["ptx"]
+        request, registers, stack, kernel.metadata.shared, asm["ttgir"], asm["ptx"], asm["cubin"]
     )
 
 
@@ -137,12 +139,20 @@ def compile_all(requests: list[Request]) -> list[Compiled]:
         return list(pool.map(compile_one, requests))
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
+def machine_code(kernel: Compiled) -> str:
+    return _dump("--dump-sass", kernel.cubin)
+
+
+def _dump(what: str, cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [_cuobjdump(), "--dump-resource-usage", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [_cuobjdump(), what, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    text = _dump("--dump-resource-usage", cubin)
     found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert found and len(found) == text.count("REG:"), f"cuobjdump: expected usage, got {text}"
     return max(int(r) for r, _, _ in found), sum(int(s) + int(m) for _, s, m in found)

@@ -78,6 +78,25 @@ def test_hopper_and_blackwell_load_blocks_by_descriptor_and_multiply_with_their_
     assert seen >= {(name, arch, True) for name in ("fwd", "dq", "dkdv") for arch in (90, 100)}
 
 
+def test_hopper_waits_for_products_and_not_for_each_of_their_parts(compiled):
+    """Where warps share rows, or registers are short, ptxas puts a wait behind every wgmma."""
+    from ahead_of_time import machine_code
+
+    # Of each configuration of the usual head size one: to disassemble takes half a second.
+    kernels = {
+        (name, sizes): kernel
+        for name, sizes, kernel in walkers(compiled)
+        if kernel.request.arch == 90 and is_half(kernel) and sizes[2] == 128
+    }
+    assert {name for name, _ in kernels} == {"fwd", "dq", "dkdv"}
+    for (name, _), kernel in kernels.items():
+        code = machine_code(kernel)
+        # One for the product of each score that is read, and one behind the walk.
+        waits = {"fwd": 2, "dq": 3, "dkdv": 3}[name]
+        assert code.count("HGMMA") >= 8
+        assert code.count("WARPGROUP.DEPBAR") == waits, str(kernel.request)
+
+
 def layouts_of_row_sums(kernel):
     """The layouts, spelled out, in which numbers are added up along an axis."""
     names = dict(re.findall(r"^(#\w+) = (.*)$", kernel.ttgir, re.MULTILINE))
