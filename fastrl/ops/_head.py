@@ -15,9 +15,9 @@ from fastrl.ops import _binary
 from fastrl.ops._quick_product import is_quick, quick_product
 
 # Logits of a slice, or 256 columns of all rows where those are more. CPU: a slice stays in the
-# last-level cache between product and passes, and larger ones make the product no faster. GPU:
-# 16 384 columns of 8192 rows, 0.5 GB.
-_CPU_SLICE, _GPU_SLICE = 2**21, 2**27
+# cache between product and passes, and larger ones make the product no faster; where malloc gives
+# each of several slices other pages, they add up. GPU: 16 384 columns of 8192 rows, 0.5 GB.
+_CPU_SLICE, _GPU_SLICE = 2**20, 2**27
 _LEAST_WIDTH = 256
 # Rows of a slice that has the whole vocabulary: with fewer the products become slower.
 _CPU_ROWS, _GPU_ROWS = 256, 1024
