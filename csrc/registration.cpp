@@ -88,13 +88,14 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
       "kept_ids(Tensor logits, Tensor lowest, Tensor last_id) -> (Tensor ids, Tensor cu_seqlens)");
   // Attention. schedule: PackedLayout.schedule, on a CPU [parts], on a GPU [query_tiles, segments,
   // key_tiles, key_sums]; empty without a layout. An lse is [B, Hq, T], -inf for a query that sees
-  // no key. A gradient that is not needed comes back empty.
+  // no key. A gradient that is not needed comes back empty. residue: what rounding took from the
+  // output, or empty: for the backward pass of a device that would not find it again.
   m.def("attention_fwd(Tensor query, Tensor key, Tensor value, " VISIBLE
-        ") -> (Tensor output, Tensor lse)");
+        ", bool needs_residue) -> (Tensor output, Tensor lse, Tensor residue)");
   m.def(
       "attention_bwd(Tensor? grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
       "value, "
-      "Tensor output, Tensor lse, " VISIBLE
+      "Tensor output, Tensor lse, Tensor residue, " VISIBLE
       ", bool needs_query, bool needs_key, bool needs_value) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   // prefix_cu_rows: the rows of each prefix.

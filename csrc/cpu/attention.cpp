@@ -97,16 +97,17 @@ struct Forward {
 };
 
 template <class T>
-std::tuple<Tensor, Tensor> forward(const AttentionKernels<T>& k, const Tensor& query,
-                                   const Tensor& key, const Tensor& value, const Visible& visible,
-                                   Numbers numbers) {
+std::tuple<Tensor, Tensor, Tensor> forward(const AttentionKernels<T>& k, const Tensor& query,
+                                           const Tensor& key, const Tensor& value,
+                                           const Visible& visible, Numbers numbers) {
   const Sizes sizes = sizes_of(query, key, value);
   const bool is_double = query.scalar_type() == ScalarType::Double;
   Tensor output = token_major(query);
   std::vector<int64_t> shape = shape_of(query);
   shape.pop_back();
   Tensor lse = empty_cpu(shape, is_double ? ScalarType::Double : ScalarType::Float);
-  if (query.numel() == 0) return {output, lse};
+  const Tensor residue = empty_cpu({0}, query.scalar_type());
+  if (query.numel() == 0) return {output, lse, residue};
   const std::vector<Tree> trees = trees_of(sizes, visible);
   const Forward<T> pass{k,
                         trees,
@@ -121,15 +122,15 @@ std::tuple<Tensor, Tensor> forward(const AttentionKernels<T>& k, const Tensor& q
                         query.size(3),
                         query.size(2)};
   pass.run(products_of(trees, query) < kSmall);
-  return {output, lse};
+  return {output, lse, residue};
 }
 
-std::tuple<Tensor, Tensor> attention_fwd_cpu(
+std::tuple<Tensor, Tensor, Tensor> attention_fwd_cpu(
     const Tensor& query, const Tensor& key, const Tensor& value,
     const std::optional<Tensor>& key_start, const std::optional<Tensor>& key_end,
     const std::optional<Tensor>& position_ids, const std::optional<Tensor>& visible_until,
     std::vector<Tensor> schedule, bool causal, double scale, std::optional<int64_t> window,
-    std::optional<double> softcap) {
+    std::optional<double> softcap, bool) {  // the backward pass sums delta itself
   const Visible visible{key_start, key_end, position_ids, schedule, causal, window};
   return with_kernels(query, [&](const auto& k) {
     return forward(k, query, key, value, visible, {scale, softcap.value_or(0.0)});

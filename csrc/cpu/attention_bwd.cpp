@@ -201,10 +201,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const AttentionKernels<T>& k,
 std::tuple<Tensor, Tensor, Tensor> attention_bwd_cpu(
     const std::optional<Tensor>& grad_output, const std::optional<Tensor>& grad_lse,
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-    const Tensor& lse, const std::optional<Tensor>& key_start, const std::optional<Tensor>& key_end,
-    const std::optional<Tensor>& position_ids, const std::optional<Tensor>& visible_until,
-    std::vector<Tensor> schedule, bool causal, double scale, std::optional<int64_t> window,
-    std::optional<double> softcap, bool needs_query, bool needs_key, bool needs_value) {
+    const Tensor& lse, const Tensor&, const std::optional<Tensor>& key_start,
+    const std::optional<Tensor>& key_end, const std::optional<Tensor>& position_ids,
+    const std::optional<Tensor>& visible_until, std::vector<Tensor> schedule, bool causal,
+    double scale, std::optional<int64_t> window, std::optional<double> softcap, bool needs_query,
+    bool needs_key, bool needs_value) {
   const Visible visible{key_start, key_end, position_ids, schedule, causal, window};
   return with_kernels(query, [&](const auto& k) {
     return backward(k, grad_output, grad_lse, query, key, value, output, lse, visible,

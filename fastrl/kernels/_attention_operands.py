@@ -57,7 +57,7 @@ def strides(unit_name: str, **tensors: Tensor) -> dict[str, int]:
     """Of batch, heads and rows, in units of 16 bytes where all of them are multiples of that."""
     found = {}
     for name, x in tensors.items():
-        of_rows = "t" if name in ("query", "output", "grad") else "s"
+        of_rows = "t" if name in ("query", "output", "residue", "grad") else "s"
         for axis, letter in enumerate(("b", "h", of_rows)):
             found[f"{name}_{letter}"] = x.stride(axis) if x.shape[axis] > 1 else 0
     unit = 16 // next(iter(tensors.values())).element_size()

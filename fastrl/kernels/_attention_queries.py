@@ -12,7 +12,8 @@ from fastrl.kernels._attention_tiles import LOG2E, lane_and_item, load_rows, sto
 _RUNTIME = [
     "T", "S", "items", "lanes", "lanes_of_section", "query_heads", "queries_per_key", "window",
     "query_b", "query_h", "query_t", "key_b", "key_h", "key_s", "value_b", "value_h", "value_s",
-    "output_b", "output_h", "output_t", "grad_b", "grad_h", "grad_t", "tiles",
+    "output_b", "output_h", "output_t", "residue_b", "residue_h", "residue_t", "grad_b", "grad_h",
+    "grad_t", "tiles",
 ]  # fmt: skip
 # A few numbers a tile: where a slice of them begins does not matter.
 _TABLES = [
@@ -36,7 +37,8 @@ def _first_query(
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_TABLES)
 def _attention_fwd_kernel(
-    query_ptr, key, value, output_ptr, lse_ptr,  # [B, Hq, T, HEAD], [B, Hkv, S, HEAD] ->
+    query_ptr, key, value,  # [B, Hq, T, HEAD], [B, Hkv, S, HEAD] ->
+    output_ptr, lse_ptr, residue_ptr,  # the last with the strides of the output
     key_start_ptr, key_end_ptr, position_ids_ptr, query_tiles_ptr, segments_ptr,
     T, S, items, lanes, lanes_of_section, query_heads, queries_per_key, window,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int32,
@@ -85,21 +87,25 @@ def _attention_fwd_kernel(
     lse = tl.where(total == 0, float("-inf"), (m + tl.log2(total)) / LOG2E)
     tl.store(lse_ptr + lane.to(tl.int64) * T + i, lse, mask=i < T)
     output = acc / tl.where(total == 0, 1.0, total)[:, None]
-    o_ptr = output_ptr + b * output_b * OUT_UNIT + h * output_h * OUT_UNIT
-    store_rows(o_ptr, output, i0, 0, T, output_t * OUT_UNIT, HEAD, BLOCK_M, BLOCK_D)
+    at = b * output_b * OUT_UNIT + h * output_h * OUT_UNIT
+    store_rows(output_ptr + at, output, i0, 0, T, output_t * OUT_UNIT, HEAD, BLOCK_M, BLOCK_D)
+    if residue_ptr is not None:
+        output -= output.to(output_ptr.dtype.element_ty).to(tl.float32)
+        store_rows(residue_ptr + at, output, i0, 0, T, output_t * OUT_UNIT, HEAD, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_TABLES)
 def _attention_rows_kernel(
-    grad_output_ptr, output_ptr, lse_ptr, grad_lse_ptr,
+    grad_output_ptr, output_ptr, residue_ptr, lse_ptr, grad_lse_ptr,
     log_total_ptr, delta_ptr,  # -> [B, Hq, T] each
     T, tiles, query_heads,
     grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int32,
     output_b: tl.int64, output_h: tl.int64, output_t: tl.int32,
+    residue_b: tl.int64, residue_h: tl.int64, residue_t: tl.int32,
     UNIT: tl.constexpr, HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """lse / ln 2, and delta = sum_d grad_output_d output_d - grad_lse: with them the gradient of a
-    score is p (<grad_output, value> - delta)."""
+    """lse / ln 2, and delta = sum_d grad_output_d (output_d + residue_d) - grad_lse: with them the
+    gradient of a score is p (<grad_output, value> - delta)."""
     lane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = lane // query_heads, lane % query_heads
     i0 = tile * BLOCK_M
@@ -109,7 +115,12 @@ def _attention_rows_kernel(
     o_ptr = output_ptr + b * output_b * UNIT + h * output_h * UNIT
     do = load_rows(do_ptr, b, h, i0, 0, T, grad_t * UNIT, False, HEAD, BLOCK_M, BLOCK_D)
     o = load_rows(o_ptr, b, h, i0, 0, T, output_t * UNIT, False, HEAD, BLOCK_M, BLOCK_D)
-    delta = do.to(tl.float32) * o.to(tl.float32)
+    o = o.to(tl.float32)
+    if residue_ptr is not None:
+        r_ptr = residue_ptr + b * residue_b * UNIT + h * residue_h * UNIT
+        rest = load_rows(r_ptr, b, h, i0, 0, T, residue_t * UNIT, False, HEAD, BLOCK_M, BLOCK_D)
+        o += rest.to(tl.float32)
+    delta = do.to(tl.float32) * o
     # By neighbours, in one order for all alignments of the two in memory.
     for k in tl.static_range(16):
         if BLOCK_D >> k > 1:

@@ -3,7 +3,7 @@
     s_ij = scale <query_i, key_j>,  or softcap tanh(s_ij / softcap)
     output_i = sum_j p_ij value_j,   p_ij = exp(s_ij - lse_i),   lse_i = log sum_j exp(s_ij)
 
-    delta_i = <grad_output_i, output_i> - grad_lse_i
+    delta_i = <grad_output_i, output_i + residue_i> - grad_lse_i
     ds_ij = p_ij (<grad_output_i, value_j> - delta_i)      (times 1 - tanh^2 with a softcap)
     grad_query_i = scale sum_j ds_ij key_j
     grad_key_j = scale sum_i ds_ij query_i,   grad_value_j = sum_i p_ij grad_output_i
@@ -14,6 +14,9 @@ arXiv:2205.14135). The backward pass computes the scores again, once by queries 
 once by keys for the other two: seven products a pair of tiles instead of five, and no atomics, so
 that every sum has one order. What is walked is known from a row's ends or the layout's tables
 (fastrl._tiles), and only what crosses an edge is masked.
+
+The residue is what rounding to 16 bits takes from the output. A mean of the keys or values leaves
+the gradients by way of sum_j ds_ij = 0, for which delta from the rounded output is too coarse.
 
 Products: 4 D operations for each visible pair and head forward, 14 D backward.
 """
@@ -52,24 +55,28 @@ def attention_fwd(
     scale: float,
     window: int | None,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """output in memory order [B, T, Hq, D], and lse [B, Hq, T] float32."""
+    needs_residue: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """output in memory order [B, T, Hq, D], lse [B, Hq, T] float32, and the residue, as the output;
+    [0] if not needed."""
     output = like(query)
+    residue = like(query) if needs_residue else query.new_empty(0)
     query, key, value = (rows(x) for x in (query, key, value))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if query.numel() == 0:
-        return output, lse
+        return output, lse, residue
     shared = _shared(query, key, schedule, causal, scale, window, softcap)
     config = _config("fwd", query, _is_tight(schedule, window, softcap))
     grid, by_queries = _by_queries(query, key, schedule, config["BLOCK_M"])
     _attention_fwd_kernel[grid](
         query_ptr=query, output_ptr=output, lse_ptr=lse,
+        residue_ptr=residue if needs_residue else None,
         **sources(key_end is None, config["BLOCK_N"], config["BLOCK_D"], key=key, value=value),
         **strides("UNIT", query=query, key=key, value=value),
         **strides("OUT_UNIT", output=output), **_which(key_start, key_end, position_ids, shared),
         **by_queries, **shared, **config,
     )  # fmt: skip
-    return output, lse
+    return output, lse, residue
 
 
 def attention_bwd(
@@ -80,6 +87,7 @@ def attention_bwd(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
+    residue: Tensor,
     key_start: Tensor | None,
     key_end: Tensor | None,
     position_ids: Tensor | None,
@@ -98,11 +106,12 @@ def attention_bwd(
     grad_key = like(key) if needs_key else key.new_empty(0)
     grad_value = like(value) if needs_value else value.new_empty(0)
     query, key, value, output = (rows(x) for x in (query, key, value, output))
+    rest = rows(residue) if residue.numel() > 0 else None
     grad_output = torch.zeros_like(output) if grad_output is None else rows(grad_output)
     inputs = dict(grad=grad_output, query=query, key=key, value=value)
     shared = _shared(query, key, schedule, causal, scale, window, softcap)
     shared.update(_which(key_start, key_end, position_ids, shared), scale=scale)
-    shared.update(_of_rows(grad_output, output, lse.contiguous(), grad_lse))
+    shared.update(_of_rows(grad_output, output, rest, lse.contiguous(), grad_lse))
     tight = _is_tight(schedule, window, softcap)
     if needs_query and query.numel() > 0:
         _grad_query(grad_query, inputs, schedule, _config("dq", query, tight), **shared)
@@ -117,19 +126,26 @@ def attention_bwd(
 
 
 def _of_rows(
-    grad_output: Tensor, output: Tensor, lse: Tensor, grad_lse: Tensor | None
+    grad_output: Tensor,
+    output: Tensor,
+    residue: Tensor | None,
+    lse: Tensor,
+    grad_lse: Tensor | None,
 ) -> dict[str, Tensor]:
     """log_total and delta, [B, Hq, T] float32: see the kernel."""
     log_total, delta = torch.empty_like(lse), torch.empty_like(lse)
     batch, heads, T, head_size = output.shape
     if output.numel() > 0:
+        lying = dict(
+            grad=grad_output, output=output, residue=output if residue is None else residue
+        )
         tiles = triton.cdiv(T, configs.ROWS["BLOCK_M"])
         _attention_rows_kernel[(batch * heads * tiles,)](
-            grad_output_ptr=grad_output, output_ptr=output, lse_ptr=lse,
+            grad_output_ptr=grad_output, output_ptr=output, residue_ptr=residue, lse_ptr=lse,
             grad_lse_ptr=None if grad_lse is None else grad_lse.contiguous(),
             log_total_ptr=log_total, delta_ptr=delta, T=T, tiles=tiles, query_heads=heads,
             HEAD=head_size, BLOCK_D=configs.padded(head_size),
-            **strides("UNIT", grad=grad_output, output=output), **configs.ROWS,
+            **strides("UNIT", **lying), **configs.ROWS,
         )  # fmt: skip
     return dict(log_total_ptr=log_total, delta_ptr=delta)
 

@@ -92,17 +92,28 @@ def attention(
     else:
         positions = layout.position_ids if window is not None else None
         visible = (None, None, positions, layout.visible_until, layout.schedule, True)
-    output, lse = _fwd(query, key, value, *visible, *numbers)
+    output, lse, _ = _fwd(query, key, value, *visible, *numbers, _needs_residue(query, key, value))
     return (output, lse) if return_lse else output
 
 
 def _is_decoding(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
     """One query that stands at the last key sees all of them, causal or not."""
     # Asked first: a comparison of sizes would make torch.compile's programs for these sizes alone.
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    if _has_gradient(query, key, value):
         return False
     num_queries = query.shape[2]
     return num_queries <= min(_DECODING, key.shape[2] - 1) and (causal or num_queries == 1)
+
+
+def _needs_residue(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the backward pass needs more digits of the output than it has: see the kernels. C++
+    computes them again there."""
+    coarse = query.device.type == "cuda" and query.element_size() == 2
+    return coarse and _has_gradient(query, key, value)
+
+
+def _has_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -212,10 +223,12 @@ def _token_major(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _fwd_fake(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fwd_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = query.new_empty(query.shape[:3], dtype=dtype)
-    return _token_major(query.new_empty(query.shape)), lse
+    output = _token_major(query.new_empty(query.shape))
+    residue = torch.empty_like(output) if rest[-1] and output.is_cuda else query.new_empty(0)
+    return output, lse, residue
 
 
 def _bwd_fake(
@@ -233,20 +246,21 @@ def _bwd_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, key_start, key_end, positions, until, schedule, *ctx.numbers = inputs
+    query, key, value, key_start, key_end, positions, until, schedule, *ctx.numbers, _ = inputs
     visible = (key_start, key_end, positions, until, *schedule)
     ctx.save_for_backward(query, key, value, *output, *visible)
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> Any:
+def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, _: None) -> Any:
     everything = ctx.saved_tensors  # read once: selective checkpointing counts
-    saved, schedule = everything[:9], list(everything[9:])
+    saved, schedule = everything[:10], list(everything[10:])
     needed, grads = ctx.needs_input_grad[:3], [None] * 3
     if grad_output is not None or grad_lse is not None:
         found = _bwd(grad_output, grad_lse, *saved, schedule, *ctx.numbers, *needed)
         grads = [x if needs else None for x, needs in zip(found, needed, strict=True)]
-    return *grads, *(None,) * 4, [None] * len(schedule), *(None,) * 4
+    return *grads, *(None,) * 4, [None] * len(schedule), *(None,) * 5
 
 
 _binary.register_fake("attention_fwd", _fwd_fake)

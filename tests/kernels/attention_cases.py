@@ -48,8 +48,9 @@ def run(interpreted, tensors, module=MODULE, before=(), **options):
     """output, lse and the three gradients."""
     query, key, value, grad_output, grad_lse = tensors
     visible = visible_of(query, **options)
-    output, lse = interpreted(module, "attention_fwd", *before, query, key, value, *visible)
-    saved = (grad_output, grad_lse, query, key, value, output, lse)
+    arguments = (query, key, value, *visible, query.element_size() == 2)
+    output, lse, residue = interpreted(module, "attention_fwd", *before, *arguments)
+    saved = (grad_output, grad_lse, query, key, value, output, lse, residue)
     grads = interpreted(module, "attention_bwd", *before, *saved, *visible, True, True, True)
     return output, lse, *grads
 

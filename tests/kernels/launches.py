@@ -145,6 +145,8 @@ def attention_calls(
     of_row = (i32, i32) if padded else (None, None)
     of_layout = (i64, i32, tables) if packed else (None, None, [])
     visible = (*of_row, *of_layout, causal, 0.1, window, softcap)
-    yield Launch(attention.attention_fwd, (query, key, key, *visible))
-    saved = (query, lse, query, key, key, query, lse)
+    needs_residue = dtype != torch.float32
+    residue = query if needs_residue else query[:0]
+    yield Launch(attention.attention_fwd, (query, key, key, *visible, needs_residue))
+    saved = (query, lse, query, key, key, query, lse, residue)
     yield Launch(attention.attention_bwd, (*saved, *visible, True, True, True))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from attention_cases import MODULE, assert_same_bits, inputs, layout_of, plain, run, visible_of
 from budget import assert_within_budget
+from eager_attention import assert_no_worse_than_eager
 from forests import random_forest
 
 HALF, SINGLE = torch.float16, torch.float32
@@ -170,6 +171,19 @@ def test_garbage_where_no_keys_are_reaches_nothing(interpreted, garbage, on):
         assert not any(grad[outside[:, None]].any() for grad in found[3:])
 
 
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_keys_and_values_with_a_mean(interpreted, packed, window):
+    """As those of layers with a bias have: <grad_output, output> with an output of 16 bits alone
+    would be wrong by more than the gradient of the queries is large."""
+    layout = layout_of([70, 20, 40], [-1, 0, 0]) if packed else None
+    options = {"layout": layout, "window": window}
+    query, key, value, grad_output, grad_lse = inputs((1, 2, 1, 130, 130, 32), SINGLE)
+    tensors = [x.to(HALF) for x in (query, key + 3, value + 1, grad_output)]
+    found = run(interpreted, [*tensors, 0 * grad_lse], **options)
+    assert_no_worse_than_eager(found[2:], tensors, **options)
+
+
 def test_queries_without_keys(interpreted):
     """Output 0, lse -inf, no gradient, whatever comes from above; the others are not touched."""
     tensors = list(inputs((2, 1, 1, 150, 60, 32)))
@@ -189,8 +203,9 @@ def test_only_the_gradients_that_are_needed(interpreted, needs):
     layout = layout_of([40, 20], [-1, 0])
     query, key, value, grad_output, grad_lse = tensors = inputs((1, 2, 1, 60, 60, 32), HALF)
     visible = visible_of(query, layout=layout)
-    output, lse, *expected = run(interpreted, tensors, layout=layout)
-    saved = (grad_output, grad_lse, query, key, value, output, lse)
+    saved = interpreted(MODULE, "attention_fwd", query, key, value, *visible, True)
+    expected = run(interpreted, tensors, layout=layout)[2:]
+    saved = (grad_output, grad_lse, query, key, value, *saved)
     grads = interpreted(MODULE, "attention_bwd", *saved, *visible, *needs)
     for grad, full, needed in zip(grads, expected, needs, strict=True):
         assert torch.equal(grad, full) if needed else grad.shape == (0,)
@@ -200,10 +215,10 @@ def test_only_the_gradients_that_are_needed(interpreted, needs):
 def test_either_gradient_from_above_alone(interpreted, missing):
     query, key, value, grad_output, grad_lse = tensors = inputs((1, 2, 1, 70, 70, 32))
     visible = visible_of(query)
-    output, lse = interpreted(MODULE, "attention_fwd", query, key, value, *visible)
+    results = interpreted(MODULE, "attention_fwd", query, key, value, *visible, False)
     given = [None if missing == "grad_output" else grad_output]
     given += [None if missing == "grad_lse" else grad_lse]
-    saved = (*given, query, key, value, output, lse)
+    saved = (*given, query, key, value, *results)
     grads = interpreted(MODULE, "attention_bwd", *saved, *visible, True, True, True)
     zero = [
         torch.zeros_like(x) if g is None else g for x, g in zip(tensors[3:], given, strict=True)

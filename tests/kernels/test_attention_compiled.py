@@ -149,8 +149,8 @@ def calls(lying, batch, heads, key_heads, T, S, number):
     ):
         query, key = lying(rows, heads, T, 64), lying(rows, key_heads, keys, 64)
         lse = torch.empty(rows, heads, T)
-        yield attention.attention_fwd, query, key, key, *visible
-        saved = (query, lse, query, key, key, query, lse)
+        yield attention.attention_fwd, query, key, key, *visible, True
+        saved = (query, lse, query, key, key, query, lse, query)
         yield attention.attention_bwd, *saved, *visible, True, True, True
 
 

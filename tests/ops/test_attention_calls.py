@@ -42,14 +42,14 @@ def arguments(device, kind):
 def test_opcheck(device, kind):
     tokens, rest = arguments(device, kind)
     tensors = qkv(tokens, device)
-    library.opcheck(torch.ops.fastrl.attention_fwd.default, (*tensors, *rest))
+    library.opcheck(torch.ops.fastrl.attention_fwd.default, (*tensors, *rest, True))
     with torch.no_grad():
-        output, lse = torch.ops.fastrl.attention_fwd(*tensors, *rest)
+        output, lse, residue = torch.ops.fastrl.attention_fwd(*tensors, *rest, False)
         for grads, needs in (
             ((torch.randn_like(output), None), (True, True, True)),
             ((None, torch.randn_like(lse)), (False, True, False)),
         ):
-            saved = (*grads, *(x.detach() for x in tensors), output, lse)
+            saved = (*grads, *(x.detach() for x in tensors), output, lse, residue)
             library.opcheck(
                 torch.ops.fastrl.attention_bwd.default, (*saved, *rest, *needs),
                 test_utils=("test_schema", "test_faketensor"),

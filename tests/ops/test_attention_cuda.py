@@ -3,6 +3,7 @@
 import pytest
 import torch
 from budget import assert_within_budget
+from eager_attention import assert_no_worse_than_eager
 
 import fastrl
 from fastrl import reference
@@ -82,6 +83,17 @@ def test_packed(forest, name, D, dtype):
     layout = layout_of(*forest)
     N = layout.num_tokens
     check(inputs((1, 4, 2, N, N, D), dtype), layout=layout, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_keys_and_values_with_a_mean(packed, dtype):
+    layout = layout_of([400, 140, 260], [-1, 0, 0])
+    query, key, value, grad_output, grad_lse = inputs((1, 4, 2, 800, 800, 64), torch.float32)
+    tensors = [x.to(dtype) for x in (query, key + 3, value + 1, grad_output)]
+    options = {"layout": layout if packed else None}
+    found = run([*tensors, 0 * grad_lse], **options)
+    assert_no_worse_than_eager(found[2:], tensors, **options)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
