@@ -87,11 +87,12 @@ def _attention_fwd_kernel(
     lse = tl.where(total == 0, float("-inf"), (m + tl.log2(total)) / LOG2E)
     tl.store(lse_ptr + lane.to(tl.int64) * T + i, lse, mask=i < T)
     output = acc / tl.where(total == 0, 1.0, total)[:, None]
+    rounded = output.to(output_ptr.dtype.element_ty)
     at = b * output_b * OUT_UNIT + h * output_h * OUT_UNIT
-    store_rows(output_ptr + at, output, i0, 0, T, output_t * OUT_UNIT, HEAD, BLOCK_M, BLOCK_D)
-    if residue_ptr is not None:
-        output -= output.to(output_ptr.dtype.element_ty).to(tl.float32)
-        store_rows(residue_ptr + at, output, i0, 0, T, output_t * OUT_UNIT, HEAD, BLOCK_M, BLOCK_D)
+    if residue_ptr is not None:  # ahead of the output, or both would lie in registers
+        rest = output - rounded.to(tl.float32)
+        store_rows(residue_ptr + at, rest, i0, 0, T, output_t * OUT_UNIT, HEAD, BLOCK_M, BLOCK_D)
+    store_rows(output_ptr + at, rounded, i0, 0, T, output_t * OUT_UNIT, HEAD, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_TABLES)
