@@ -25,7 +25,7 @@ class TrainerConfig:
         chat_template_kwargs: for the tokenizer's chat template.
     Rewards:
         gamma: discount per token, in [0, 1]; 0 is the purely immediate reward. Algorithms that
-            compare a prompt's completions by the sums of their rewards do not discount.
+            compare a prompt's completions by the sums of their rewards take 1 alone.
         reward_weights: a factor for each reward function; None: 1 each.
         reward_timeout: seconds after which a reward function counts as hanging; None: never.
         reward_errors: "raise" what a reward function raises, or "mask" its completions.
@@ -174,6 +174,8 @@ class TrainerConfig:
     def _check_together(self) -> None:
         if self.kl_target is not None and self.kl_coef == 0:
             self._fail("kl_coef > 0 with kl_target, which it is steered from", self.kl_coef)
+        self._check_used(self.kl_target is not None, "without kl_target", "kl_horizon")
+        self._check_used(self.entropy_target is not None, "without entropy_target", "entropy_rate")
         if self.minibatches > self.prompts_per_step:
             self._fail(
                 f"minibatches <= prompts_per_step = {self.prompts_per_step}", self.minibatches
@@ -187,6 +189,14 @@ class TrainerConfig:
                 "to the policy that sampled",
                 (self.epochs, self.minibatches),
             )
+
+    def _check_used(self, is_used: bool, where: str, *names: str, default: Any = None) -> None:
+        """Fields that nothing reads `where` stay at their default there; that stands in `to_dict`,
+        and is no error."""
+        for name in () if is_used else names:
+            own = type(self).__dataclass_fields__[name].default if default is None else default
+            if getattr(self, name) != own:
+                self._fail(f"{name} {own} {where}", getattr(self, name))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
