@@ -83,7 +83,9 @@ class RunningNormalized(_Single):
     are taken in first; n in the deviation's denominator. With a decay, numbers of k calls ago
     weigh decay^k. A call without finite numbers changes nothing. The statistics are saved with
     the run, and an evaluation leaves them as they were. What is normalised here is what is
-    given, so lists get deviation 1 id by id: NormalizedSum does it by completion.
+    given, so lists get deviation 1 id by id: NormalizedSum does it by completion. A mean taken off
+    each id counts as often as there are ids: above 0 it rewards an early end, below 0 a late one.
+    center=False leaves that alone.
 
     While all numbers so far are equal but for rounding, they become 0; with center=False they
     stay as they are, as there is no scale yet. NaN and infinity are not counted and not clipped.
