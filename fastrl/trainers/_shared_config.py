@@ -35,9 +35,11 @@ class TrainerConfig:
         kl_coef: weight of the penalty on the KL divergence from the starting model.
         kl_in: the penalty is a part of the "loss", or of each token's "reward".
         kl_estimator: "k2" | "k3" of `fastrl.ops.kl_penalty`, in the reward "k1" too; None: "k2", in
-            the reward "k1". On the policy's own samples the gradient of k2 as a loss and of k1 as a
-            reward is that of the divergence; k3's as a loss, which GRPO takes, is not. What is
-            reported is always k3, unbiased and never negative.
+            the reward "k1". On the policy's own samples k1 as a reward, with gamma = 1, has the
+            gradient of the divergence of whole completions, and k2 as a loss that of each token's,
+            given the tokens before it; k3's as a loss, which GRPO takes, is neither. As a loss the
+            tokens that another policy sampled are weighed with their importance. What is reported
+            is always k3, unbiased and never negative.
         kl_target: the divergence per token that kl_coef is steered to; None: kl_coef stays.
         kl_horizon: completions after which a divergence far off has changed kl_coef by 20 %.
         kl_every: steps between two measurements of the divergence where kl_coef is 0; 0: it is
@@ -45,7 +47,8 @@ class TrainerConfig:
         entropy_coef: weight of the entropy bonus.
         entropy_target: nats per token that entropy_coef is steered to; None: entropy_coef stays.
         entropy_rate: what a step adds to entropy_coef per nat that is missing.
-        importance_cap: bound of the weight of tokens that another engine sampled.
+        importance_cap: bound of the weight of tokens that another engine sampled, and in the KL
+            loss of those that are replayed.
     The update:
         epochs: how often each rollout is learned from.
         minibatches: gradient steps in an epoch, each on some of the prompts.
