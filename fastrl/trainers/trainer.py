@@ -174,9 +174,10 @@ class Trainer(ABC):
         return rollout, None
 
     def teaches(self, known: Experience) -> Tensor:
-        """[M] bool: the tokens whose loss has a gradient."""
+        """[M] bool: the tokens whose loss has a gradient, or whose entropy steers its coefficient:
+        at 0 too, or it would be that of the prompts whose completions still differ alone."""
         kl_loss = self.kl.coef > 0 and self.config.kl_in == "loss"
-        if kl_loss or self.entropy.coef > 0:
+        if kl_loss or self.entropy.coef > 0 or self.config.entropy_target is not None:
             return torch.ones_like(known.is_learned)
         return known.advantages != 0
 
