@@ -158,6 +158,18 @@ def test_rloo_of_one_reward_at_the_end_is_group_advantages(make_trainer):
     torch.testing.assert_close(returns - baseline, expected)
 
 
+@pytest.mark.parametrize("reward", [0.1, 0.3, 1 / 3])
+def test_rloo_of_equal_rewards_leaves_nothing(make_trainer, reward):
+    """Exactly 0: Adam makes steps of what rounding leaves, however small that is."""
+    trainer = make_trainer(
+        reward_functions=lambda completion_ids, **_: [reward] * len(completion_ids),
+        baseline="rloo", completions_per_prompt=8, max_steps=2, **STILL,
+    )  # fmt: skip
+    before = [p.detach().clone() for p in trainer.parameters]
+    assert [record["grad_norm"] for record in trainer.train()] == [0, 0]
+    assert all(map(torch.equal, trainer.parameters, before))
+
+
 def test_rloo_without_another_usable_completion_teaches_nothing(make_trainer):
     """Neither the policy gradient nor the entropy bonus."""
     trainer = make_trainer(baseline="rloo", entropy_coef=0.1, **STILL)
