@@ -26,6 +26,7 @@ from fastrl.trainers.health import (
     TruncationWatch,
     check_checkpointing,
     check_finite,
+    check_importance,
     check_trainable,
     set_learning,
     without_dropout,
@@ -102,6 +103,7 @@ class Trainer(ABC):
             timeout=self.config.reward_timeout,
             errors=self.config.reward_errors,
         )
+        check_importance(self)
         check_checkpointing(self)
         without_dropout(self.model, will_learn_with_it=self.config.dropout)
         needs_reference = self.config.kl_coef > 0 or self.config.kl_every > 0

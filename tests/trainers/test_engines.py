@@ -128,6 +128,13 @@ def test_an_engines_tokens_are_weighed_with_their_importance(make_trainer, mask)
     assert call["temperature"] == 1.0 and len(set(call["seeds"])) == 12
 
 
+def test_a_cap_without_tokens_to_weigh_is_an_error(make_trainer):
+    with pytest.raises(ValueError, match="expected importance_cap 2.0 without .*, got 3.0"):
+        make_trainer(importance_cap=3.0)
+    make_trainer("actor_critic", algorithm="vtrace", replay_size=1, importance_cap=3.0)
+    make_trainer(rollout_function=engine(), importance_cap=3.0)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_gradient_of_k2_is_that_of_the_divergence_whoever_samples(make_trainer, temperature):
     """All eight next tokens, once each: what an engine that takes each as often samples."""
