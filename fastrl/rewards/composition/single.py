@@ -47,7 +47,8 @@ class Clipped(_Single):
 
 
 class Scaled(_Single):
-    """factor · s + offset for each completion; in a list, the offset stands at the last id.
+    """factor · s + offset for each completion; in a list, the offset stands at the last id that
+    the policy wrote.
 
     What else holds is in `Composition`.
 
@@ -73,7 +74,10 @@ class Scaled(_Single):
     def _combined(self, given: dict[str, list[Entry]], batch: Batch) -> list[Entry]:
         (entries,) = given.values()
         factors = (self.factor, self.offset)
-        return [None if e is None else weighted_sum((e, 1.0), factors) for e in entries]
+        return [
+            None if entry is None else weighted_sum((entry, 1.0), factors, last)
+            for entry, last in zip(entries, batch.lasts, strict=True)
+        ]
 
 
 class RunningNormalized(_Single):

@@ -42,7 +42,8 @@ class WeightedSum(Composition):
             self._weights.observe(part, mean_of(given[part]))
         terms = [self._term(part, entries, batch) for part, entries in given.items()]
         factors = [weights[part] for part in given]
-        return [weighted_sum(entries, factors) for entries in zip(*terms, strict=True)]
+        rows = zip(zip(*terms, strict=True), batch.lasts, strict=True)
+        return [weighted_sum(entries, factors, last) for entries, last in rows]
 
     def _term(self, part: str, entries: list[Entry], batch: Batch) -> list[Entry]:
         return entries
