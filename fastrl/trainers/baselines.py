@@ -24,9 +24,9 @@ def leave_one_out(
     gamma = 1 this is RLOO's baseline, the mean of the other completions' rewards, at every token.
     Sums are float64: equal returns are their own baseline, bit for bit, and teach nothing.
 
-    In a tree the others of a shared turn are counted as its unshared copies would be, those among
-    them that go through the same tokens too: what is left at such a token is smaller, by the share
-    of the other paths that do not, and 0 where all of them do.
+    In a tree, paths that share a turn are others to each other, as its unshared copies would be.
+    The mean of what is left at its tokens is then the difference from the paths that do not go
+    through it, times their share of the others: 0 where all paths do.
 
     Args:
         returns: [P] float32, G, along the trajectories.
