@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 References = tuple[str, ...]
-_NO_COLUMNS = {"trainer_state", "log_metric", "log_extra"}  # what trainers pass besides
+# What trainers pass besides.
+_NO_COLUMNS = {"is_target", "trainer_state", "log_metric", "log_extra"}
 
 
 def references_in(columns: Mapping[str, Any], name: str, op: str) -> list[References | None]:

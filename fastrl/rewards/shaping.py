@@ -15,17 +15,19 @@ class PotentialShaping:
         r'_t = r_t + F_t,   F_t = γ Φ(s_{t+1}) − Φ(s_t),   Φ(terminal) = 0
 
     s_t is the prompt and the first t ids of the completion; the state behind the last id is
-    terminal. From any state, Σ_k γ^k F_{t+k} = −Φ(s_t): every policy gains or loses the same, so
-    the best policies, the advantages and the policy gradient are those of r, for any Φ; a return
-    is less by Φ(s_t), from the start by Φ(s_0), which depends on the prompt alone. That needs the
-    γ of the trainer, rewards that are summed as they are (not whitened or clipped token by token),
-    and that all ids are the policy's: trainers drop the rewards of ids that it did not write. In
-    algorithms that use one return for the whole completion (RLOO, GRPO), Φ(s_0) is a constant of
-    the group and F has no effect at all.
+    terminal. Ids that the policy did not write, as a trainer's is_target says, are no steps: s_t
+    is then all that stands before its t-th one, and F is 0 at theirs. From any state,
+    Σ_k γ^k F_{t+k} = −Φ(s_t): every policy gains or loses the same, so the best policies, the
+    advantages and the policy gradient are those of r, for any Φ; a return is less by Φ(s_t), from
+    the start by Φ(s_0), which depends on the prompt alone. That needs the γ of the trainer, and
+    rewards that are summed as they are (not whitened or clipped token by token). In algorithms
+    that use one return for the whole completion (RLOO, GRPO), Φ(s_0) is a constant of the group
+    and F has no effect at all.
 
     Args:
-        reward_function: what is shaped. A number for a whole completion stands at its last id;
-            None stays None. It is called with the arguments that it takes, as trainers do.
+        reward_function: what is shaped. A number for a whole completion stands at its last id
+            that the policy wrote; None stays None. It is called with the arguments that it takes,
+            as trainers do.
         potential: Φ: a metric's reward (`ChrF(tokenizer=...)`: its scores of prefixes, times its
             scale, incrementally; 0 throughout where it has no reference), or a function
             f(prompt, prefix) -> float, called for every prefix: of texts with a tokenizer,
@@ -73,18 +75,25 @@ class PotentialShaping:
         prompts: Sequence[Any],
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
+        *,
+        is_target: Sequence[Sequence[bool]] | None = None,
         **columns: Any,
     ) -> list[Any]:
         """Rewards of a batch.
 
         Args:
+            is_target: for each completion a bool per id, False where the policy did not write it;
+                None: it wrote all.
             columns: for the reward function and the potential.
         Returns:
             A list of floats per completion, one per id; None where the function has no opinion.
         Raises:
             what the reward function and the potential raise.
         """
+        if is_target is None:
+            is_target = [[True] * len(ids) for ids in completion_ids]
         given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        given["is_target"] = is_target
         rewards = self.reward_function(**accepted({**given, **columns}, self._parameters))
         rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
         if len(rewards) != len(completion_ids):
@@ -94,8 +103,10 @@ class PotentialShaping:
             )
         potentials = self._potentials(prompts, completions, completion_ids, columns)
         return [
-            self._shaped(reward, phi, index)
-            for index, (reward, phi) in enumerate(zip(rewards, potentials, strict=True))
+            self._shaped(reward, phi, [i for i, own in enumerate(row) if own], index)
+            for index, (reward, phi, row) in enumerate(
+                zip(rewards, potentials, is_target, strict=True)
+            )
         ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,22 +162,28 @@ class PotentialShaping:
         pieces = self._pieces(ids)
         return ["".join(pieces[:end]) for end in range(len(ids) + 1)]
 
-    def _shaped(self, reward: Any, phi: list[float], index: int) -> Any:
+    def _shaped(self, reward: Any, phi: list[float], own: list[int], index: int) -> Any:
+        """One completion's rewards; own: the ids that the policy wrote, by index."""
         count = len(phi) - 1
         reward = reward.tolist() if hasattr(reward, "tolist") else reward
-        if reward is None or count == 0:  # without ids there is no step that could be shaped
+        if reward is None or not own:  # without ids there is no step that could be shaped
             return reward
-        row = [0.0] * (count - 1) + [reward] if isinstance(reward, int | float) else reward
+        row = reward
+        if isinstance(reward, int | float):
+            row = [0.0] * count
+            row[own[-1]] = reward
         if len(row) != count:
             raise ValueError(
                 f"PotentialShaping: expected {count} rewards for completion {index}, one for each "
                 f"of its completion_ids, got {len(row)}. Count the EOS, or return one float."
             )
-        phi = [*phi[:-1], 0.0]
+        phi = [*(phi[i] for i in own), 0.0]
         if not all(map(math.isfinite, phi)):
             raise ValueError(
                 f"PotentialShaping: expected a finite potential of completion {index}, got {phi}. "
                 "Repair the potential: rewards would be lost in it."
             )
-        steps = zip(row, phi, phi[1:], strict=False)
-        return [r + self.gamma * after - before for r, before, after in steps]
+        shaped = list(row)
+        for i, before, after in zip(own, phi, phi[1:], strict=False):
+            shaped[i] = row[i] + self.gamma * after - before
+        return shaped

@@ -6,7 +6,8 @@ from typing import Any
 from fastrl.rollout import Rollout
 from fastrl.trainers.prompts import Example, PromptDataset
 
-_OURS = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
+_OURS = {"prompts", "completions", "completion_ids", "is_target"}
+_OURS |= {"trainer_state", "log_metric", "log_extra"}
 
 
 class RewardLog:

@@ -25,7 +25,7 @@ class TrainerConfig:
         chat_template_kwargs: for the tokenizer's chat template.
     Rewards:
         gamma: discount per token, in [0, 1]; 0 is the purely immediate reward. Algorithms that
-            compare a prompt's completions by the sums of their rewards do not discount.
+            compare a prompt's completions by the sums of their rewards take 1 alone.
         reward_weights: a factor for each reward function; None: 1 each.
         reward_timeout: seconds after which a reward function counts as hanging; None: never.
         reward_errors: "raise" what a reward function raises, or "mask" its completions.
@@ -35,9 +35,11 @@ class TrainerConfig:
         kl_coef: weight of the penalty on the KL divergence from the starting model.
         kl_in: the penalty is a part of the "loss", or of each token's "reward".
         kl_estimator: "k2" | "k3" of `fastrl.ops.kl_penalty`, in the reward "k1" too; None: "k2", in
-            the reward "k1". On the policy's own samples the gradient of k2 as a loss and of k1 as a
-            reward is that of the divergence; k3's as a loss, which GRPO takes, is not. What is
-            reported is always k3, unbiased and never negative.
+            the reward "k1". On the policy's own samples k1 as a reward, with gamma = 1, has the
+            gradient of the divergence of whole completions, and k2 as a loss that of each token's,
+            given the tokens before it; k3's as a loss, which GRPO takes, is neither. As a loss the
+            tokens that another policy sampled are weighed with their importance. What is reported
+            is always k3, unbiased and never negative.
         kl_target: the divergence per token that kl_coef is steered to; None: kl_coef stays.
         kl_horizon: completions after which a divergence far off has changed kl_coef by 20 %.
         kl_every: steps between two measurements of the divergence where kl_coef is 0; 0: it is
@@ -45,7 +47,8 @@ class TrainerConfig:
         entropy_coef: weight of the entropy bonus.
         entropy_target: nats per token that entropy_coef is steered to; None: entropy_coef stays.
         entropy_rate: what a step adds to entropy_coef per nat that is missing.
-        importance_cap: bound of the weight of tokens that another engine sampled.
+        importance_cap: bound of the weight of tokens that another engine sampled, and in the KL
+            loss of those that are replayed.
     The update:
         epochs: how often each rollout is learned from.
         minibatches: gradient steps in an epoch, each on some of the prompts.
@@ -174,6 +177,8 @@ class TrainerConfig:
     def _check_together(self) -> None:
         if self.kl_target is not None and self.kl_coef == 0:
             self._fail("kl_coef > 0 with kl_target, which it is steered from", self.kl_coef)
+        self._check_used(self.kl_target is not None, "without kl_target", "kl_horizon")
+        self._check_used(self.entropy_target is not None, "without entropy_target", "entropy_rate")
         if self.minibatches > self.prompts_per_step:
             self._fail(
                 f"minibatches <= prompts_per_step = {self.prompts_per_step}", self.minibatches
@@ -187,6 +192,14 @@ class TrainerConfig:
                 "to the policy that sampled",
                 (self.epochs, self.minibatches),
             )
+
+    def _check_used(self, is_used: bool, where: str, *names: str, default: Any = None) -> None:
+        """Fields that nothing reads `where` stay at their default there; that stands in `to_dict`,
+        and is no error."""
+        for name in () if is_used else names:
+            own = type(self).__dataclass_fields__[name].default if default is None else default
+            if getattr(self, name) != own:
+                self._fail(f"{name} {own} {where}", getattr(self, name))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""

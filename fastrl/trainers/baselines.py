@@ -22,6 +22,11 @@ def leave_one_out(
 
     A completion that has ended stands with its last reward-to-go. With one reward at the end and
     gamma = 1 this is RLOO's baseline, the mean of the other completions' rewards, at every token.
+    Sums are float64: equal returns are their own baseline, bit for bit, and teach nothing.
+
+    In a tree, paths that share a turn are others to each other, as its unshared copies would be.
+    The mean of what is left at its tokens is then the difference from the paths that do not go
+    through it, times their share of the others: 0 where all paths do.
 
     Args:
         returns: [P] float32, G, along the trajectories.
@@ -39,7 +44,7 @@ def leave_one_out(
     is_used = is_used & (lengths > 0)
     steps = torch.arange(int(lengths.max()), device=returns.device)
     at_step = starts[:, None] + torch.minimum(steps, (lengths[:, None] - 1).clamp(min=0))  # [L, T]
-    table = returns[at_step.clamp(max=len(returns) - 1)].masked_fill(~is_used[:, None], 0)
+    table = returns.double()[at_step.clamp(max=len(returns) - 1)].masked_fill(~is_used[:, None], 0)
     _, group = group_ids.unique(return_inverse=True)
     size = int(group.max()) + 1
     # index_put_ and not index_add_: on a GPU too it adds in a fixed order.
@@ -48,9 +53,9 @@ def leave_one_out(
     used.index_put_((group,), is_used.long(), accumulate=True)
     num_others = used[group] - is_used.long()
     exists = steps < lengths[:, None]
-    baseline = ((sums[group] - table) / num_others.clamp(min=1)[:, None])[exists]
+    baseline = (sums[group] - table) / num_others.clamp(min=1)[:, None]
     is_known = (is_used & (num_others > 0)).repeat_interleave(lengths)
-    return baseline, is_known
+    return baseline[exists].to(returns.dtype), is_known
 
 
 class RunningMean:

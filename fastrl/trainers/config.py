@@ -1,4 +1,5 @@
-"""What a run is made of. Every field has a default; a value that cannot work is an error here."""
+"""What a run is made of. Every field has a default; a value that cannot work, or that the chosen
+algorithm would not look at, is an error here."""
 
 import math
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ class PolicyGradientConfig(TrainerConfig):
         advantage: "returns", or an estimator of `fastrl.group_advantages`.
         advantage_k: of "max_at_k"; at most completions_per_prompt.
         reduction: how the losses of tokens add up.
-        clip_low, clip_high: distance of the ratio's bounds from 1.
+        clip_low, clip_high: distance of the ratio's bounds from 1. Not with "reinforce".
         dual_clip: bound of the ratio where the advantage is negative; None: none. Not with
             "reinforce" and "cispo".
         baseline: with advantage "returns", what is taken off a token's reward-to-go: "none";
             "running_mean", of earlier steps at the same position; or "rloo", of the other
             completions of the same prompt at the same position (`fastrl.trainers.baselines`).
         baseline_decay: what "running_mean" keeps of its past per step, in [0, 1].
+    Raises:
+        ValueError: a value that cannot work, or one that nothing reads.
     """
 
     ALGORITHMS: ClassVar[tuple[str, ...]] = tuple(ALGORITHMS)
@@ -74,7 +77,15 @@ class PolicyGradientConfig(TrainerConfig):
         if compares and self.completions_per_prompt < 2:
             by = 'baseline "rloo"' if self.advantage == "returns" else f"{self.advantage!r}"
             self._fail(f"completions_per_prompt >= 2 with {by}", self.completions_per_prompt)
-        self._check_ratio(self.loss != "policy_gradient")
+        has_ratio = self.loss != "policy_gradient"
+        self._check_ratio(has_ratio)
+        of_algorithm = f"with algorithm {self.algorithm!r}, which has no ratio"
+        self._check_used(has_ratio, of_algorithm, "clip_low", default=own.clip_low)
+        self._check_used(has_ratio, of_algorithm, "clip_high", default=own.clip_high)
+        of_sums = f"with advantage {self.advantage!r}, which sums the rewards of a completion"
+        self._check_used(self.advantage == "returns", of_sums, "gamma")
+        has_mean = self.baseline == "running_mean"
+        self._check_used(has_mean, 'without baseline "running_mean"', "baseline_decay")
 
     @property
     def loss(self) -> str:
@@ -96,13 +107,16 @@ class ActorCriticConfig(TrainerConfig):
             "returns" for a2c, "gae" for ppo; vtrace has its own.
         gae_lambda: of "gae" and V-trace, in [0, 1]; 1 is the same as "returns".
         critic_coef: weight of the critic's loss.
-        value_clip: how far a value may move from that of the sampling critic; None: freely.
+        value_clip: of ppo, how far a value may move from that of the sampling critic; None: freely.
+            (After a single gradient step it has not moved yet.)
         clip_low, clip_high, dual_clip: of ppo, distance of the ratio's bounds from 1.
         whiten_advantages: bring the actor's advantages to mean 0 and deviation 1 in every step;
             None: for ppo.
         rho_clip, c_clip: of vtrace, see `fastrl.vtrace`.
         replay_size: of vtrace, rollouts of earlier steps that are kept; 0: none.
         replay_per_step: of vtrace, how many of them a step learns from beside its own.
+    Raises:
+        ValueError: a value that cannot work, or one that nothing reads.
     """
 
     ALGORITHMS: ClassVar[tuple[str, ...]] = ("a2c", "ppo", "vtrace")
@@ -141,11 +155,17 @@ class ActorCriticConfig(TrainerConfig):
             self._check_range("value_clip", 0.0, math.inf, above=True)
         if self.dual_clip is not None:
             self._check_range("dual_clip", 1.0, math.inf, above=True)
-            if not is_ppo:
-                self._fail(f"no dual_clip with algorithm {self.algorithm!r}", self.dual_clip)
+        for name in ("dual_clip", "value_clip"):
+            if getattr(self, name) is not None and not is_ppo:
+                self._fail(f"no {name} with algorithm {self.algorithm!r}", getattr(self, name))
         self._check_bool("whiten_advantages")
         self._check_int("replay_size", 0)
         self._check_int("replay_per_step", 1)
         if self.replay_size and not is_vtrace:
             self._fail('replay_size 0 without algorithm "vtrace"', self.replay_size)
         self._check_ratio(is_ppo)
+        self._check_used(is_ppo, 'without algorithm "ppo"', "clip_low", "clip_high")
+        self._check_used(is_vtrace, 'without algorithm "vtrace"', "rho_clip", "c_clip")
+        has_lambda = self.advantage != "returns"
+        self._check_used(has_lambda, 'with advantage "returns"', "gae_lambda")
+        self._check_used(self.replay_size > 0, "with replay_size 0", "replay_per_step")

@@ -79,8 +79,10 @@ def gather(trainer: "Trainer", rollout: Rollout) -> tuple[Experience, dict[str, 
     paths = Trajectories(rollout)  # a turn of which no path can be learned from is not either
     is_learned = paths.any(paths.over(paths.whole(is_learned)))
     old = _old_logprobs(trainer, rollout, is_fresh)
-    if trainer.rollout_function is not None:
+    if trainer.rollout_function is not None or is_fresh is not None:
         weights = importance(old, rollout.logprobs, config.importance_cap)
+    if trainer.rollout_function is not None:
+        assert weights is not None
         metrics = sampling_metrics(old, rollout.logprobs, weights, is_fresh)
     known = Experience(
         rollout=rollout,

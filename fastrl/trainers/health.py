@@ -132,6 +132,17 @@ def check_trainable(trainer: "Trainer") -> None:
                 check_saveable(policy)
 
 
+def check_importance(trainer: "Trainer") -> None:
+    """Raise a ValueError where a cap is set and every token is the policy's own of this step."""
+    config = trainer.config
+    own, replays = type(config).importance_cap, getattr(config, "replay_size", 0) > 0
+    if trainer.rollout_function is None and not replays and config.importance_cap != own:
+        raise ValueError(
+            f"{type(trainer).__name__}: expected importance_cap {own} without rollout_function and "
+            f"replay, got {config.importance_cap!r}. Leave it out for the default."
+        )
+
+
 def check_checkpointing(trainer: "Trainer") -> None:
     """Raise a ValueError where gradient checkpointing is asked of a model without it."""
     if trainer.config.gradient_checkpointing and not hasattr(

@@ -82,7 +82,8 @@ def token_losses(
         kl = trainer.ops.kl_penalty(
             logprobs, known.ref_logprobs, estimator=trainer.config.kl_estimator
         )
-        losses = losses + kl_coef * kl
+        # A mean over tokens as the policy samples them; an entropy is one over all of them already.
+        losses = losses + kl_coef * (kl if known.weights is None else kl * known.weights)
     if entropy_coef:
         losses = losses - entropy_coef * entropy
     assert known.token_weights is not None

@@ -56,9 +56,11 @@ class RewardScorer:
     A function is called as TRL calls it, f(prompts=..., completions=..., completion_ids=...,
     **columns), each a list with one entry per completion. Prompts are as they stand in the
     dataset; completions are texts, or [{"role": "assistant", "content": text}] where the prompt
-    is chat messages, or ids where there is no tokenizer. Further arguments: log_metric(name,
-    number), log_extra(column, list), and trainer_state if the caller has one. A function without
-    **kwargs gets those arguments that it names. It gives a list with one entry per completion:
+    is chat messages, or ids where there is no tokenizer. Further arguments: is_target, for each
+    completion a list of bools, one per id: False where the policy did not write it;
+    log_metric(name, number), log_extra(column, list), and trainer_state if the caller has one. A
+    function without **kwargs gets those arguments that it names. It gives a list with one entry
+    per completion:
 
     - a float: the reward of the whole completion, which stands at its last target;
     - a list of floats, one per completion id, EOS and tokens that the policy did not write
@@ -125,6 +127,7 @@ class RewardScorer:
         tokens, log = CompletionTokens(rollout), RewardLog()
         arguments = reward_arguments(examples, rollout, tokens.ids, dataset, eos_token_id)
         arguments |= {"log_metric": log.metric, "log_extra": log.extra}
+        arguments["is_target"] = tokens.is_target
         if trainer_state is not None:
             arguments["trainer_state"] = trainer_state
         calls = self._caller([accepted(arguments, names) for names in self._parameters])

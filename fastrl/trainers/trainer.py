@@ -26,6 +26,7 @@ from fastrl.trainers.health import (
     TruncationWatch,
     check_checkpointing,
     check_finite,
+    check_importance,
     check_trainable,
     set_learning,
     without_dropout,
@@ -102,6 +103,7 @@ class Trainer(ABC):
             timeout=self.config.reward_timeout,
             errors=self.config.reward_errors,
         )
+        check_importance(self)
         check_checkpointing(self)
         without_dropout(self.model, will_learn_with_it=self.config.dropout)
         needs_reference = self.config.kl_coef > 0 or self.config.kl_every > 0
@@ -174,9 +176,10 @@ class Trainer(ABC):
         return rollout, None
 
     def teaches(self, known: Experience) -> Tensor:
-        """[M] bool: the tokens whose loss has a gradient."""
+        """[M] bool: the tokens whose loss has a gradient, or whose entropy steers its coefficient:
+        at 0 too, or it would be that of the prompts whose completions still differ alone."""
         kl_loss = self.kl.coef > 0 and self.config.kl_in == "loss"
-        if kl_loss or self.entropy.coef > 0:
+        if kl_loss or self.entropy.coef > 0 or self.config.entropy_target is not None:
             return torch.ones_like(known.is_learned)
         return known.advantages != 0
 

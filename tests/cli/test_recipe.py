@@ -78,8 +78,8 @@ def test_what_is_written_reads_as_the_same(recipe, tmp_path):
     copy.write_text(toml.write_toml(read.to_dict()))
     assert dataclasses.replace(read_recipe(copy), source="") == dataclasses.replace(read, source="")
     assert read_recipe(copy).differences(read) == []
-    other = read_recipe(copy, ["train.max_steps=9", "train.gamma=0.5", "eval.every=2"])
-    assert other.differences(read) == ["train.gamma"]
+    other = read_recipe(copy, ["train.max_steps=9", "train.kl_coef=0.5", "eval.every=2"])
+    assert other.differences(read) == ["train.kl_coef"]
 
 
 def test_toml_of_every_type_goes_there_and_back():

@@ -32,9 +32,10 @@ functions = [
 weights = [1, 0.5]
 [train]
 learning_rate = 1e-5
-gamma = 0.5
+temperature = 0.5
 [train.a2c]
 learning_rate = 1e-4
+advantage = "gae"
 gae_lambda = 0.9
 [train.reinforce]
 baseline = "rloo"
@@ -143,9 +144,9 @@ def test_fields_of_one_algorithm(recipe, tmp_path):
     def config(*sets):
         return read_recipe(recipe, sets).config()
 
-    assert (config().learning_rate, config().gamma) == (1e-5, 0.5)
+    assert (config().learning_rate, config().temperature) == (1e-5, 0.5)
     a2c = config("algorithm=a2c")
-    assert (a2c.learning_rate, a2c.gae_lambda, a2c.gamma) == (1e-4, 0.9, 0.5)
+    assert (a2c.learning_rate, a2c.gae_lambda, a2c.temperature) == (1e-4, 0.9, 0.5)
     assert config("algorithm=reinforce").baseline == "rloo"
     assert config("algorithm=ppo").learning_rate == 1e-5
     assert config("algorithm=a2c", "train.learning_rate=2.0").learning_rate == 2.0

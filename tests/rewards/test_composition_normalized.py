@@ -5,6 +5,8 @@ import random
 import statistics
 
 import pytest
+import torch
+from torch.nn.functional import logsigmoid
 
 from fastrl.rewards.composition import Minimum, NormalizedSum, RunningNormalized, WeightedSum
 
@@ -85,11 +87,36 @@ def test_lists_are_normalised_by_their_sum():
     # totals 6, 4, 2: mean 4, deviation 2
     dense = giving([[1.0, 2.0, 3.0], [4.0], [0.0, 2.0], None], name="dense")
     rows = call(NormalizedSum([dense]))
-    assert close(rows[0], [-1 / 6, 1 / 3, 5 / 6]) and rows[1:] == [[0], [-1, 0], None]
+    assert rows == [[-1.5, 1, 1.5], [0], [-2, 1], None]
     dense = giving([[1.0, 2.0, 3.0], [4.0], [0.0, 2.0], None], name="dense")
     sparse = giving([0.0, None, 2.0, 4.0], name="sparse")
     rows = call(NormalizedSum([dense, sparse], [1.0, 6.0]))
-    assert close(rows[0], [-1 / 6, 1 / 3, 5 / 6 - 6]) and rows[1:] == [[0], [-1, 0], 6]
+    assert rows == [[-1.5, 1, 1.5 - 6], [0], [-2, 1], 6]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0])
+def test_the_mean_of_lists_moves_no_policy_gradient(gamma):
+    """Over all completions of a policy that goes on (1) or ends (0), which alone decides on their
+    number of ids: the gradient is that of the rewards over their deviation."""
+    ids = [[0], [1, 0], [1, 1, 0], [1, 1, 1]]
+    dense = [[3.0], [1.0, 2.5], [1.0, 2.0, 2.0], [1.0, 2.0, 0.5]]
+    deviation = statistics.stdev(map(sum, dense))
+    logits = torch.tensor([0.3, -0.5, 0.8], dtype=torch.float64, requires_grad=True)
+
+    def gradient(rewards):
+        loss = torch.zeros((), dtype=torch.float64)
+        for row, taken in zip(rewards, ids, strict=True):
+            logprobs = logsigmoid(logits[: len(taken)] * (2 * torch.tensor(taken) - 1))
+            likely = logprobs.sum().exp().item()
+            for t, logprob in enumerate(logprobs):
+                to_go = sum(gamma**k * r for k, r in enumerate(row[t:]))
+                loss = loss + likely * logprob * to_go
+        return torch.autograd.grad(loss, logits)[0]
+
+    expected = gradient([[r / deviation for r in row] for row in dense])
+    found = gradient(call(NormalizedSum([giving(dense)]), "aaaa", ids))
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("over", ["batch", "group", "running"])

@@ -43,6 +43,10 @@ def potential(prompt, prefix):
     return PHI[prefix]
 
 
+def giving(rewards):
+    return lambda completion_ids: rewards
+
+
 def rewards_of(function, gamma=None) -> list[list[float]]:
     """Of every completion, by token; shaped with a gamma."""
     if gamma is not None:
@@ -129,6 +133,18 @@ def test_by_hand():
     shaping = PotentialShaping(lambda completion_ids: [2.0], lambda _, ids: phi[ids], 0.5)
     (rewards,) = shaping(["p"], ["x"], [[7, 8, 9]])
     assert rewards == [0.5 * 1.0 - 0.5, 0.5 * 3.0 - 1.0, 2.0 - 3.0]  # Φ(terminal) = 0
+
+
+def test_what_a_tool_answered_is_no_step():
+    """The state before a token is all that stands there, a tool's answer too."""
+    phi = {(): 0.5, (7,): math.nan, (7, 8): 3.0, (7, 8, 9): math.nan, (7, 8, 9, 4): math.nan}
+    own = [[True, False, True, False]]
+    for reward in ([2.0], [[0.0, 0.0, 2.0, 0.0]]):
+        shaping = PotentialShaping(giving(reward), lambda _, ids: phi[ids], 0.5)
+        (rewards,) = shaping(["p"], ["x"], [[7, 8, 9, 4]], is_target=own)
+        assert rewards == [0.5 * 3.0 - 0.5, 0, 2.0 - 3.0, 0]
+    (unwritten,) = shaping(["p"], ["x"], [[7, 8, 9, 4]], is_target=[[False] * 4])
+    assert unwritten == [0, 0, 2, 0]
 
 
 def test_a_metric_as_potential():

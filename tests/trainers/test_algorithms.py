@@ -266,7 +266,8 @@ def test_value_clip_stops_values_that_have_moved(make_trainer):
 @pytest.mark.parametrize("advantage", ["returns", "gae"])
 def test_a2c(make_trainer, advantage, extra, is_used):
     """The values are those of the critic that sampled, recorded then."""
-    options = {"gamma": 0.9, "gae_lambda": 0.7, "advantage": advantage, **extra}
+    options = {"gamma": 0.9, "advantage": advantage, **extra}
+    options |= {"gae_lambda": 0.7} if advantage == "gae" else {}
     trainer, rollout, rows = moved(make_trainer, "actor_critic", is_used, **options)
     config, losses = trainer.config, []
     for i in counted(rows, config):

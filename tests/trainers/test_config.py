@@ -135,6 +135,7 @@ def test_bad_values_are_errors(config_class, field, value, message):
         (ActorCriticConfig, {"algorithm": "vtrace", "advantage": "gae"}, "'vtrace', got 'gae'"),
         (ActorCriticConfig, {"algorithm": "vtrace", "epochs": 2}, "epochs = minibatches = 1"),
         (ActorCriticConfig, {"value_clip": 0.0}, "value_clip a number > 0, got 0.0"),
+        (ActorCriticConfig, {"value_clip": 0.2}, "no value_clip with algorithm 'a2c', got 0.2"),
         (ActorCriticConfig, {"replay_size": 1}, 'replay_size 0 without algorithm "vtrace", got 1'),
         (ActorCriticConfig, {"replay_per_step": 0}, "replay_per_step a whole number >= 1, got 0"),
         (ActorCriticConfig, {"rho_clip": -1.0}, "rho_clip a number >= 0, got -1.0"),
@@ -143,6 +144,59 @@ def test_bad_values_are_errors(config_class, field, value, message):
 def test_bad_values_of_one_trainer_are_errors(config_class, fields, message):
     with pytest.raises(ValueError, match=message):
         config_class(**fields)
+
+
+@pytest.mark.parametrize(
+    "config_class, fields, expected",
+    [
+        (PolicyGradientConfig, {"clip_low": 0.1}, "clip_low 0.2 with algorithm 'reinforce'"),
+        (PolicyGradientConfig, {"clip_high": 0.3}, "clip_high 0.2 with algorithm 'reinforce'"),
+        (PolicyGradientConfig, {"algorithm": "grpo", "gamma": 0.9}, "gamma 1.0 with .* 'grpo'"),
+        (PolicyGradientConfig, {"advantage": "rloo", "gamma": 0.0}, "gamma 1.0 with .* 'rloo'"),
+        (PolicyGradientConfig, {"baseline_decay": 0.5}, "baseline_decay 0.9 without baseline"),
+        (
+            PolicyGradientConfig,
+            {"baseline": "rloo", "baseline_decay": 0.5},
+            'baseline_decay 0.9 without baseline "running_mean"',
+        ),
+        (PolicyGradientConfig, {"kl_horizon": 9}, "kl_horizon 10000 without kl_target"),
+        (ActorCriticConfig, {"entropy_rate": 0.1}, "entropy_rate 0.01 without entropy_target"),
+        (ActorCriticConfig, {"gae_lambda": 0.9}, 'gae_lambda 0.95 with advantage "returns"'),
+        (ActorCriticConfig, {"clip_low": 0.1}, 'clip_low 0.2 without algorithm "ppo"'),
+        (ActorCriticConfig, {"algorithm": "vtrace", "clip_high": 0.1}, "clip_high 0.2 without"),
+        (ActorCriticConfig, {"rho_clip": 2.0}, 'rho_clip 1.0 without algorithm "vtrace"'),
+        (ActorCriticConfig, {"algorithm": "ppo", "c_clip": 2.0}, "c_clip 1.0 without algorithm"),
+        (
+            ActorCriticConfig,
+            {"algorithm": "vtrace", "replay_per_step": 2},
+            "replay_per_step 1 with replay_size 0",
+        ),
+    ],
+)
+def test_what_nothing_would_read_is_an_error(config_class, fields, expected):
+    *_, (name, value) = fields.items()
+    with pytest.raises(ValueError, match=f"expected {expected}.*, got {value}"):
+        config_class(**fields)
+    default = config_class(**{k: v for k, v in fields.items() if k != name})
+    assert config_class(**default.to_dict()) == default
+
+
+def test_what_something_reads_stands():
+    algorithms = PolicyGradientConfig.ALGORITHMS
+    for algorithm in (name for name in algorithms if name != "reinforce"):
+        config = PolicyGradientConfig(algorithm=algorithm, advantage="returns", gamma=0.5)
+        assert config.gamma == 0.5
+    for options in (
+        {"algorithm": "ppo", "clip_low": 0.1, "clip_high": 0.3, "value_clip": 0.2},
+        {"algorithm": "ppo", "gae_lambda": 0.5},
+        {"advantage": "gae", "gae_lambda": 0.5},
+        {"algorithm": "vtrace", "rho_clip": 2.0, "c_clip": 0.5, "gae_lambda": 0.5},
+        {"algorithm": "vtrace", "replay_size": 2, "replay_per_step": 2},
+        {"kl_coef": 0.1, "kl_target": 0.1, "kl_horizon": 9},
+        {"entropy_target": 1.0, "entropy_rate": 0.1},
+    ):
+        config = ActorCriticConfig(gamma=0.5, **options)
+        assert {name: getattr(config, name) for name in options} == options
 
 
 @pytest.mark.parametrize(
@@ -165,7 +219,8 @@ def test_an_algorithm_fills_in_what_is_left_out(
     assert (config.advantage, config.reduction) == (advantage, reduction)
     assert (config.clip_low, config.clip_high) == (low, high)
     assert config.mask_truncated is mask_truncated
-    own = {"advantage": "rloo", "reduction": "token_sum", "clip_low": 0.1, "clip_high": 0.3}
+    own = {"advantage": "rloo", "reduction": "token_sum"}
+    own |= {"clip_low": 0.1, "clip_high": 0.3} if algorithm != "reinforce" else {}
     config = PolicyGradientConfig(algorithm=algorithm, mask_truncated=True, **own)
     assert {name: getattr(config, name) for name in own} == own and config.mask_truncated
 

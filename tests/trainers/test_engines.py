@@ -10,6 +10,7 @@ from hand_losses import (
     clipped,
     gae_of,
     gradient_of,
+    move,
     returns_of,
     scored,
 )
@@ -125,6 +126,36 @@ def test_an_engines_tokens_are_weighed_with_their_importance(make_trainer, mask)
     assert call["policy"] is trainer.policy and call["eos_token_ids"] == [7]
     assert (call["completions_per_prompt"], call["max_new_tokens"]) == (4, 6)
     assert call["temperature"] == 1.0 and len(set(call["seeds"])) == 12
+
+
+def test_a_cap_without_tokens_to_weigh_is_an_error(make_trainer):
+    with pytest.raises(ValueError, match="expected importance_cap 2.0 without .*, got 3.0"):
+        make_trainer(importance_cap=3.0)
+    make_trainer("actor_critic", algorithm="vtrace", replay_size=1, importance_cap=3.0)
+    make_trainer(rollout_function=engine(), importance_cap=3.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_gradient_of_k2_is_that_of_the_divergence_whoever_samples(make_trainer, temperature):
+    """All eight next tokens, once each: what an engine that takes each as often samples."""
+    prompt = torch.tensor([1, 2])
+
+    def uniform(**_):
+        ids = [[[token] for token in range(8)]]
+        return {"completion_ids": ids, "logprobs": [[[-math.log(8)]] * 8]}
+
+    trainer = make_trainer(
+        reward_functions=lambda completion_ids, **_: [0.0] * len(completion_ids),
+        rollout_function=uniform, dataset=[prompt], prompts_per_step=1, completions_per_prompt=8,
+        kl_coef=1.0, importance_cap=1e3, temperature=temperature, **STILL,
+    )  # fmt: skip
+    move(trainer.policy, 0.5)
+    ours, theirs = (
+        (policy.lm_head(policy.hidden_states(prompt[None])[0][0, -1]) / temperature).log_softmax(-1)
+        for policy in (trainer.policy, trainer.reference)
+    )
+    wanted = gradient_of(trainer, (ours.exp() * (ours - theirs.detach())).sum())
+    assert_same(one_step(trainer)[1], wanted)
 
 
 @pytest.mark.parametrize(

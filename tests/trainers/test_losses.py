@@ -49,7 +49,8 @@ def with_values(make_trainer, **config):
 @pytest.mark.parametrize("is_used", USED)
 @pytest.mark.parametrize("advantage", ["returns", "gae"])
 def test_a2c_loss(make_trainer, advantage, is_used):
-    config = {"gamma": 0.9, "gae_lambda": 0.6, "entropy_coef": 0.1, "critic_coef": 0.7}
+    config = {"gamma": 0.9, "entropy_coef": 0.1, "critic_coef": 0.7}
+    config |= {"gae_lambda": 0.6} if advantage == "gae" else {}
     trainer = with_values(make_trainer, advantage=advantage, **config)
     rollout = rollout_with_rewards(trainer, is_used)
     losses = []
@@ -155,6 +156,18 @@ def test_rloo_of_one_reward_at_the_end_is_group_advantages(make_trainer):
     advantages, _ = ops.group_advantages(rewards, rollout.group_ids, estimator="rloo")
     expected = advantages.repeat_interleave(rollout.lengths)
     torch.testing.assert_close(returns - baseline, expected)
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.3, 1 / 3])
+def test_rloo_of_equal_rewards_leaves_nothing(make_trainer, reward):
+    """Exactly 0: Adam makes steps of what rounding leaves, however small that is."""
+    trainer = make_trainer(
+        reward_functions=lambda completion_ids, **_: [reward] * len(completion_ids),
+        baseline="rloo", completions_per_prompt=8, max_steps=2, **STILL,
+    )  # fmt: skip
+    before = [p.detach().clone() for p in trainer.parameters]
+    assert [record["grad_norm"] for record in trainer.train()] == [0, 0]
+    assert all(map(torch.equal, trainer.parameters, before))
 
 
 def test_rloo_without_another_usable_completion_teaches_nothing(make_trainer):

@@ -147,6 +147,16 @@ def test_a_loss_with_an_entropy_bonus_has_something_to_learn_from_every_completi
     assert_learns(trainer, rollout, torch.stack(losses).mean())
 
 
+def test_an_entropy_is_steered_by_that_of_every_completion(make_trainer):
+    """Also of prompts whose completions are all alike, from a coefficient of 0."""
+    trainer = make_trainer(algorithm="grpo", entropy_target=1.0, **STILL)
+    rollout = totals_as_rewards(rollout_with_rewards(trainer), [1, 0, 2, 0, 1, 1, 1, 1.0])
+    entropies = [row.entropies.detach() for row in rows_of(trainer, rollout)]
+    every, learned = float(torch.cat(entropies).mean()), float(torch.cat(entropies[:4]).mean())
+    assert trainer.entropy.coef == 0 and abs(every - learned) > 1e-3
+    assert updates(trainer, rollout)[0]["entropy"] == pytest.approx(every, abs=1e-5)
+
+
 def test_a_step_in_which_nothing_can_be_learned_changes_nothing(make_trainer):
     """Not even by the optimizer's momentum; it is no bad step."""
     rewards = iter([float(i) for i in range(12)] + [1.0] * 12)

@@ -19,6 +19,8 @@ from gamed_runs import (
     up_to_a_half,
 )
 
+from fastrl.layout import pack_groups
+from fastrl.models.protocol import Head
 from fastrl.rewards import NormalizedSum
 from fastrl.rollout import completion_seeds
 from fastrl.trainers import PolicyGradientTrainer, StopTraining
@@ -163,6 +165,32 @@ def test_the_divergence_is_that_of_whole_completions():
     assert exact > 0.5
     assert abs(float(got.mean()) - exact) < 4 * float(got.std()) / 2000**0.5
     assert float(got.std()) / 2000**0.5 < 0.02 * exact
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_divergence_of_16_bit_weights_is_of_float32_logits(dtype):
+    """Of large logits, close together: in 16 bits they lie on a grid coarser than what differs."""
+    batch = pack_groups([torch.tensor([1])], [[torch.arange(6)]])
+    torch.manual_seed(0)
+    weight, bias = torch.randn(32, 16) / 2, 10 + torch.randn(32)
+    hidden = torch.randn(len(batch.target_ids), 16).to(dtype)
+
+    def policy(states):
+        head = Head(weight.to(dtype), bias.to(dtype))
+        return SimpleNamespace(head=head, vocab_size=32, packed_hidden=lambda _: states)
+
+    ours, theirs = policy(hidden), policy((1.05 * hidden.float()).to(dtype))
+    config = SimpleNamespace(temperature=0.8, precision="float32", micro_batch_tokens=None)
+    trainer = SimpleNamespace(policy=ours, config=config)
+    got = measures.divergence(trainer, theirs, batch)
+    p, q = (
+        (states.double() @ weight.to(dtype).double().t() + bias.to(dtype).double()).div(0.8)
+        for states in (ours.packed_hidden(batch), theirs.packed_hidden(batch))
+    )
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum(-1)
+    assert exact.min() > 1e-4
+    torch.testing.assert_close(got, exact, rtol=0.01, atol=1e-7)
 
 
 def test_the_answers_of_an_environment_are_not_the_policys_variety():

@@ -121,10 +121,11 @@ def trl_reward_arguments(function, inputs, completions, completion_ids):
 
 
 def test_reward_functions_see_chats_as_in_trl(tokenizer):
-    seen = []
+    seen, of_ours = [], []
 
     def judge(prompts, completions, completion_ids, **others):
         others = {name: x for name, x in others.items() if not name.startswith("log_")}
+        of_ours.append(others.pop("is_target", None))  # which TRL does not tell
         seen.append((prompts, completions, completion_ids, others))
         return [1.0, 2, torch.tensor(3.0)]
 
@@ -145,7 +146,7 @@ def test_reward_functions_see_chats_as_in_trl(tokenizer):
     completions = [[{"role": "assistant", "content": content}] for content in contents]
     inputs = [rows[0], rows[0], rows[1]]
     of_trl = trl_reward_arguments(judge, inputs, completions, ids)
-    assert seen[0] == seen[1]
+    assert seen[0] == seen[1] and of_ours == [[[True] * len(row) for row in ids], None]
     assert seen[0][1][0] == [{"role": "assistant", "content": "w6 w7"}]
     assert scores.totals.tolist() == of_trl[:, 0].tolist() == [1, 2, 3]
 

@@ -73,7 +73,7 @@ def test_vtrace_with_replay(make_trainer, config, gamma, gae_lambda, rho_clip, c
             loss = loss - config.get("entropy_coef", 0.0) * row.entropies
             if "kl_estimator" in config:
                 d = row.logprobs - row.ref_logprobs
-                loss = loss + 0.3 * ((-d).exp() - 1 + d)
+                loss = loss + 0.3 * ratio.clamp(max=2.0) * ((-d).exp() - 1 + d)
             losses.append(loss)
             ratios.append(ratio)
     every = torch.cat(ratios)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastrl.layout import PackedBatch, pack_groups
+from fastrl.rewards import PotentialShaping, Scaled, WeightedSum
 from fastrl.rollout import Rollout
 from fastrl.trainers import RewardFunctionError
 from fastrl.trainers.prompts import PromptDataset
@@ -48,8 +49,9 @@ def giving(result, name="judge"):
 def test_functions_get_what_trl_gives_them():
     seen = {}
 
-    def judge(prompts, completions, completion_ids, log_extra, log_metric, **columns):
+    def judge(prompts, completions, completion_ids, log_extra, log_metric, is_target, **columns):
         seen.update(prompts=prompts, completions=completions, ids=completion_ids, columns=columns)
+        seen["is_target"] = is_target
         log_extra("length", [len(ids) for ids in completion_ids])
         log_metric("judge/calls", 1.0)
         log_metric("judge/calls", 2.0)
@@ -59,6 +61,7 @@ def test_functions_get_what_trl_gives_them():
     assert seen["prompts"] == [[1, 2], [1, 2], [3], [3]]
     assert seen["ids"] == seen["completions"] == IDS
     assert seen["columns"] == {"answer": ["a", "a", "b", "b"]}
+    assert seen["is_target"] == [[True] * len(ids) for ids in IDS]
     assert scores.columns == {"length": [3, 1, 2, 2], "judge": [0.0] * 4}
     assert scores.metrics["judge/calls"] == 1.5
 
@@ -152,8 +155,17 @@ def test_a_completion_that_ends_in_a_tools_answer():
         [torch.tensor([False]), torch.tensor([True, True, False])],
     )
     prompts = PromptDataset([[1]], 10)
-    scores = RewardScorer(giving([5.0]))([prompts[0]], rollout_of(batch, [0]), prompts, None)
-    assert scores.rewards.tolist() == [0, 5]
+
+    def rewards(function):
+        scorer = RewardScorer(function)
+        return scorer([prompts[0]], rollout_of(batch, [0]), prompts, None).rewards.tolist()
+
+    number, dense = giving([5.0]), giving([[1.0, 2.0, 50.0]], "dense")
+    assert rewards(number) == [0, 5]
+    assert rewards([number, dense]) == rewards(WeightedSum([number, dense])) == [1, 7]
+    assert rewards(Scaled(dense, 2.0, offset=3.0)) == [2, 7]
+    shaped = PotentialShaping(number, lambda _, ids: float(len(ids) + 1))
+    assert rewards(shaped) == [2 - 1, 5 - 2]  # what the tool has answered is a state of nobody's
 
 
 def test_an_empty_completion_has_its_reward_in_the_totals():

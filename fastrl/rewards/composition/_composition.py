@@ -27,6 +27,7 @@ class Batch:
     Attributes:
         prompts: of each completion.
         lengths: number of ids of each.
+        lasts: index of the last id that the policy wrote, of each; -1 where none is known.
         step: trainer_state.global_step, or None.
         log_metric: the trainer's, or None.
         path: names of the compositions from the outermost in, with / between.
@@ -34,6 +35,7 @@ class Batch:
 
     prompts: Sequence[Any]
     lengths: list[int]
+    lasts: list[int]
     step: float | None
     log_metric: Callable[[str, float], None] | None
     path: str
@@ -50,9 +52,9 @@ class Composition:
     Its parts are called as a trainer calls reward functions, each with those arguments that it
     names, async ones beside each other: those of compositions inside it too. Each gives a number, a
     list of one number per id, or None for a completion. Where a completion has both numbers and
-    lists, a number stands at the last id; a completion without lists gets a number. Ids that the
-    policy did not write count as well here, and a trainer drops what stands at them: an
-    environment that has the last word takes the number with it.
+    lists, a number stands at the last id that the policy wrote, as a trainer's is_target says;
+    without is_target at the last one. A completion without lists gets a number. What lists have at
+    ids that the policy did not write counts here, and a trainer drops it.
 
     None is no opinion: such a part is left out of that completion; where all are, so is the
     composition. NaN and infinity are handed on, so that the trainer masks the completion; no
@@ -92,7 +94,8 @@ class Composition:
 
         Args:
             prompts, completions, completion_ids: one for each completion.
-            arguments: columns, log_metric, log_extra, trainer_state: handed on to the parts.
+            arguments: columns, is_target, log_metric, log_extra, trainer_state: handed on to the
+                parts.
         Returns:
             For each completion a number, a list of one number per id, or None.
         Raises:
@@ -104,6 +107,7 @@ class Composition:
         batch = Batch(
             prompts=prompts,
             lengths=[len(ids) for ids in completion_ids],
+            lasts=_lasts(arguments.get("is_target"), len(completion_ids)),
             step=getattr(arguments.get("trainer_state"), "global_step", None),
             log_metric=arguments.get("log_metric"),
             path=self.__name__,
@@ -180,6 +184,12 @@ def stateful(functions: Mapping[str, Any]) -> dict[str, Any]:
         for name, f in plain.items()
         if hasattr(f, "state_dict") and hasattr(f, "load_state_dict")
     }
+
+
+def _lasts(is_target: Sequence[Sequence[bool]] | None, count: int) -> list[int]:
+    if is_target is None:
+        return [-1] * count
+    return [max((i for i, own in enumerate(row) if own), default=-1) for row in is_target]
 
 
 def _named(op: str, parts: Parts) -> dict[str, Part]:

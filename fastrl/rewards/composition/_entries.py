@@ -91,8 +91,9 @@ def usable_totals(entries: Sequence[Entry]) -> tuple[list[float], list[float]]:
     return [total(entry) for entry in given], [magnitude(entry) for entry in given]
 
 
-def weighted_sum(entries: Sequence[Entry], weights: Sequence[float]) -> Entry:
-    """One completion's sum over its parts, those without an opinion left out."""
+def weighted_sum(entries: Sequence[Entry], weights: Sequence[float], last: int) -> Entry:
+    """One completion's sum over its parts, those without an opinion left out; beside lists,
+    numbers stand at the id `last`."""
     number: float | None = None
     row: list[float] | None = None
     for entry, weight in zip(entries, weights, strict=True):
@@ -104,7 +105,7 @@ def weighted_sum(entries: Sequence[Entry], weights: Sequence[float]) -> Entry:
     if row is None:
         return number
     if number is not None:
-        row[-1] += number
+        row[last] += number
     return row
 
 

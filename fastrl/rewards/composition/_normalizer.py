@@ -94,6 +94,8 @@ def _normalized(entry: Entry, moments: Moments, *, sample: bool) -> Entry:
         return None
     deviation = moments.deviation(sample=sample)
     if isinstance(entry, list):
-        share = moments.mean / len(entry)
-        return [divided(value - share, deviation) for value in entry]
+        # At the first id, which each completion has: a share for each id would reward an early
+        # end, or a late one, as what is left to come then depends on how many ids there will be.
+        first, *rest = entry
+        return [divided(value, deviation) for value in (first - moments.mean, *rest)]
     return divided(entry - moments.mean, deviation)

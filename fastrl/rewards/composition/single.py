@@ -47,7 +47,8 @@ class Clipped(_Single):
 
 
 class Scaled(_Single):
-    """factor · s + offset for each completion; in a list, the offset stands at the last id.
+    """factor · s + offset for each completion; in a list, the offset stands at the last id that
+    the policy wrote.
 
     What else holds is in `Composition`.
 
@@ -73,7 +74,10 @@ class Scaled(_Single):
     def _combined(self, given: dict[str, list[Entry]], batch: Batch) -> list[Entry]:
         (entries,) = given.values()
         factors = (self.factor, self.offset)
-        return [None if e is None else weighted_sum((e, 1.0), factors) for e in entries]
+        return [
+            None if entry is None else weighted_sum((entry, 1.0), factors, last)
+            for entry, last in zip(entries, batch.lasts, strict=True)
+        ]
 
 
 class RunningNormalized(_Single):
@@ -83,7 +87,9 @@ class RunningNormalized(_Single):
     are taken in first; n in the deviation's denominator. With a decay, numbers of k calls ago
     weigh decay^k. A call without finite numbers changes nothing. The statistics are saved with
     the run, and an evaluation leaves them as they were. What is normalised here is what is
-    given, so lists get deviation 1 id by id: NormalizedSum does it by completion.
+    given, so lists get deviation 1 id by id: NormalizedSum does it by completion. A mean taken off
+    each id counts as often as there are ids: above 0 it rewards an early end, below 0 a late one.
+    center=False leaves that alone.
 
     While all numbers so far are equal but for rounding, they become 0; with center=False they
     stay as they are, as there is no scale yet. NaN and infinity are not counted and not clipped.

@@ -42,7 +42,8 @@ class WeightedSum(Composition):
             self._weights.observe(part, mean_of(given[part]))
         terms = [self._term(part, entries, batch) for part, entries in given.items()]
         factors = [weights[part] for part in given]
-        return [weighted_sum(entries, factors) for entries in zip(*terms, strict=True)]
+        rows = zip(zip(*terms, strict=True), batch.lasts, strict=True)
+        return [weighted_sum(entries, factors, last) for entries, last in rows]
 
     def _term(self, part: str, entries: list[Entry], batch: Batch) -> list[Entry]:
         return entries
@@ -61,8 +62,9 @@ class NormalizedSum(WeightedSum):
 
     Where all totals are equal, or there is but one, the part adds 0: there is no epsilon in the
     denominator, and what differs by no more than rounding counts as equal. A part that gives
-    r_t for T ids adds (r_t - mean / T) / deviation for each, which sum to the above. In "running",
-    a call without a finite total of a part leaves its statistics as they are.
+    r_t for each id adds r_t / deviation for each and, at the first id, -mean / deviation: a
+    constant there moves no policy gradient, whatever gamma. In "running", a call without a finite
+    total of a part leaves its statistics as they are.
 
     Weights then say what a part matters in deviations, whatever its scale. "group" is what TRL
     calls "normalize_then_sum", without its 1e-4. What else holds is in WeightedSum.

@@ -106,17 +106,20 @@ def divergence(trainer: "Trainer", reference: Any, batch: PackedBatch) -> Tensor
 
     Summed over a completion its mean is the divergence of completions, as that of the log-ratios
     of the tokens that were drawn is; but it is never below 0, and no rare token outweighs the rest.
+    Logits are float32 as in the update, of 16-bit weights too.
     """
     config, device = trainer.config, batch.token_ids.device
+    policies = trainer.policy, reference
     result = torch.empty(len(batch.target_ids), dtype=torch.float64, device=device)
-    at_once = max(1, _LOGITS // trainer.policy.vocab_size)
+    at_once = max(1, min(len(result), _LOGITS // trainer.policy.vocab_size))
+    logits_of = [policy.head.for_sampling(at_once) for policy in policies]
     for micro, targets in micro_batches(batch, config.micro_batch_tokens or most_at_once(batch)):
         with autocast(device, config.precision):
-            hidden = [policy.packed_hidden(micro) for policy in (trainer.policy, reference)]
+            hidden = [policy.packed_hidden(micro) for policy in policies]
         for rows in torch.arange(len(targets), device=device).split(at_once):
             ours, theirs = (
-                policy.head.logits(states[rows]).float().div(config.temperature).log_softmax(-1)
-                for policy, states in zip((trainer.policy, reference), hidden, strict=True)
+                logits(states[rows]).div(config.temperature).log_softmax(-1)
+                for logits, states in zip(logits_of, hidden, strict=True)
             )
             gain = (ours.exp() * (ours - theirs)).masked_fill(ours == -torch.inf, 0)
             # Rounding can take a sum of 0 below it.
