@@ -16,7 +16,7 @@ TEST = 50  # of one test, its kernels' compilation included; a hang costs its wo
 
 _HEAVY = {"attention": 3.0}  # FlexAttention, forward and backward, is compiled for each case
 # Each has a context of half a GB on the GPU, and compiles on a core of its own. What the tests want
-# compiled, 1300 kernels with their launchers, takes 17 minutes of one core.
+# compiled, 1300 kernels with their launchers, takes 16 minutes of one core.
 _MOST_WORKERS = 16
 _PYTEST_FOUND_NONE = 5
 _DRAW = (
