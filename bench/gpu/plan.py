@@ -15,6 +15,8 @@ WHEELS, CHECK, BUILD, TESTS, PICTURES = 30.0, 80.0, 120.0, 150.0, 30.0
 TEST = 50  # of one test, its kernels' compilation included; a hang costs its worker no more
 
 _HEAVY = {"attention": 3.0}  # FlexAttention, forward and backward, is compiled for each case
+# As many cases as a start is worth: Python, torch, the GPU's context, the first kernels.
+_START = 1.5
 # Each has a context of half a GB on the GPU, and compiles on a core of its own. What the tests want
 # compiled, 1300 kernels with their launchers, takes 16 minutes of one core.
 _MOST_WORKERS = 16
@@ -93,7 +95,7 @@ def plan(only: list[str], machine: dict[str, Any], files: Files) -> list[Part]:
     for op in chosen:
         bench = [*python, "fastrl", "bench", op, "--device", machine["environment"]["device"]]
         command = [*bench, "--quick", "--seconds", SECONDS, "--json", str(files.results(op))]
-        parts.append(Part(op, command, weight=ops[op] * _HEAVY.get(op, 1.0)))
+        parts.append(Part(op, command, weight=_START + ops[op] * _HEAVY.get(op, 1.0)))
     if chosen:
         parts.append(_pictures_part(machine, files))
     return parts

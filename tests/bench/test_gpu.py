@@ -210,7 +210,7 @@ def test_only(files):
     assert [p.name for p in planned([], files)] == [
         "build", "tests", "gae", "token_logprobs", "pictures",
     ]  # fmt: skip
-    assert [p.weight for p in planned([], files)[2:4]] == [1, 3]
+    assert [p.weight for p in planned([], files)[2:4]] == [2.5, 4.5]
     assert [p.name for p in planned(["build"], files)] == ["build"]
     assert [p.name for p in planned(["tests"], files)] == ["build", "tests"]
     parts = planned(["gae"], files)
