@@ -44,12 +44,12 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
       "token_logprobs_bwd(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, "
       "Tensor token_ids, Tensor logprobs, Tensor? entropy, Tensor row_max, Tensor log_total, float "
       "temperature, "
-      "int ignore_index, int vocab_start=0) -> Tensor");
+      "int ignore_index, int vocab_start) -> Tensor");
   m.def(
       "token_logprobs_bwd_(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, "
       "Tensor token_ids, Tensor logprobs, Tensor? entropy, Tensor row_max, Tensor log_total, float "
       "temperature, "
-      "int ignore_index, int vocab_start=0) -> ()");
+      "int ignore_index, int vocab_start) -> ()");
   m.def(
       "token_logprobs_state(Tensor logits, Tensor token_ids, float temperature, int ignore_index, "
       "int vocab_start, bool return_entropy) -> Tensor");

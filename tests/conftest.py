@@ -10,12 +10,13 @@ _M_PERTURB = -6  # of glibc's mallopt
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_malloc():
     """Bytes of 0xff, which are NaN in every float dtype: torch's own poison, below, does not reach
-    what the C++ ops allocate."""
+    what the C++ ops allocate. Nor does this one reach a few hundred bytes from glibc 2.38 on, which
+    a thread keeps and hands out again as they are, aligned ones too."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
     mallopt(_M_PERTURB, 0x100)
-    assert torch.empty(50).isnan().all()
+    assert torch.empty(5000).isnan().all()
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,14 @@ def test_info_names_what_the_dispatcher_has():
             assert has == (device.lower() in devices)
 
 
+def test_no_schema_has_a_default():
+    """Before torch calls a kernel that is written in Python, as those of a GPU are, it leaves out
+    the last arguments that equal their defaults."""
+    ours = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastrl::")]
+    assert len(ours) > len(_binary.IMPLEMENTATIONS)
+    assert not [f"{s.name}: {a.name}" for s in ours for a in s.arguments if a.has_default_value()]
+
+
 WITHOUT_BINARY = """
 import sys
 sys.modules["fastrl._C"] = None  # import raises ImportError

@@ -200,15 +200,15 @@ def _token_logprobs_bwd_kernel(
         h = tl.load(grad_entropy_ptr + n)
         entropy = tl.load(entropy_ptr + n)
     g = tl.where(logprob == logprob, g, float("nan"))  # an id outside the whole vocabulary
-    # 2^t (a + b t): of p, of its logarithm and of -1 / T, what is the row's alone is in a and b.
+    # -p / T first: of p = 0 it is 0 at any temperature, where a gradient over T could be infinite.
     share = -tl.exp(-log_total) * inverse_temperature
     t = (x - tl.load(row_max_ptr + n)) * scale
     if ENTROPY:
         t = tl.maximum(t, -200.0)  # where 2^t is 0; -inf times 0 would be NaN
-        a = (g + h * (entropy - log_total)) * share
-        grad = tl.exp2(t) * (a + h * share * _LN2 * t)
+        a, b = g + h * (entropy - log_total), h * _LN2
+        grad = tl.exp2(t) * share * (a + b * t)
     else:
-        grad = tl.exp2(t) * (g * share)
+        grad = tl.exp2(t) * share * g
     target = token_id - vocab_start - first
     if (target >= 0) & (target < BLOCK_V):
         # From "everything but the target", or p -> 1 would cancel. logprob comes from the forward

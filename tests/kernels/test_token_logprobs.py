@@ -71,6 +71,14 @@ def test_error_budget(ours, dtype, vocab):
         assert_within_budget(*parts, dtype if i == 2 else torch.float32)
 
 
+def test_a_temperature_of_next_to_nothing(ours):
+    """What has no probability has no gradient, though 1 / T is next to infinite."""
+    logits = torch.tensor([[2.0, 0.0, -math.inf], [1.0, 1.0, -1.0]])
+    for h in (None, torch.ones(2)):
+        *_, grad = ours(logits, torch.tensor([0, 1]), torch.full((2,), 2.0), h, temperature=1e-40)
+        assert not grad[0].any() and grad[1, 2] == 0 and not grad.isnan().any()
+
+
 @pytest.mark.parametrize("g, h", [(1.0, 0.0), (0.0, 1.0)])
 def test_likely_and_unlikely_tokens_keep_their_digits(ours, g, h):
     """p = 1 - rest: relative error, where log_softmax in float32 loses every digit."""

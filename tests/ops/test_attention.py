@@ -131,7 +131,10 @@ def test_a_query_that_sees_one_key_gives_its_value(device, options):
     upstream = torch.randn_like(tensors[0])
     output, lse, *grads = run(fastrl.attention, tensors, upstream, **options)
     value = tensors[2].repeat_interleave(2, dim=1)
-    assert torch.equal(output, value)
+    if device == "cpu":
+        assert torch.equal(output, value)
+    else:  # an exponential and a division of two units in the last place each
+        torch.testing.assert_close(output, value, rtol=5e-7, atol=0)
     score = (tensors[0] * tensors[1].repeat_interleave(2, dim=1)).sum(-1) / 4
     cap = options.get("softcap")
     torch.testing.assert_close(lse, cap * (score / cap).tanh() if cap else score)
