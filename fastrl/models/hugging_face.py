@@ -130,10 +130,15 @@ class HuggingFacePolicy(nn.Module):
         Raises:
             ValueError: more tokens than the model has positions for.
         """
-        if self.num_positions is not None:
-            length = token_ids.shape[1] + (0 if state is None else state.get_seq_length())
-            check_positions("hidden_states", self.num_positions, length, "texts of")
-        output = self.trunk(input_ids=token_ids, use_cache=True, **{self._cache_name: state})
+        begin = 0 if state is None else state.get_seq_length()
+        end = token_ids.shape[1] + begin
+        check_positions("hidden_states", self.num_positions, end, "texts of")
+        output = self.trunk(
+            input_ids=token_ids,
+            use_cache=True,
+            token_positions=_positions(begin, end, token_ids),
+            **{self._cache_name: state},
+        )
         return output.last_hidden_state, output[self._cache_name]
 
     def packed_hidden(self, batch: PackedBatch) -> Tensor:
@@ -154,6 +159,7 @@ class HuggingFacePolicy(nn.Module):
             output = self.trunk(
                 input_ids=batch.token_ids[None],
                 position_ids=layout.position_ids[None],
+                token_positions=layout.position_ids[None],
                 layout=layout,
                 use_cache=False,
             )
@@ -185,9 +191,11 @@ class HuggingFacePolicy(nn.Module):
     def _check_head(self) -> None:
         """The head that we know of, against the logits of the model."""
         token_ids = torch.arange(min(self.vocab_size, 4), device=self.head.weight.device)[None]
+        given = {"input_ids": token_ids, "use_cache": False}
+        given["token_positions"] = _positions(0, token_ids.shape[1], token_ids)
         with evaluating(self.model):
-            hidden = self.trunk(input_ids=token_ids, use_cache=False).last_hidden_state
-            expected = self.causal(input_ids=token_ids, use_cache=False).logits
+            hidden = self.trunk(**given).last_hidden_state
+            expected = self.causal(**given).logits
         got, where = None, type(self.causal).__name__
         if hidden.shape[-1] != self.hidden_dim or expected.shape[-1] != self.vocab_size:
             got = f"hidden {tuple(hidden.shape)} and logits {tuple(expected.shape)}"
@@ -199,6 +207,11 @@ class HuggingFacePolicy(nn.Module):
         if got is not None:
             expected_head = f"{where} to end in weight, bias, softcap and scale"
             raise fail(_OP, expected_head, got, _OTHER_HEAD)
+
+
+def _positions(begin: int, end: int, token_ids: Tensor) -> Tensor:
+    """[1, T], for layers that the model does not tell position_ids."""
+    return torch.arange(begin, end, device=token_ids.device)[None]
 
 
 def _logit_scale(config: Any) -> float:

@@ -10,6 +10,9 @@ from fastrl.models import HuggingFacePolicy, PolicyModel, as_policy, reference_p
 from fastrl.rollout import generate
 
 MODELS = ["llama", "mistral", "gemma2", "gpt2", "gpt_neox", "opt"]
+HYBRID = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+HYBRID |= dict(num_key_value_heads=2, num_local_experts=0, shared_intermediate_size=48)
+HYBRID |= dict(mamba_n_heads=4, mamba_d_head=16)
 LORA = {"target_modules": ["q_proj", "v_proj"], "r": 4}
 
 
@@ -48,6 +51,37 @@ def test_packed_hidden_is_that_of_each_completion_alone(name):
         if len(completion):
             whole = theirs(torch.cat([prompt, completion])[None], use_cache=False).logits[0]
             torch.testing.assert_close(got, whole[len(prompt) - 1 : -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, widths",
+    [
+        ("gpt_bigcode", dict(n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0)),
+        ("granitemoehybrid", HYBRID | dict(layer_types=["full_attention"] * 2)),
+    ],
+)
+def test_layers_that_are_not_told_position_ids(name, widths):
+    ours, theirs = (build(name, attention, **widths) for attention in ("fastrl", "sdpa"))
+    with pytest.raises(ValueError, match="expected position_ids in each layer"):
+        ours(torch.arange(9)[None])
+    policy, (prompts, _) = HuggingFacePolicy(ours), groups()
+    torch.testing.assert_close(policy(prompts[0][None])[0], theirs(prompts[0][None]).logits)
+    rollout = generate(policy, prompts, max_new_tokens=4, seeds=torch.arange(2))
+    packed = policy.head.logits(policy.packed_hidden(rollout.batch)).log_softmax(-1)
+    expected = []
+    for prompt, completion in zip(prompts, rollout.completion_ids, strict=True):
+        whole = theirs(torch.cat([prompt, completion])[None], use_cache=False).logits[0]
+        expected.append(whole[len(prompt) - 1 : -1].log_softmax(-1))
+    torch.testing.assert_close(packed, torch.cat(expected), rtol=0, atol=1e-5)
+    sampled = torch.cat(expected).gather(1, rollout.token_ids[:, None])[:, 0]
+    torch.testing.assert_close(rollout.logprobs, sampled, rtol=0, atol=1e-5)
+
+
+def test_recurrent_layers_are_refused_where_nothing_tells_the_others_positions():
+    model = build("granitemoehybrid", **HYBRID, layer_types=["full_attention", "linear_attention"])
+    policy = HuggingFacePolicy(model)
+    with pytest.raises(ValueError, match="attention in all layers.* got linear_attention, recurr"):
+        policy.packed_hidden(pack_groups(*groups()))
 
 
 def test_a_batch_without_tokens_has_no_hidden_states():
