@@ -105,6 +105,7 @@ def test_hidden_states_go_on_from_a_state(name):
     [
         ("gemma2", {"final_logit_softcapping": 2.0}),
         ("granite", {"logits_scaling": 4.0}),
+        ("hyperclovax", {"logits_scaling": 4.0}),
         ("cohere", {"logit_scale": 0.25}),
         ("phi", {}),  # a bias
     ],
