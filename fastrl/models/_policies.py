@@ -4,7 +4,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from fastrl.models.lstm import LSTMLanguageModel
 from fastrl.models.protocol import Decoder, Head, PolicyModel
 from fastrl.ops._checks import fail, wrong_type
 
-_CONFIG, _WEIGHTS, _ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def as_policy(model: Any) -> Any:
@@ -182,11 +183,17 @@ def _from_pretrained(name_or_folder: str | Path, dtype: torch.dtype | str) -> An
     fastrl.hf.register()
     from transformers import AutoModelForCausalLM
 
-    options: Any = {"attn_implementation": "fastrl", "dtype": dtype}
-    if not Path(name_or_folder).is_dir():  # is perhaps downloaded, which people want to see
-        return AutoModelForCausalLM.from_pretrained(name_or_folder, **options)
-    with _without_progress_bars():
-        return AutoModelForCausalLM.from_pretrained(name_or_folder, **options)
+    options: Any = {"attn_implementation": "fastrl", "dtype": dtype, "output_loading_info": True}
+    # What is perhaps downloaded, people want to see.
+    quiet: Any = _without_progress_bars() if Path(name_or_folder).is_dir() else nullcontext()
+    with quiet:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_folder, **options)
+    model, info = loaded
+    if info["missing_keys"]:  # transformers draws them, and only warns
+        got, remedy = ", ".join(sorted(info["missing_keys"])[:3]), "Is it a causal language model?"
+        expected = f"all weights of a {type(model).__name__} in {name_or_folder}"
+        raise fail("load_model", expected, f"none for {got}", remedy)
+    return model
 
 
 @contextmanager
@@ -214,11 +221,9 @@ def _on_any_rank(model: Any) -> Iterator[None]:
 
 
 def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Any:
-    from peft import PeftModel
-
     base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
     if base:
-        return PeftModel.from_pretrained(_from_pretrained(base, dtype), folder, is_trainable=True)
+        return _with_adapter(_from_pretrained(base, dtype), folder)
     # transformers would find the adapter here, and put it in where PEFT no longer sees it.
     with tempfile.TemporaryDirectory() as without_adapter:
         for path in folder.iterdir():
@@ -226,7 +231,25 @@ def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Any:
                 (Path(without_adapter) / path.name).symlink_to(path.resolve())
         model = _from_pretrained(without_adapter, dtype)
     model.config.name_or_path = model.name_or_path = ""
-    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    return _with_adapter(model, folder)
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    """PEFT only warns of weights that it does not find, as where transformers converts their names,
+    and leaves them as they were drawn."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    loaded = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    path = folder / _ADAPTER_WEIGHTS
+    if not path.exists():  # in the format of long ago
+        return loaded
+    saved = _safetensors().torch.load_file(path)
+    for name, weight in get_peft_model_state_dict(loaded, save_embedding_layers=False).items():
+        if name not in saved or not torch.equal(saved[name], weight.to(saved[name])):
+            got = "other numbers" if name in saved else "nothing"
+            remedy = "Leave its layer out of target_modules, or take another version of PEFT."
+            raise fail("load_model", f"PEFT to load {name} of {path}", got, remedy)
+    return loaded
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -171,6 +171,37 @@ def test_a_folder_that_was_cut_short_is_an_error(name, tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "kind, file, weight, message",
+    [
+        (
+            "llama",
+            "model",
+            "norm.weight",
+            "all weights of a LlamaForCausalLM .* none for model.norm",
+        ),
+        (
+            "lora",
+            "adapter_model",
+            "layers.1.self_attn.v_proj.lora_B.weight",
+            "PEFT to load .*lora_B",
+        ),
+    ],
+)
+def test_weights_that_are_not_found_are_an_error(kind, file, weight, message, tmp_path):
+    """transformers and PEFT go on with others, freshly drawn."""
+    from safetensors.torch import load_file, save_file
+
+    save_model(KINDS[kind](), tmp_path)
+    path = tmp_path / f"{file}.safetensors"
+    weights = load_file(path)
+    (name,) = (name for name in weights if name.endswith("model." + weight))
+    del weights[name]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"load_model: expected {message}"):
+        load_model(tmp_path)
+
+
 def test_weights_of_another_model_are_an_error(tmp_path):
     save_model(lstm(), tmp_path)
     save_model(LSTMLanguageModel(VOCAB, 4, 5, 2), tmp_path / "other")
