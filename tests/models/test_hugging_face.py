@@ -127,6 +127,14 @@ def test_a_head_of_another_kind_is_refused():
         HuggingFacePolicy(model)
 
 
+def test_a_head_of_16_bits_may_have_logits_of_32():
+    model = build("llama").to(torch.bfloat16)
+    model.lm_head.register_forward_hook(
+        lambda layer, args, _: nn.functional.linear(args[0].float(), layer.weight.float())
+    )
+    assert HuggingFacePolicy(model).head.weight is model.lm_head.weight
+
+
 def test_models_without_a_head_and_other_modules_are_refused():
     with pytest.raises(ValueError, match="expected a model with a head on its vocabulary"):
         HuggingFacePolicy(build("llama").model)
