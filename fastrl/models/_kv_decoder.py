@@ -36,7 +36,8 @@ class KVDecoder:
     """
 
     def __init__(self, trunk: nn.Module, max_rows: int, max_new_tokens: int) -> None:
-        config: Any = trunk.config
+        whole: Any = trunk.config
+        config = whole.get_text_config()  # one part of it in models that see images too
         if getattr(config, "num_kv_shared_layers", 0):
             got = f"num_kv_shared_layers {config.num_kv_shared_layers}"
             raise fail("decoder", "a cache of its own in each layer", got, _OTHER_MODEL)

@@ -181,19 +181,31 @@ def _from_pretrained(name_or_folder: str | Path, dtype: torch.dtype | str) -> An
     import fastrl.hf
 
     fastrl.hf.register()
-    from transformers import AutoModelForCausalLM
-
+    auto = _auto_class(Path(name_or_folder))
     options: Any = {"attn_implementation": "fastrl", "dtype": dtype, "output_loading_info": True}
     # What is perhaps downloaded, people want to see.
     quiet: Any = _without_progress_bars() if Path(name_or_folder).is_dir() else nullcontext()
     with quiet:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_folder, **options)
+        loaded: Any = auto.from_pretrained(name_or_folder, **options)
     model, info = loaded
     if info["missing_keys"]:  # transformers draws them, and only warns
         got, remedy = ", ".join(sorted(info["missing_keys"])[:3]), "Is it a causal language model?"
         expected = f"all weights of a {type(model).__name__} in {name_or_folder}"
         raise fail("load_model", expected, f"none for {got}", remedy)
     return model
+
+
+def _auto_class(folder: Path) -> Any:
+    """For models that see images too, which not all are causal language models to transformers."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
+
+    if folder.is_dir():
+        kind = read_json(folder / _CONFIG).get("model_type")
+        if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            if kind in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+                return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 @contextmanager

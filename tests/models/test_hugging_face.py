@@ -6,7 +6,14 @@ from hf_models import VOCAB, assert_equal_gradients, build, build_pair, gradient
 from torch import nn
 
 from fastrl.layout import PackedBatch, pack_groups
-from fastrl.models import HuggingFacePolicy, PolicyModel, as_policy, reference_policy
+from fastrl.models import (
+    HuggingFacePolicy,
+    PolicyModel,
+    as_policy,
+    load_model,
+    reference_policy,
+    save_model,
+)
 from fastrl.rollout import generate
 
 MODELS = ["llama", "mistral", "gemma2", "gpt2", "gpt_neox", "opt"]
@@ -75,6 +82,28 @@ def test_layers_that_are_not_told_position_ids(name, widths):
     torch.testing.assert_close(packed, torch.cat(expected), rtol=0, atol=1e-5)
     sampled = torch.cat(expected).gather(1, rollout.token_ids[:, None])[:, 0]
     torch.testing.assert_close(rollout.logprobs, sampled, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_models_that_see_images_too(name, tmp_path):
+    """Their configuration's sizes are those of its parts."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, head_dim=8, vocab_size=VOCAB, pad_token_id=0)
+    text |= dict(model_type="llama") if name == "llava" else dict(sliding_window=4)
+    image = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    image |= dict(image_size=16, patch_size=8)
+    config = AutoConfig.for_model(name, text_config=text, vision_config=image)
+    model = AutoModelForImageTextToText.from_config(config)
+    policy, (prompts, _) = HuggingFacePolicy(model.eval()), groups()
+    rollout = generate(policy, prompts, max_new_tokens=6, seeds=torch.arange(2))
+    log_p = policy.head.logits(policy.packed_hidden(rollout.batch)).log_softmax(-1)
+    expected = log_p.gather(1, rollout.token_ids[:, None])[:, 0]
+    torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=1e-5)
+    save_model(policy, tmp_path)
+    again = load_model(tmp_path)
+    assert torch.equal(again(prompts[0][None])[0], policy(prompts[0][None])[0])
 
 
 def test_recurrent_layers_are_refused_where_nothing_tells_the_others_positions():
