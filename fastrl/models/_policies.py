@@ -125,6 +125,9 @@ def check_saveable(policy: Any) -> None:
         if adapters != ["default"]:
             got, remedy = ", ".join(adapters), "Use its own save_pretrained."
             raise fail("save_model", 'one adapter, named "default"', got, remedy)
+        if any(getattr(module, "merged", False) is True for module in policy.modules()):
+            remedy = "Call unmerge_adapter() before."
+            raise fail("save_model", "an adapter beside its model", "one merged with it", remedy)
     elif not isinstance(policy, LSTMLanguageModel):
         expected = "an LSTMLanguageModel, a HuggingFacePolicy or an ActorCritic of these"
         remedy = "Save its state_dict yourself."
@@ -152,14 +155,26 @@ def _save_adapter(policy: HuggingFacePolicy, folder: Path) -> None:
     """The adapter; and where it does not say whose it is, the model below it too."""
     adapter: Any = policy.adapter
     if not adapter.peft_config["default"].base_model_name_or_path:
-        prefix = adapter.base_model.prefix  # of the adapter's own weights
-        weights = {
-            name.replace(".base_layer.", ".").replace(".original_module.", "."): weight
-            for name, weight in policy.causal.state_dict().items()
-            if prefix not in name and ".modules_to_save." not in name
-        }
-        policy.causal.save_pretrained(folder, state_dict=weights)
+        weights = policy.causal.state_dict().items()
+        below = {_name_below(policy.causal, name): weight for name, weight in weights}
+        below.pop(None, None)
+        policy.causal.save_pretrained(folder, state_dict=below)
     adapter.save_pretrained(folder)
+
+
+def _name_below(model: Any, name: str) -> str | None:
+    """What a weight is called without the adapter around its layer; None of the adapter's own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found, module = [], model
+    for part in name.split("."):
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            found.append(part)
+        elif part not in ("base_layer", "original_module", "token_adapter"):
+            return None
+        module = getattr(module, part)
+    return ".".join(found)
 
 
 def load_policy(name_or_folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:

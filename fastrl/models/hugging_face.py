@@ -232,12 +232,18 @@ def _logit_scales(config: Any) -> list[float]:
 def _check_adapter(model: Any) -> None:
     if not hasattr(model, "peft_config"):
         return
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     remedy = "Leave it out of target_modules and modules_to_save."
+    got = None
     if any(adapter.is_prompt_learning for adapter in model.peft_config.values()):
         got = "one that adds tokens to the prompt"
+    elif not isinstance(model.base_model, BaseTuner):
+        got = type(model.base_model).__name__
+    elif any(getattr(x, "alora_invocation_tokens", None) for x in model.peft_config.values()):
+        got = "one that begins at its alora_invocation_tokens"
+    if got is not None:
         raise fail(_OP, "an adapter of layers, like LoRA", got, "Use LoRA.")
     head = model.get_base_model().get_output_embeddings()
     if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):

@@ -319,9 +319,16 @@ def test_adapters_on_the_head_are_refused(options, message):
         as_policy(with_lora(**options))
 
 
-def test_adapters_that_add_tokens_are_refused():
-    from peft import PromptTuningConfig, get_peft_model
+def test_adapters_that_depend_on_more_than_a_layers_input_are_refused():
+    from peft import AdaptionPromptConfig, PromptTuningConfig, get_peft_model
 
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match="got one that adds tokens to the prompt"):
-        as_policy(get_peft_model(build("llama"), config))
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    inside = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
+    for config, got in (
+        (prompt, "one that adds tokens to the prompt"),
+        (inside, "AdaptionPromptM"),
+    ):
+        with pytest.raises(ValueError, match=f"an adapter of layers, like LoRA, got {got}"):
+            as_policy(get_peft_model(build("llama"), config))
+    with pytest.raises(ValueError, match="like LoRA, got one that begins at its alora_invoc"):
+        as_policy(with_lora(alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"))

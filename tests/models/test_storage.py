@@ -148,6 +148,34 @@ def test_the_reference_of_an_lstm_is_a_frozen_copy():
     assert not reference.packed_hidden(batch).requires_grad
 
 
+@pytest.mark.parametrize("kind", ["tokens", "vera"])
+def test_a_model_is_saved_without_any_kind_of_adapter(kind, tmp_path):
+    from peft import LoraConfig, VeraConfig, get_peft_model
+
+    if kind == "vera":  # whose random weights all layers share
+        config = VeraConfig(target_modules=["q_proj", "o_proj"], r=2, d_initial=0.5)
+    else:  # an adapter in a wrapper
+        config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4])
+    model = HuggingFacePolicy(get_peft_model(build("llama"), config))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1)
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path)(TOKEN_IDS)[0], model(TOKEN_IDS)[0])
+
+
+def test_a_merged_adapter_is_refused(tmp_path):
+    """Its model would be saved with the adapter, and get it once more."""
+    model = lora()
+    model.model.merge_adapter()
+    with pytest.raises(ValueError, match="save_model: expected an adapter beside its model"):
+        save_model(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.model.unmerge_adapter()
+    save_model(model, tmp_path)
+
+
 def test_several_adapters_are_refused(tmp_path):
     from peft import LoraConfig
 
