@@ -8,6 +8,7 @@ import fastrl.hf
 VOCAB = 97
 _WIDTHS = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 _LLAMA = dict(**_WIDTHS, num_key_value_heads=2, head_dim=8, attention_dropout=0.0)
+_ROPE = dict(rope_type="default", rope_theta=1e4)
 _GEMMA = dict(**_LLAMA, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
 CONFIGS = {
     "llama": _LLAMA,
@@ -17,6 +18,7 @@ CONFIGS = {
     # A softcap this low bends most scores.
     "gemma2": dict(**_GEMMA, query_pre_attn_scalar=8, attn_logit_softcapping=1.5),
     "gemma3_text": dict(**_GEMMA, query_pre_attn_scalar=8),
+    "gpt_oss": dict(**_GEMMA, num_local_experts=4, num_experts_per_tok=2, rope_parameters=_ROPE),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
     "gpt_neox": dict(**_WIDTHS, rotary_pct=0.5, hidden_dropout=0.0, attention_dropout=0.0),
     "phi": dict(**_WIDTHS, resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0),
@@ -24,7 +26,7 @@ CONFIGS = {
         hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.0
     ),
 }
-_EAGER = {"gemma2", "gemma3_text"}  # sdpa has no softcap
+_EAGER = {"gemma2", "gemma3_text", "gpt_oss"}  # sdpa has no softcap and no sinks
 
 
 def build(name, attention="fastrl", **changes):
@@ -36,9 +38,11 @@ def build(name, attention="fastrl", **changes):
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for weight in model.parameters():
+        for name, weight in model.named_parameters():
             if weight.dim() > 1:
                 weight.normal_(std=0.3, generator=generator)
+            elif name.endswith("sinks"):
+                weight.copy_(torch.linspace(-1.0, 2.0, len(weight)))
     return model.eval()
 
 

@@ -30,8 +30,8 @@ def register() -> None:
     """Makes attn_implementation="fastrl" known to transformers. Calling it again does nothing.
 
     Works: batches without padding or padded on either side, dynamic and static caches, generate,
-    sliding windows, softcap, gradient checkpointing, 16-bit weights, autocast, torch.compile.
-    Nothing of the size [tokens, tokens] is built.
+    sliding windows, softcap, sinks of each head, gradient checkpointing, 16-bit weights, autocast,
+    torch.compile. Nothing of the size [tokens, tokens] is built.
 
     Three ways to keep sequences of one row apart, of which the first also shares prompts:
       - layout=: a PackedLayout of the row's tokens, with position_ids=layout.position_ids[None].
@@ -40,12 +40,14 @@ def register() -> None:
     The cache of such a forward cannot be continued: pass use_cache=False.
 
     What cannot be honoured is a ValueError: dropout in attention while training, attention that is
-    not causal or is chunked, a bias on scores, sinks, masks of four dimensions or with holes, mask
-    functions of one's own, layout with padding, position_ids that disagree with the layout or that
-    restart elsewhere than at 0, attention weights as an output, and layouts in models with layers
-    that are no attention. A model that does not promise, by `_supports_attention_backend`, to hand
-    its arguments on to its attention is refused when it is built. For that, and for nothing else,
-    PreTrainedModel's choice of an attention is wrapped: some such models take layout= and drop it.
+    not causal, is chunked or chooses the keys of each query, a bias on scores, masks of four
+    dimensions or with holes, mask functions of one's own, layout with padding, position_ids that
+    disagree with the layout or that restart elsewhere than at 0, layers that are not told
+    position_ids (token_positions=, their copy, reaches these), attention weights as an output, and
+    layouts in models with layers that are no attention. A model that does not promise, by
+    `_supports_attention_backend`, to hand its arguments on to its attention is refused when it is
+    built. For that, and for nothing else, PreTrainedModel's choice of an attention is wrapped: some
+    such models take layout= and drop it.
 
     On a GPU, a forward waits for it once for each padding mask that the model makes and once for
     the position_ids beside it (twice more where they restart; never while decoding, nor with a view

@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,8 +31,9 @@ class Decoding(Protocol):
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **numbers: Any
-    ) -> Tensor:
-        """Keep each row's [R, Hkv, 1, D], and attend to all of it: [R, Hq, 1, D]."""
+    ) -> tuple[Tensor, Tensor]:
+        """Keep each row's [R, Hkv, 1, D], and attend to all of it: output [R, Hq, 1, D] and the
+        log of the sum of its weights [R, Hq, 1]."""
         ...
 
 
@@ -52,6 +54,8 @@ def attention_function(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     decoding: Decoding | None = None,
+    s_aux: Tensor | None = None,
+    token_positions: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer.
@@ -60,11 +64,16 @@ def attention_function(
         query: [B, Hq, T, D]; key, value: [B, Hkv, S, D].
         attention_mask: what our mask function returned.
         decoding: where keys and values are kept; T = 1 without a layout.
+        s_aux: [Hq], the score of a sink in each head, which takes its part and gives nothing.
+        token_positions: position_ids again, from who knows that some layers are not told them.
     Returns:
         output [B, T, Hq, D], and no weights.
     """
     causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
     check_call(module, causal, dropout, kwargs)
+    _check_sinks(module, s_aux, query.shape[1])
+    if position_ids is None:
+        position_ids = token_positions
     num_keys = key.shape[2] if decoding is None else decoding.most_keys
     numbers = {
         "scale": scaling,
@@ -74,8 +83,9 @@ def attention_function(
     if decoding is not None:
         wide = _as_wide(key, value)
         if layout is None:
-            output = decoding.attend(module, query, key, wide, **numbers)
-            return output[..., : value.shape[-1]].transpose(1, 2), None
+            output, lse = decoding.attend(module, query, key, wide, **numbers)
+            output = _beside_sinks(output[..., : value.shape[-1]], lse, s_aux)
+            return output.transpose(1, 2), None
         decoding.store(module, key, wide)
     batch, _, num_queries, _ = query.shape
     key_start, key_end = existing_keys(attention_mask, batch, key.shape[2])
@@ -86,20 +96,38 @@ def attention_function(
         if kwargs.get("seq_idx") is not None:
             raise fail("hf", "seq_idx beside position_ids that restart", "it alone", "Pass both.")
         keys = {"key_start": key_start, "key_end": key_end}
-        return _attend(query, key, value, **numbers, **keys), None
+        return _attend(query, key, value, s_aux, **numbers, **keys), None
     check_packable(module)
     if batch == 1:
-        return _attend(query, key, value, layout=packed, **numbers), None
+        return _attend(query, key, value, s_aux, layout=packed, **numbers), None
     query, key, value = (_one_row(x) for x in (query, key, value))
-    output = _attend(query, key, value, layout=packed, **numbers)
+    output = _attend(query, key, value, s_aux, layout=packed, **numbers)
     return output.unflatten(1, (batch, num_queries)).squeeze(0), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, **kwargs: Any
+) -> Tensor:
     """[B, T, Hq, D_v]."""
-    output = ops.attention(query, key, _as_wide(key, value), **kwargs)
-    assert isinstance(output, Tensor)
-    return output[..., : value.shape[-1]].transpose(1, 2).contiguous()
+    output, lse = ops.attention(query, key, _as_wide(key, value), return_lse=True, **kwargs)
+    output = _beside_sinks(output[..., : value.shape[-1]], lse, sinks)
+    return output.transpose(1, 2).contiguous()
+
+
+def _beside_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """output [B, H, T, D] of a softmax that has one more key, without a value: its sum exp(lse)
+    becomes exp(lse) + exp(sink)."""
+    if sinks is None:
+        return output
+    part = torch.sigmoid(lse - sinks[:, None])
+    return (output * part[..., None]).to(output.dtype)
+
+
+def _check_sinks(module: nn.Module, sinks: Tensor | None, num_heads: int) -> None:
+    if sinks is not None and sinks.shape != (num_heads,):
+        where, got = type(module).__name__, tuple(sinks.shape)
+        remedy = "Use another attn_implementation."
+        raise fail("hf", f"s_aux [Hq] = ({num_heads},) in {where}", got, remedy)
 
 
 def _as_wide(key: Tensor, value: Tensor) -> Tensor:

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.hf._models import check_config, check_mask
+from fastrl.hf._models import check_config, check_mask, check_packable_layers
 from fastrl.hf._once import once
 from fastrl.ops._checks import fail
 
 EXISTS_NOT, TOKEN, PADDING = 0, 1, 2
 # The functions of transformers.masking_utils that a mask may be made of. Packed rows are ours to
 # find again, from the position_ids that each layer gets.
+_PACKED = "packed_sequence_mask_function"
 _CAUSAL = {
     "and_mask",  # what and_masks returns
     "and_masks",
     "causal_mask_function",
-    "packed_sequence_mask_function",
+    _PACKED,
     "remap_positions_for_packed_sequence",
     "sliding_window_overlay",
 }
@@ -60,8 +61,11 @@ def mask_function(
         _check_traced_pattern(mask_function, is_bidirectional, local_size, config)
         _assert_causal(mask_function, batch_size, q_length, q_offset, device)
     else:
-        check_config(type(config))
-        _check_pattern(_parts(mask_function))
+        check_config(config)
+        parts = list(_parts(mask_function))
+        _check_pattern(parts)
+        if _PACKED in parts:  # a model may have no layer with attention that would look
+            check_packable_layers(config)
     num_keys = q_offset + q_length - kv_offset  # up to the last query
     if isinstance(num_keys, int) and num_keys > kv_length:
         raise fail("hf", f"keys up to the last query, {num_keys}", kv_length, "Pass the cache.")

@@ -39,11 +39,14 @@ _REFUSED = {
     "indices": "attention to all keys of a row",
     "output_attentions": "no attention weights as an output",
     "position_bias": "attention without a bias on its scores",
-    "s_aux": "attention without sinks",
-    "sinks": "attention without sinks",
+    "sinks": "sinks of each head, as s_aux",
 }
 _CHECKED: set[type] = set()  # configurations whose models keep their promise
 _ATTENDING = {"full_attention", "sliding_attention"}
+# In a configuration: an index or a gate chooses the keys that a query sees, and each layer would
+# write its choice into a mask of four dimensions.
+_SPARSE = ("index_topk", "keep_window_size")
+_RECURRENT = "recurrent layers"
 
 
 def check_call(
@@ -67,10 +70,26 @@ def check_packable(module: nn.Module) -> None:
     """Refuses a layer of a model in which other layers would mix what a layout keeps apart, or
     whose positions begin elsewhere than at 0."""
     config = getattr(module, "config", None)
-    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENDING
+    found = set(_unpackable(type(module).__module__))
+    if _all_attend(config):  # a model that may have other layers, and has none
+        found.discard(_RECURRENT)
+    _refuse_packed(config, found)
+
+
+def check_packable_layers(config: Any) -> None:
+    """`check_packable` for who only knows the configuration."""
+    _refuse_packed(config, set())
+
+
+def _all_attend(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None) or ()
+    return len(kinds) > 0 and _ATTENDING.issuperset(kinds)
+
+
+def _refuse_packed(config: Any, found: set[str]) -> None:
+    kinds = found | set(getattr(config, "layer_types", None) or ()) - _ATTENDING
     if getattr(config, "attention_chunk_size", None) is not None:
         kinds.add("chunked_attention")
-    kinds.update(_unpackable(type(module).__module__))
     if kinds:
         expected = "attention in all layers, and positions from 0, in a model with packed rows"
         remedy = "Pass sequences as rows of a padded batch."
@@ -82,7 +101,7 @@ def _unpackable(module: str) -> list[str]:
     found = set()
     for cls in vars(sys.modules[module]).values() if module in sys.modules else ():
         if getattr(cls, "_is_stateful", False) is True:
-            found.add("recurrent layers")
+            found.add(_RECURRENT)
         if hasattr(cls, "create_position_ids_from_input_ids"):
             found.add("positions that are counted from the padding's id")
     return sorted(found)
@@ -99,8 +118,16 @@ def check_model(model: type) -> None:
         )
 
 
-def check_config(config: type) -> None:
+def check_config(config: Any) -> None:
     """`check_model` for who only knows the configuration, as a mask function does."""
+    for name in _SPARSE:
+        if getattr(config, name, None) is not None:
+            where = type(config).__name__
+            raise fail("hf", f"attention to all keys of a row in {where}", name, _ELSEWHERE)
+    _check_promise(type(config))
+
+
+def _check_promise(config: type) -> None:
     if config in _CHECKED:
         return
     from transformers import PreTrainedModel

@@ -36,7 +36,8 @@ class KVDecoder:
     """
 
     def __init__(self, trunk: nn.Module, max_rows: int, max_new_tokens: int) -> None:
-        config: Any = trunk.config
+        whole: Any = trunk.config
+        config = whole.get_text_config()  # one part of it in models that see images too
         if getattr(config, "num_kv_shared_layers", 0):
             got = f"num_kv_shared_layers {config.num_kv_shared_layers}"
             raise fail("decoder", "a cache of its own in each layer", got, _OTHER_MODEL)
@@ -92,6 +93,7 @@ class KVDecoder:
             output = self._trunk(
                 input_ids=torch.cat(prompts)[None],
                 position_ids=layout.position_ids[None],
+                token_positions=layout.position_ids[None],
                 use_cache=False,
                 layout=layout,
                 decoding=self,
@@ -158,7 +160,7 @@ class KVDecoder:
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **numbers: Any
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Of the attention function: one token a row, [R, H, 1, D] each, into the cache."""
         index: int = module.layer_idx  # type: ignore[assignment]
         flat_key, flat_value, own_key, own_value, *prompts = self._in_use[index]
@@ -178,12 +180,15 @@ class KVDecoder:
             **self._prefixes,
             **numbers,
         }
-        attention: Any = decode_known if index in self._accepted else ops.decode_attention
-        output = attention(query, own_key, own_value, **given)
+        if index in self._accepted:
+            output, lse = decode_known(query, own_key, own_value, **given)
+        else:
+            output, lse = ops.decode_attention(query, own_key, own_value, return_lse=True, **given)
         self._accepted.add(index)
         self._numbers[index] = numbers
-        assert isinstance(output, Tensor)
-        return output if all_run else output.index_select(0, self._rows)
+        if all_run:
+            return output, lse
+        return output.index_select(0, self._rows), lse.index_select(0, self._rows)
 
     def knows(self, index: int) -> bool:
         """Whether the layer has told the numbers of its attention, in a step of its own code."""

@@ -4,7 +4,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from fastrl.models.lstm import LSTMLanguageModel
 from fastrl.models.protocol import Decoder, Head, PolicyModel
 from fastrl.ops._checks import fail, wrong_type
 
-_CONFIG, _WEIGHTS, _ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def as_policy(model: Any) -> Any:
@@ -124,6 +125,9 @@ def check_saveable(policy: Any) -> None:
         if adapters != ["default"]:
             got, remedy = ", ".join(adapters), "Use its own save_pretrained."
             raise fail("save_model", 'one adapter, named "default"', got, remedy)
+        if any(getattr(module, "merged", False) is True for module in policy.modules()):
+            remedy = "Call unmerge_adapter() before."
+            raise fail("save_model", "an adapter beside its model", "one merged with it", remedy)
     elif not isinstance(policy, LSTMLanguageModel):
         expected = "an LSTMLanguageModel, a HuggingFacePolicy or an ActorCritic of these"
         remedy = "Save its state_dict yourself."
@@ -151,14 +155,26 @@ def _save_adapter(policy: HuggingFacePolicy, folder: Path) -> None:
     """The adapter; and where it does not say whose it is, the model below it too."""
     adapter: Any = policy.adapter
     if not adapter.peft_config["default"].base_model_name_or_path:
-        prefix = adapter.base_model.prefix  # of the adapter's own weights
-        weights = {
-            name.replace(".base_layer.", ".").replace(".original_module.", "."): weight
-            for name, weight in policy.causal.state_dict().items()
-            if prefix not in name and ".modules_to_save." not in name
-        }
-        policy.causal.save_pretrained(folder, state_dict=weights)
+        weights = policy.causal.state_dict().items()
+        below = {_name_below(policy.causal, name): weight for name, weight in weights}
+        below.pop(None, None)
+        policy.causal.save_pretrained(folder, state_dict=below)
     adapter.save_pretrained(folder)
+
+
+def _name_below(model: Any, name: str) -> str | None:
+    """What a weight is called without the adapter around its layer; None of the adapter's own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found, module = [], model
+    for part in name.split("."):
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            found.append(part)
+        elif part not in ("base_layer", "original_module", "token_adapter"):
+            return None
+        module = getattr(module, part)
+    return ".".join(found)
 
 
 def load_policy(name_or_folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
@@ -180,13 +196,31 @@ def _from_pretrained(name_or_folder: str | Path, dtype: torch.dtype | str) -> An
     import fastrl.hf
 
     fastrl.hf.register()
-    from transformers import AutoModelForCausalLM
+    auto = _auto_class(Path(name_or_folder))
+    options: Any = {"attn_implementation": "fastrl", "dtype": dtype, "output_loading_info": True}
+    # What is perhaps downloaded, people want to see.
+    quiet: Any = _without_progress_bars() if Path(name_or_folder).is_dir() else nullcontext()
+    with quiet:
+        loaded: Any = auto.from_pretrained(name_or_folder, **options)
+    model, info = loaded
+    if info["missing_keys"]:  # transformers draws them, and only warns
+        got, remedy = ", ".join(sorted(info["missing_keys"])[:3]), "Is it a causal language model?"
+        expected = f"all weights of a {type(model).__name__} in {name_or_folder}"
+        raise fail("load_model", expected, f"none for {got}", remedy)
+    return model
 
-    options: Any = {"attn_implementation": "fastrl", "dtype": dtype}
-    if not Path(name_or_folder).is_dir():  # is perhaps downloaded, which people want to see
-        return AutoModelForCausalLM.from_pretrained(name_or_folder, **options)
-    with _without_progress_bars():
-        return AutoModelForCausalLM.from_pretrained(name_or_folder, **options)
+
+def _auto_class(folder: Path) -> Any:
+    """For models that see images too, which not all are causal language models to transformers."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
+
+    if folder.is_dir():
+        kind = read_json(folder / _CONFIG).get("model_type")
+        if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            if kind in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+                return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 @contextmanager
@@ -214,11 +248,9 @@ def _on_any_rank(model: Any) -> Iterator[None]:
 
 
 def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Any:
-    from peft import PeftModel
-
     base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
     if base:
-        return PeftModel.from_pretrained(_from_pretrained(base, dtype), folder, is_trainable=True)
+        return _with_adapter(_from_pretrained(base, dtype), folder)
     # transformers would find the adapter here, and put it in where PEFT no longer sees it.
     with tempfile.TemporaryDirectory() as without_adapter:
         for path in folder.iterdir():
@@ -226,7 +258,25 @@ def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Any:
                 (Path(without_adapter) / path.name).symlink_to(path.resolve())
         model = _from_pretrained(without_adapter, dtype)
     model.config.name_or_path = model.name_or_path = ""
-    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    return _with_adapter(model, folder)
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    """PEFT only warns of weights that it does not find, as where transformers converts their names,
+    and leaves them as they were drawn."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    loaded = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    path = folder / _ADAPTER_WEIGHTS
+    if not path.exists():  # in the format of long ago
+        return loaded
+    saved = _safetensors().torch.load_file(path)
+    for name, weight in get_peft_model_state_dict(loaded, save_embedding_layers=False).items():
+        if name not in saved or not torch.equal(saved[name], weight.to(saved[name])):
+            got = "other numbers" if name in saved else "nothing"
+            remedy = "Leave its layer out of target_modules, or take another version of PEFT."
+            raise fail("load_model", f"PEFT to load {name} of {path}", got, remedy)
+    return loaded
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

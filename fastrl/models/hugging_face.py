@@ -63,13 +63,13 @@ class HuggingFacePolicy(nn.Module):
             raise fail(_OP, "a model with a head on its vocabulary", got, "Use a ...ForCausalLM.")
         text = causal.config.get_text_config()
         self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
-        self._scale = _logit_scale(text)
+        self._scale = 1.0
         self.vocab_size, self.hidden_dim = head.weight.shape
         parameters = inspect.signature(causal.base_model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._checkpointed: list[Any] = []  # layers
         self.num_positions = num_positions(causal.base_model)  # None: as many as one likes
-        self._check_head()
+        self._check_head(_logit_scales(text))
 
     @property
     def adapter(self) -> Any:
@@ -130,10 +130,15 @@ class HuggingFacePolicy(nn.Module):
         Raises:
             ValueError: more tokens than the model has positions for.
         """
-        if self.num_positions is not None:
-            length = token_ids.shape[1] + (0 if state is None else state.get_seq_length())
-            check_positions("hidden_states", self.num_positions, length, "texts of")
-        output = self.trunk(input_ids=token_ids, use_cache=True, **{self._cache_name: state})
+        begin = 0 if state is None else state.get_seq_length()
+        end = token_ids.shape[1] + begin
+        check_positions("hidden_states", self.num_positions, end, "texts of")
+        output = self.trunk(
+            input_ids=token_ids,
+            use_cache=True,
+            token_positions=_positions(begin, end, token_ids),
+            **{self._cache_name: state},
+        )
         return output.last_hidden_state, output[self._cache_name]
 
     def packed_hidden(self, batch: PackedBatch) -> Tensor:
@@ -154,6 +159,7 @@ class HuggingFacePolicy(nn.Module):
             output = self.trunk(
                 input_ids=batch.token_ids[None],
                 position_ids=layout.position_ids[None],
+                token_positions=layout.position_ids[None],
                 layout=layout,
                 use_cache=False,
             )
@@ -182,40 +188,62 @@ class HuggingFacePolicy(nn.Module):
         self._checkpointed = layers if enabled else []
 
     @torch.no_grad()
-    def _check_head(self) -> None:
-        """The head that we know of, against the logits of the model."""
+    def _check_head(self, scales: list[float]) -> None:
+        """The head that we know of, with one of these scales, against the logits of the model."""
         token_ids = torch.arange(min(self.vocab_size, 4), device=self.head.weight.device)[None]
+        given = {"input_ids": token_ids, "use_cache": False}
+        given["token_positions"] = _positions(0, token_ids.shape[1], token_ids)
         with evaluating(self.model):
-            hidden = self.trunk(input_ids=token_ids, use_cache=False).last_hidden_state
-            expected = self.causal(input_ids=token_ids, use_cache=False).logits
-        got, where = None, type(self.causal).__name__
+            hidden = self.trunk(**given).last_hidden_state
+            expected = self.causal(**given).logits
+        found = []
+        for self._scale in scales:
+            found.append(self._difference(hidden, expected))
+            if found[-1] is None:
+                return
+        where = type(self.causal).__name__
+        raise fail(_OP, f"{where} to end in weight, bias, softcap and scale", found[0], _OTHER_HEAD)
+
+    def _difference(self, hidden: Tensor, expected: Tensor) -> str | None:
         if hidden.shape[-1] != self.hidden_dim or expected.shape[-1] != self.vocab_size:
-            got = f"hidden {tuple(hidden.shape)} and logits {tuple(expected.shape)}"
-        else:
-            logits = self.head.logits(hidden).float()
-            worst = (logits - expected.float()).abs().max() / expected.abs().max().clamp(min=1e-30)
-            if not worst <= (1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05):
-                got = f"logits that differ by {float(worst):.1e} of the largest"
-        if got is not None:
-            expected_head = f"{where} to end in weight, bias, softcap and scale"
-            raise fail(_OP, expected_head, got, _OTHER_HEAD)
+            return f"hidden {tuple(hidden.shape)} and logits {tuple(expected.shape)}"
+        logits = self.head.logits(hidden)
+        is_rounded = {torch.float16, torch.bfloat16} & {logits.dtype, expected.dtype}
+        error = (logits.float() - expected.float()).abs().max()
+        worst = error / expected.abs().max().clamp(min=1e-30)
+        if worst <= (0.05 if is_rounded else 1e-4):
+            return None
+        return f"logits that differ by {float(worst):.1e} of the largest"
 
 
-def _logit_scale(config: Any) -> float:
-    """As Cohere's and Granite's models have one."""
-    factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-    return float(factor or 1.0) / float(divisor or 1.0)
+def _positions(begin: int, end: int, token_ids: Tensor) -> Tensor:
+    """[1, T], for layers that the model does not tell position_ids."""
+    return torch.arange(begin, end, device=token_ids.device)[None]
+
+
+def _logit_scales(config: Any) -> list[float]:
+    """As Cohere's and Granite's models have one, or as HyperCLOVA X, whose logits_scaling is a
+    factor."""
+    factor, other = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    factor, other = float(factor or 1.0), float(other or 1.0)
+    return [factor / other, factor * other]
 
 
 def _check_adapter(model: Any) -> None:
     if not hasattr(model, "peft_config"):
         return
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     remedy = "Leave it out of target_modules and modules_to_save."
+    got = None
     if any(adapter.is_prompt_learning for adapter in model.peft_config.values()):
         got = "one that adds tokens to the prompt"
+    elif not isinstance(model.base_model, BaseTuner):
+        got = type(model.base_model).__name__
+    elif any(getattr(x, "alora_invocation_tokens", None) for x in model.peft_config.values()):
+        got = "one that begins at its alora_invocation_tokens"
+    if got is not None:
         raise fail(_OP, "an adapter of layers, like LoRA", got, "Use LoRA.")
     head = model.get_base_model().get_output_embeddings()
     if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):

@@ -73,14 +73,15 @@ def decode_known(
     scale: float | None,
     window: int | None,
     softcap: float | None,
-) -> Tensor:
-    """`decode_attention` of caches that it has once accepted, the keys' number apart: the checks,
-    and copies of what is not dense, take 40 us, a tenth of a small call."""
+) -> tuple[Tensor, Tensor]:
+    """`decode_attention` of caches that it has once accepted, the keys' number apart, with
+    return_lse: the checks, and copies of what is not dense, take 40 us, a tenth of a small call."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     caches, prefixes = (key, value, None, key_end), (prefix_key, prefix_value)
     of_prefixes = (prefix_end, prefix_cu_rows)
     query = _dense_along_width(query)
-    return _decode(query, *caches, *prefixes, *of_prefixes, scale, window, softcap)[0]
+    output, lse = _decode(query, *caches, *prefixes, *of_prefixes, scale, window, softcap)
+    return output, lse
 
 
 def decode_step(

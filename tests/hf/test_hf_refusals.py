@@ -89,10 +89,27 @@ def test_chunked_attention():
         full(ids, **arguments)
 
 
-def test_sinks():
-    model = build("gpt_oss", **SMALL | EXPERTS)
-    with pytest.raises(ValueError, match="without sinks in GptOssAttention, got s_aux"):
-        model(IDS)
+def test_sinks_of_each_token():
+    query, positions = torch.randn(1, 2, 6, 8), torch.arange(6)[None]
+    for given, message in (("s_aux", "s_aux .Hq. = .2,. in Layer, got .1, 2, 6, 1"), ("sinks", "")):
+        sinks = {given: torch.zeros(1, 2, 6, 1)}
+        with pytest.raises(ValueError, match=message or "expected sinks of each head.*got sinks="):
+            attention_function(Layer(), query, query, query, None, position_ids=positions, **sinks)
+
+
+@pytest.mark.parametrize(
+    "name, widths",
+    [
+        ("glm_moe_dsa", dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, v_head_dim=8)),
+        ("doge", {}),
+    ],
+)
+def test_layers_that_choose_their_keys_through_a_mask_of_four_dimensions(name, widths):
+    widths = SMALL | dict(num_key_value_heads=4, n_routed_experts=4, qk_rope_head_dim=4) | widths
+    model = build(name, **widths)
+    for given in ({}, {"attention_mask": (IDS > 2).long()}):
+        with pytest.raises(ValueError, match="hf: expected attention to all keys of a row"):
+            model(IDS, **given)
 
 
 @pytest.mark.parametrize("dropout", [dict(name="llama", attention_dropout=0.1)])
@@ -108,6 +125,7 @@ def test_dropout_of_attention_while_training(dropout):
     [
         ("lfm2", SMALL | dict(layer_types=["conv", "full_attention"])),
         ("minimax", SMALL | EXPERTS | MIXED),
+        ("minimax", SMALL | EXPERTS | dict(layer_types=["linear_attention"] * 2)),
     ],
 )
 def test_layers_that_mix_what_a_layout_keeps_apart(name, widths):

@@ -6,10 +6,20 @@ from hf_models import VOCAB, assert_equal_gradients, build, build_pair, gradient
 from torch import nn
 
 from fastrl.layout import PackedBatch, pack_groups
-from fastrl.models import HuggingFacePolicy, PolicyModel, as_policy, reference_policy
+from fastrl.models import (
+    HuggingFacePolicy,
+    PolicyModel,
+    as_policy,
+    load_model,
+    reference_policy,
+    save_model,
+)
 from fastrl.rollout import generate
 
 MODELS = ["llama", "mistral", "gemma2", "gpt2", "gpt_neox", "opt"]
+HYBRID = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+HYBRID |= dict(num_key_value_heads=2, num_local_experts=0, shared_intermediate_size=48)
+HYBRID |= dict(mamba_n_heads=4, mamba_d_head=16)
 LORA = {"target_modules": ["q_proj", "v_proj"], "r": 4}
 
 
@@ -50,6 +60,59 @@ def test_packed_hidden_is_that_of_each_completion_alone(name):
             torch.testing.assert_close(got, whole[len(prompt) - 1 : -1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name, widths",
+    [
+        ("gpt_bigcode", dict(n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0)),
+        ("granitemoehybrid", HYBRID | dict(layer_types=["full_attention"] * 2)),
+    ],
+)
+def test_layers_that_are_not_told_position_ids(name, widths):
+    ours, theirs = (build(name, attention, **widths) for attention in ("fastrl", "sdpa"))
+    with pytest.raises(ValueError, match="expected position_ids in each layer"):
+        ours(torch.arange(9)[None])
+    policy, (prompts, _) = HuggingFacePolicy(ours), groups()
+    torch.testing.assert_close(policy(prompts[0][None])[0], theirs(prompts[0][None]).logits)
+    rollout = generate(policy, prompts, max_new_tokens=4, seeds=torch.arange(2))
+    packed = policy.head.logits(policy.packed_hidden(rollout.batch)).log_softmax(-1)
+    expected = []
+    for prompt, completion in zip(prompts, rollout.completion_ids, strict=True):
+        whole = theirs(torch.cat([prompt, completion])[None], use_cache=False).logits[0]
+        expected.append(whole[len(prompt) - 1 : -1].log_softmax(-1))
+    torch.testing.assert_close(packed, torch.cat(expected), rtol=0, atol=1e-5)
+    sampled = torch.cat(expected).gather(1, rollout.token_ids[:, None])[:, 0]
+    torch.testing.assert_close(rollout.logprobs, sampled, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_models_that_see_images_too(name, tmp_path):
+    """Their configuration's sizes are those of its parts."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, head_dim=8, vocab_size=VOCAB, pad_token_id=0)
+    text |= dict(model_type="llama") if name == "llava" else dict(sliding_window=4)
+    image = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    image |= dict(image_size=16, patch_size=8)
+    config = AutoConfig.for_model(name, text_config=text, vision_config=image)
+    model = AutoModelForImageTextToText.from_config(config)
+    policy, (prompts, _) = HuggingFacePolicy(model.eval()), groups()
+    rollout = generate(policy, prompts, max_new_tokens=6, seeds=torch.arange(2))
+    log_p = policy.head.logits(policy.packed_hidden(rollout.batch)).log_softmax(-1)
+    expected = log_p.gather(1, rollout.token_ids[:, None])[:, 0]
+    torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=1e-5)
+    save_model(policy, tmp_path)
+    again = load_model(tmp_path)
+    assert torch.equal(again(prompts[0][None])[0], policy(prompts[0][None])[0])
+
+
+def test_recurrent_layers_are_refused_where_nothing_tells_the_others_positions():
+    model = build("granitemoehybrid", **HYBRID, layer_types=["full_attention", "linear_attention"])
+    policy = HuggingFacePolicy(model)
+    with pytest.raises(ValueError, match="attention in all layers.* got linear_attention, recurr"):
+        policy.packed_hidden(pack_groups(*groups()))
+
+
 def test_a_batch_without_tokens_has_no_hidden_states():
     policy = HuggingFacePolicy(build("llama"))
     batch = PackedBatch.from_segments([], [])
@@ -71,6 +134,7 @@ def test_hidden_states_go_on_from_a_state(name):
     [
         ("gemma2", {"final_logit_softcapping": 2.0}),
         ("granite", {"logits_scaling": 4.0}),
+        ("hyperclovax", {"logits_scaling": 4.0}),
         ("cohere", {"logit_scale": 0.25}),
         ("phi", {}),  # a bias
     ],
@@ -90,6 +154,14 @@ def test_a_head_of_another_kind_is_refused():
     model.lm_head.register_forward_hook(lambda _, __, logits: logits * 1.01)
     with pytest.raises(ValueError, match="expected LlamaForCausalLM to end in weight, bias"):
         HuggingFacePolicy(model)
+
+
+def test_a_head_of_16_bits_may_have_logits_of_32():
+    model = build("llama").to(torch.bfloat16)
+    model.lm_head.register_forward_hook(
+        lambda layer, args, _: nn.functional.linear(args[0].float(), layer.weight.float())
+    )
+    assert HuggingFacePolicy(model).head.weight is model.lm_head.weight
 
 
 def test_models_without_a_head_and_other_modules_are_refused():
@@ -247,9 +319,16 @@ def test_adapters_on_the_head_are_refused(options, message):
         as_policy(with_lora(**options))
 
 
-def test_adapters_that_add_tokens_are_refused():
-    from peft import PromptTuningConfig, get_peft_model
+def test_adapters_that_depend_on_more_than_a_layers_input_are_refused():
+    from peft import AdaptionPromptConfig, PromptTuningConfig, get_peft_model
 
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match="got one that adds tokens to the prompt"):
-        as_policy(get_peft_model(build("llama"), config))
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    inside = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
+    for config, got in (
+        (prompt, "one that adds tokens to the prompt"),
+        (inside, "AdaptionPromptM"),
+    ):
+        with pytest.raises(ValueError, match=f"an adapter of layers, like LoRA, got {got}"):
+            as_policy(get_peft_model(build("llama"), config))
+    with pytest.raises(ValueError, match="like LoRA, got one that begins at its alora_invoc"):
+        as_policy(with_lora(alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"))

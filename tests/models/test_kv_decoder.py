@@ -8,7 +8,7 @@ from fastrl.models import HuggingFacePolicy
 from fastrl.models._kv_decoder import KVDecoder
 from fastrl.rollout import completion_seeds, generate
 
-MODELS = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text"]
+MODELS = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss"]
 MODELS += ["gpt2", "gpt_neox", "phi", "opt"]
 CHANGES = {"gemma2": {"final_logit_softcapping": 3.0}}
 # Longer than the windows of 4, one of a single token, and the longest last: places must grow.

@@ -148,6 +148,34 @@ def test_the_reference_of_an_lstm_is_a_frozen_copy():
     assert not reference.packed_hidden(batch).requires_grad
 
 
+@pytest.mark.parametrize("kind", ["tokens", "vera"])
+def test_a_model_is_saved_without_any_kind_of_adapter(kind, tmp_path):
+    from peft import LoraConfig, VeraConfig, get_peft_model
+
+    if kind == "vera":  # whose random weights all layers share
+        config = VeraConfig(target_modules=["q_proj", "o_proj"], r=2, d_initial=0.5)
+    else:  # an adapter in a wrapper
+        config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4])
+    model = HuggingFacePolicy(get_peft_model(build("llama"), config))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1)
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path)(TOKEN_IDS)[0], model(TOKEN_IDS)[0])
+
+
+def test_a_merged_adapter_is_refused(tmp_path):
+    """Its model would be saved with the adapter, and get it once more."""
+    model = lora()
+    model.model.merge_adapter()
+    with pytest.raises(ValueError, match="save_model: expected an adapter beside its model"):
+        save_model(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.model.unmerge_adapter()
+    save_model(model, tmp_path)
+
+
 def test_several_adapters_are_refused(tmp_path):
     from peft import LoraConfig
 
@@ -168,6 +196,37 @@ def test_a_folder_that_was_cut_short_is_an_error(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=rf"load_model: expected .*{name} of a saved model"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind, file, weight, message",
+    [
+        (
+            "llama",
+            "model",
+            "norm.weight",
+            "all weights of a LlamaForCausalLM .* none for model.norm",
+        ),
+        (
+            "lora",
+            "adapter_model",
+            "layers.1.self_attn.v_proj.lora_B.weight",
+            "PEFT to load .*lora_B",
+        ),
+    ],
+)
+def test_weights_that_are_not_found_are_an_error(kind, file, weight, message, tmp_path):
+    """transformers and PEFT go on with others, freshly drawn."""
+    from safetensors.torch import load_file, save_file
+
+    save_model(KINDS[kind](), tmp_path)
+    path = tmp_path / f"{file}.safetensors"
+    weights = load_file(path)
+    (name,) = (name for name in weights if name.endswith("model." + weight))
+    del weights[name]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"load_model: expected {message}"):
         load_model(tmp_path)
 
 
