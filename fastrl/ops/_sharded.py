@@ -61,7 +61,12 @@ class _TokenLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup,
         vocab_start: int,
     ) -> tuple[Tensor, Tensor]:
-        state = _state(logits, token_ids, temperature, ignore_index, vocab_start, return_entropy)
+        if logits.shape[-1] == 0:
+            state = _vocabulary.empty_state(token_ids)
+        else:
+            state = _state(
+                logits, token_ids, temperature, ignore_index, vocab_start, return_entropy
+            )
         outputs = _merged(state, token_ids, temperature, ignore_index, group)
         ctx.save_for_backward(logits, token_ids, *outputs)
         ctx.numbers = temperature, ignore_index, vocab_start
@@ -72,6 +77,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> Any:
         logits, token_ids, *saved = ctx.saved_tensors
+        if logits.shape[-1] == 0:
+            return torch.empty_like(logits), *(None,) * 6
         grad = _bwd(_dense(g), _dense(h), logits, token_ids, *saved, *ctx.numbers)
         return grad, *(None,) * 6
 
@@ -91,10 +98,13 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup,
         vocab_start: int,
     ) -> tuple[Tensor, Tensor]:
-        state = _linear_state(
-            hidden, weight, token_ids, bias, temperature, softcap, ignore_index, vocab_start,
-            return_entropy,
-        )  # fmt: skip
+        if len(weight) == 0:
+            state = _vocabulary.empty_state(token_ids)
+        else:
+            state = _linear_state(
+                hidden, weight, token_ids, bias, temperature, softcap, ignore_index, vocab_start,
+                return_entropy,
+            )  # fmt: skip
         outputs = _merged(state, token_ids, temperature, ignore_index, group)
         ctx.save_for_backward(hidden, weight, token_ids, bias, *outputs)
         ctx.numbers = temperature, softcap, ignore_index, vocab_start

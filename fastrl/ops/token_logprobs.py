@@ -82,7 +82,7 @@ def token_logprobs(
         both = kept_logprobs(logits, token_ids, kept, temperature, ignore_index, return_entropy)
         return both if return_entropy else both[0]
     if group is not None:
-        flat = logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1)
+        flat = logits.reshape(token_ids.numel(), logits.shape[-1]), token_ids.reshape(-1)
         outputs = _sharded.token_logprobs(
             *flat, temperature, ignore_index, return_entropy, group=group, vocab_start=vocab_start
         )
@@ -108,7 +108,7 @@ def _check(
     remedy = "Use fastrl.reference.token_logprobs for float64; cast other dtypes."
     _checks.tensor(op, "logits", logits, _DTYPES, remedy)
     _checks.tensor(op, "token_ids", token_ids, (torch.int64,), "Use token_ids.long().")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and group is None):
         raise _checks.fail(op, "logits [..., V], V >= 1", _checks.shape(logits), "Pass logits.")
     if token_ids.shape != logits.shape[:-1]:
         raise _checks.fail(
@@ -122,7 +122,7 @@ def _check(
     _checks.index(op, "ignore_index", ignore_index)
     _sharded.check(op, group, vocab_start)
     if kept is not None:
-        _check_kept(op, kept, logits)
+        _check_kept(op, kept, logits, None if group is not None else logits.shape[-1])
     _checks.implemented(op, logits)
     if group is None:
         check_ids(op, token_ids, logits.shape[-1], ignore_index)
@@ -144,7 +144,8 @@ def check_ids(op: str, token_ids: Tensor, vocab: int, ignore_index: int) -> None
         )
 
 
-def _check_kept(op: str, kept: Any, logits: Tensor) -> None:
+def _check_kept(op: str, kept: Any, logits: Tensor, vocab: int | None) -> None:
+    """vocab: None where a rank's slice does not tell how large the vocabulary is."""
     if not isinstance(kept, tuple) or len(kept) != 2:
         raise _checks.wrong_type(
             op, "kept as (ids, cu_seqlens)", type(kept).__name__, "sample_tokens returns it so."
@@ -160,12 +161,12 @@ def _check_kept(op: str, kept: Any, logits: Tensor) -> None:
         raise _checks.fail(
             op, f"kept cu_seqlens [{rows + 1}]", _checks.shape(bounds), "Pass one set per row."
         )
-    if _checks.contents_are_known(ids) and ids.numel():
+    if vocab is not None and _checks.contents_are_known(ids) and ids.numel():
         low, high = (int(x) for x in ids.aminmax())
-        if low < 0 or high >= logits.shape[-1]:
+        if low < 0 or high >= vocab:
             raise _checks.fail(
                 op,
-                f"kept ids in [0, {logits.shape[-1]})",
+                f"kept ids in [0, {vocab})",
                 low if low < 0 else high,
                 "Pass ids of the vocabulary.",
             )
