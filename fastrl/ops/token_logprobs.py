@@ -129,7 +129,7 @@ def _check(
 
 
 def check_ids(op: str, token_ids: Tensor, vocab: int, ignore_index: int) -> None:
-    if token_ids.numel() == 0 or not _checks.contents_are_known(token_ids):
+    if not _checks.contents_are_known(token_ids) or token_ids.numel() == 0:
         return
     low, high = (int(x) for x in token_ids.aminmax())
     if low >= 0 and high < vocab:
