@@ -49,7 +49,7 @@ def token_logprobs(
         return_entropy: return the entropy as well.
         inplace_backward: the backward pass writes the gradient over `logits`, which nothing may
             read afterwards: no memory beside it. Has no effect under torch.compile, which plans
-            memory itself.
+            memory itself, and on rows that share memory (expand), whose gradients do not.
         kept: (ids int64 [K], cu_seqlens int32 [rows + 1]): row i is renormalised over the ids in
             ids[cu_seqlens[i]:cu_seqlens[i + 1]], in any order, each once. A token outside them has
             log-probability -inf. Only their logits are read; inplace_backward has no effect.
@@ -88,11 +88,21 @@ def token_logprobs(
         )
         logprobs, entropy = (x.reshape(token_ids.shape) for x in outputs)
         return (logprobs, entropy) if return_entropy else logprobs
-    inplace = inplace_backward and not torch.compiler.is_compiling()
+    inplace = inplace_backward and not torch.compiler.is_compiling() and not _overlaps(logits)
     logprobs, entropy, _, _ = _fwd(
         logits, token_ids.contiguous(), temperature, ignore_index, return_entropy, inplace
     )
     return (logprobs, entropy) if return_entropy else logprobs
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two entries may be one number in memory."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += max(size - 1, 0) * stride
+    return False
 
 
 def _check(
