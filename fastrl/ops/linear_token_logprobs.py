@@ -120,6 +120,8 @@ def check_head(
     remedy = f"Use fastrl.reference.{op} for float64; cast other dtypes."
     _checks.tensor(op, "hidden", hidden, _DTYPES, remedy)
     _checks.tensor(op, "weight", weight, _DTYPES, remedy)
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        _checks.undistributed(op, name, x)
     _checks.tensor(op, "token_ids", token_ids, (torch.int64,), "Use token_ids.long().")
     if weight.dim() != 2 or weight.shape[0] < least_vocab:
         raise _checks.fail(op, "weight [V, D], V >= 1", _checks.shape(weight), "Pass the head's.")

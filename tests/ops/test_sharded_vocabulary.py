@@ -43,6 +43,28 @@ def results(ops, logits, hidden, weight, bias, ids, **parallel):
     return [output.detach() for output in outputs], list(gradients)
 
 
+def messages(hidden, weight, ids):
+    """What is said of a weight as FSDP2 holds it, and of logits as tensor parallelism gives them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    weight, logits = (
+        distribute_tensor(x, mesh, [Shard(dim)]) for x, dim in ((weight, 0), (hidden @ weight.T, 1))
+    )
+    calls = (
+        lambda: fastrl.linear_token_logprobs(hidden, weight, ids),
+        lambda: fastrl.linear_token_loss(hidden, weight, ids, lambda logprobs, *_: logprobs),
+        lambda: fastrl.token_logprobs(logits, ids),
+    )
+    found = []
+    for call in calls:
+        with pytest.raises(TypeError) as caught:
+            call()
+        found.append(str(caught.value))
+    return found
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
@@ -56,7 +78,8 @@ def worker(rank, folder):
     one = slice(0, sum(WIDTHS) * rank)  # nothing on the first rank, all of it on the second
     uneven = results(fastrl, logits[:, one], hidden, weight[one], bias[one], ids, group=group)
     kept = fastrl.token_logprobs(logits[:, own], ids, kept=kept_sets(), group=group)
-    torch.save((*found, *again, *uneven, kept), f"{folder}/{rank}.pt")
+    refused = messages(hidden, weight, ids)
+    torch.save((*found, *again, *uneven, kept, refused), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -107,5 +130,14 @@ def test_a_rank_without_a_slice(ranks):
 def test_kept_ids_are_those_of_the_whole_vocabulary(ranks):
     logits, *_, ids = problem()
     expected = fastrl.token_logprobs(logits, ids, kept=kept_sets())
-    for *_, kept in ranks:
+    for *_, kept, _ in ranks:
         torch.testing.assert_close(kept, expected)
+
+
+def test_a_distributed_tensor_is_no_slice(ranks):
+    given = ("linear_token_logprobs", "weight"), ("linear_token_loss", "weight")
+    for message, (op, name) in zip(
+        ranks[0][-1], (*given, ("token_logprobs", "logits")), strict=True
+    ):
+        start = f"{op}: expected {name} as a plain tensor, got DTensor. Use {name}.full_tensor()"
+        assert message.startswith(start)
