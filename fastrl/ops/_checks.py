@@ -43,7 +43,7 @@ def undistributed(op: str, name: str, x: Tensor) -> None:
     if hasattr(x, "full_tensor"):
         raise wrong_type(
             op, f"{name} as a plain tensor", type(x).__name__,
-            f"Use {name}.full_tensor(), or where the vocabulary is cut {name}.to_local() and group.",
+            f"Use {name}.full_tensor(), or {name}.to_local() and group for a cut vocabulary.",
         )  # fmt: skip
 
 

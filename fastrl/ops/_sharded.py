@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl import _vocabulary
 from fastrl.ops import _binary, _checks
@@ -74,8 +73,9 @@ class _TokenLogprobs(torch.autograd.Function):
         return outputs[0], outputs[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            _binary.refuse_second_derivative("token_logprobs")
         logits, token_ids, *saved = ctx.saved_tensors
         if logits.shape[-1] == 0:
             return torch.empty_like(logits), *(None,) * 6
@@ -113,8 +113,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return outputs[0], outputs[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            _binary.refuse_second_derivative("linear_token_logprobs")
         hidden, weight, token_ids, bias, *saved = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         grads = _linear_bwd(

@@ -44,7 +44,7 @@ def results(ops, logits, hidden, weight, bias, ids, **parallel):
 
 
 def messages(hidden, weight, ids):
-    """What is said of a weight as FSDP2 holds it, and of logits as tensor parallelism gives them."""
+    """What is said of a weight as FSDP2 holds it, and of logits of tensor parallelism."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
