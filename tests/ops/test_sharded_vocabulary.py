@@ -43,8 +43,9 @@ def results(ops, logits, hidden, weight, bias, ids, **parallel):
     return [output.detach() for output in outputs], list(gradients)
 
 
-def messages(hidden, weight, ids):
-    """What is said of a weight as FSDP2 holds it, and of logits of tensor parallelism."""
+def refusals(hidden, weight, ids):
+    """What is said of a weight as FSDP2 holds it, and of logits of tensor parallelism. And a second
+    derivative is refused on every rank, before any waits for another."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -62,6 +63,13 @@ def messages(hidden, weight, ids):
         with pytest.raises(TypeError) as caught:
             call()
         found.append(str(caught.value))
+    leaf = hidden.clone().requires_grad_()
+    for call in (
+        lambda: fastrl.token_logprobs(leaf, ids.clamp(max=7), group=dist.group.WORLD),
+        lambda: fastrl.linear_token_logprobs(leaf, hidden, ids, group=dist.group.WORLD),
+    ):
+        with pytest.raises(NotImplementedError, match="expected to be differentiated once"):
+            torch.autograd.grad(call().sum(), leaf, create_graph=True)
     return found
 
 
@@ -78,7 +86,7 @@ def worker(rank, folder):
     one = slice(0, sum(WIDTHS) * rank)  # nothing on the first rank, all of it on the second
     uneven = results(fastrl, logits[:, one], hidden, weight[one], bias[one], ids, group=group)
     kept = fastrl.token_logprobs(logits[:, own], ids, kept=kept_sets(), group=group)
-    refused = messages(hidden, weight, ids)
+    refused = refusals(hidden, weight, ids)
     torch.save((*found, *again, *uneven, kept, refused), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
