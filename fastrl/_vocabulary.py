@@ -16,6 +16,13 @@ from torch import Tensor
 SIZE = 6
 
 
+def empty_state(token_ids: Tensor) -> Tensor:
+    """[N, 6] of a slice without an entry, which adds nothing to the others."""
+    state = token_ids.new_zeros((token_ids.numel(), SIZE), dtype=torch.float64)
+    state[:, 0] = -torch.inf
+    return state
+
+
 def merge_states(states: Tensor, temperature: float) -> Tensor:
     """[N, 6] from [K, N, 6]: the state of K slices together, in the order given."""
     if len(states) == 1:  # on a GPU two dozen launches

@@ -2,7 +2,8 @@
 TorchRL.
 
 `patch_trl` puts TRL's own under its trainers; the functions can also be imported by name. None of
-the three is imported here, or needed for the functions.
+the three is imported here, or needed for the functions. Theirs can be differentiated again and in
+forward mode; ours refuse both, apart from log-probs and entropy in float64.
 """
 
 from fastrl.compat.patch_trl import PatchedTrl, patch_trl

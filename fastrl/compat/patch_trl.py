@@ -1,10 +1,12 @@
 """TRL's trainers on fastrl's ops, for as long as a `with` block lasts."""
 
 import importlib
+import inspect
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,9 @@ _NAMES = {
     "selective_log_softmax_and_entropy": "selective_log_softmax_and_entropy",
 }
 _REMEDY = "Use the trl that constraints.txt pins, or call fastrl.compat's functions yourself."
+
+# Whoever comes second has to see all that the first one replaces and puts back.
+_SWAPPING = threading.Lock()
 
 
 @dataclass
@@ -56,27 +61,27 @@ def patch_trl() -> Iterator[PatchedTrl]:
     Returns:
         A context manager that gives a `PatchedTrl`.
     Raises:
-        ImportError: trl is not installed, or lacks one of the names.
+        ImportError: trl is not installed, lacks one of the names, or has it with other arguments.
         RuntimeError: inside another patch_trl.
     """
     utils = _utils()
     patched = PatchedTrl()
-    # Found before anything is replaced: a name that is missing leaves TRL as it was.
-    originals = {name: _original(utils, name) for name in _NAMES}
-    swaps = [(originals[name], _counting(patched.calls, _NAMES[name])) for name in _NAMES]
-    # Says there whether to score only what has a label. In trl.kernels, where the same function
-    # chooses TRL's own kernels, it stays; a TRL without it has no such choice to make.
-    use_triton = vars(utils).get("_use_triton")
-    try:
-        patched.replaced = _replace(swaps)
-        if use_triton is not None:
-            setattr(utils, "_use_triton", _always)  # noqa: B010  (mypy knows no such attribute)
-            patched.replaced.append(f"{_UTILS}._use_triton")
+    with ExitStack() as stack:
+        with _SWAPPING:
+            # Found before anything is replaced: a name that is missing leaves TRL as it was.
+            originals = {name: _original(utils, name) for name in _NAMES}
+            swaps = [
+                (originals[name], _counting(patched.calls, mine)) for name, mine in _NAMES.items()
+            ]
+            # Says there whether to score only what has a label. In trl.kernels, where the same
+            # function chooses TRL's own kernels, it stays; a TRL without it has no such choice.
+            use_triton = vars(utils).get("_use_triton")
+            stack.callback(_restore, utils, swaps, use_triton)
+            patched.replaced = _replace(swaps)
+            if use_triton is not None:
+                setattr(utils, "_use_triton", _always)  # noqa: B010  (mypy knows no such attribute)
+                patched.replaced.append(f"{_UTILS}._use_triton")
         yield patched
-    finally:
-        _replace([(new, old) for old, new in swaps])
-        if use_triton is not None:
-            setattr(utils, "_use_triton", use_triton)  # noqa: B010
 
 
 def _utils() -> ModuleType:
@@ -94,16 +99,34 @@ def _utils() -> ModuleType:
 def _original(utils: ModuleType, name: str) -> Any:
     found = vars(utils).get(name)
     if found is None:
-        version = getattr(sys.modules["trl"], "__version__", "of unknown version")
         raise ImportError(
-            f"patch_trl: expected {_UTILS}.{name}, got trl {version} without it. {_REMEDY}"
+            f"patch_trl: expected {_UTILS}.{name}, got trl {_version()} without it. {_REMEDY}"
         )
     if getattr(found, "_from_patch_trl", False):
         raise RuntimeError(
             f"patch_trl: expected TRL's own {name}, got that of an enclosing patch_trl. "
             "Leave that one first; one is enough."
         )
+    theirs, mine = _parameters(found), _parameters(getattr(ours, _NAMES[name]))
+    if theirs != mine:
+        raise ImportError(
+            f"patch_trl: expected {_UTILS}.{name}({', '.join(mine)}), got trl {_version()} with "
+            f"({', '.join(theirs)}). {_REMEDY}"
+        )
     return found
+
+
+def _version() -> str:
+    return getattr(sys.modules["trl"], "__version__", "of unknown version")
+
+
+def _parameters(function: Any) -> list[str]:
+    """The arguments that a caller may give, with their defaults."""
+    if isinstance(function, type):
+        function = getattr(function, "forward", None) or function.apply  # type: ignore[attr-defined]
+    given = inspect.signature(function).parameters.values()
+    plain = (p.replace(annotation=p.empty) for p in given if p.name != "ctx")
+    return [str(p) for p in plain]
 
 
 def _counting(calls: Counter[str], name: str) -> Any:
@@ -135,6 +158,13 @@ def _replace(swaps: list[tuple[Any, Any]]) -> list[str]:
                     setattr(module, name, new)
                     replaced.append(f"{module_name}.{name}")
     return replaced
+
+
+def _restore(utils: ModuleType, swaps: list[tuple[Any, Any]], use_triton: Any) -> None:
+    with _SWAPPING:
+        _replace([(new, old) for old, new in swaps])
+        if use_triton is not None:
+            setattr(utils, "_use_triton", use_triton)  # noqa: B010
 
 
 def _always(device: object) -> bool:

@@ -35,7 +35,8 @@ def generalized_advantage_estimate(
 
     Args:
         gamma: discount, in [0, 1]: a number, a tensor of one entry, or a tensor that broadcasts to
-            reward's shape, and then gamma_t discounts what follows reward_t.
+            reward's shape, and then gamma_t discounts what follows reward_t. With time_dim=0 one of
+            one dimension is [T].
         lmbda: in [0, 1], the same forms.
         state_value: [*B, T, *F] floating-point, v_t, the value of the state before the action at t.
         next_state_value: the same shape, the value of the state that the action at t led to.
@@ -122,7 +123,8 @@ def vtrace_advantage_estimate(
 
     Args:
         gamma: discount, in [0, 1]: a number, a tensor of one entry, or a tensor that broadcasts to
-            reward's shape, and then gamma_t discounts what follows reward_t.
+            reward's shape, and then gamma_t discounts what follows reward_t. With time_dim=0 one of
+            one dimension is [T], and so are the others that broadcast.
         log_pi: log-probability of action t under the policy that learns, broadcasts to reward's
             shape. (TorchRL's documentation swaps the two; its code and the paper do not.)
         log_mu: the same of the policy that acted.
@@ -147,11 +149,12 @@ def vtrace_advantage_estimate(
     """
     op = "vtrace_advantage_estimate"
     if terminated is not None:
-        terminated = _broadcast(op, "terminated", terminated, reward)
+        terminated = _broadcast(op, "terminated", terminated, reward, time_dim)
     steps = _steps(op, state_value, next_state_value, reward, done, terminated, time_dim)
     dtype = _promoted(gamma, state_value, next_state_value, reward, log_pi, log_mu)
     wide = torch.promote_types(torch.promote_types(log_pi.dtype, log_mu.dtype), torch.float32)
-    log_ratio = _broadcast(op, "log_pi - log_mu", log_pi.to(wide) - log_mu.to(wide), reward)
+    difference = log_pi.to(wide) - log_mu.to(wide)
+    log_ratio = _broadcast(op, "log_pi - log_mu", difference, reward, time_dim)
     log_ratio = log_ratio.movedim(time_dim, -1)
     discount = _discount(op, "gamma", gamma, reward, time_dim)
     rho_clip = _bound(op, "rho_thresh", rho_thresh)
@@ -216,11 +219,14 @@ def _steps(
     }
 
 
-def _broadcast(op: str, name: str, x: Tensor, reward: Tensor) -> Tensor:
+def _broadcast(op: str, name: str, x: Tensor, reward: Tensor, time_dim: int) -> Tensor:
+    given = _checks.shape(x)
+    if x.dim() == 1 and time_dim == 0:  # TorchRL counts from the front in each tensor by itself
+        x = x.view(-1, *(1 for _ in reward.shape[1:]))
     ours, theirs = x.shape[::-1], reward.shape[::-1]
     if len(ours) > len(theirs) or any(a not in (1, b) for a, b in zip(ours, theirs, strict=False)):
         raise _checks.fail(
-            op, f"{name} that broadcasts to reward {_checks.shape(reward)}", _checks.shape(x),
+            op, f"{name} that broadcasts to reward {_checks.shape(reward)}", given,
             "Pass one entry, or one per entry of reward.",
         )  # fmt: skip
     return x.broadcast_to(reward.shape)
@@ -234,7 +240,7 @@ def _discount(op: str, name: str, x: Any, reward: Tensor, time_dim: int) -> floa
         x = x.detach()
     if x.numel() == 1 and not x.requires_grad and _checks.contents_are_known(x):
         return float(x)
-    return _broadcast(op, name, x, reward).movedim(time_dim, -1)
+    return _broadcast(op, name, x, reward, time_dim).movedim(time_dim, -1)
 
 
 def _bound(op: str, name: str, x: Any) -> float:

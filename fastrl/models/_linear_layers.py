@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastrl.models._norms import quick_norms
 from fastrl.models._quick_blocks import quick_attention, quick_mlp
@@ -162,6 +161,10 @@ def _version(x: Tensor) -> int:
     return -next(_uncounted) if x.is_inference() else x._version
 
 
+def _by_columns(x: Tensor, weight: Tensor) -> Tensor:
+    return quick_product(x, weight.t())
+
+
 class _QuickLinear(torch.autograd.Function):
     """x [N, K], weight [V, K], bias [V] or None -> [N, V]."""
 
@@ -171,12 +174,13 @@ class _QuickLinear(torch.autograd.Function):
         return quick_product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        # With create_graph by what autograd knows how to differentiate again.
+        product = torch.matmul if torch.is_grad_enabled() else _by_columns
         return (
-            quick_product(grad, weight.t()) if needs[0] else None,
+            product(grad, weight) if needs[0] else None,
             grad.t() @ x if needs[1] else None,
             grad.sum(0) if needs[2] else None,
         )

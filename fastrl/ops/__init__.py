@@ -1,7 +1,8 @@
 """What users call: the contract's functions, checked and fast, on the tensors' own device.
 
 The tensor's device chooses the implementation through torch's dispatcher; there is no flag and no
-silent fallback. `fastrl.reference` has the same names and signatures in plain PyTorch.
+silent fallback. `fastrl.reference` has the same names and signatures in plain PyTorch. What has a
+kernel can be differentiated once, in reverse mode; where more is asked it says so.
 """
 
 from fastrl.ops.actor_critic_loss import actor_critic_loss

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import library
@@ -49,7 +49,7 @@ def op(name: str, *, differentiable: int | None = None) -> Callable[..., Any]:
     differentiable: how many of its first arguments may require grad; None: all.
     """
     if module is not None:
-        return _short_cut(getattr(torch.ops.fastrl, name).default, differentiable)
+        return _short_cut(name, getattr(torch.ops.fastrl, name).default, differentiable)
 
     def not_built(*args: object) -> None:
         raise ImportError(
@@ -60,21 +60,64 @@ def op(name: str, *, differentiable: int | None = None) -> Callable[..., Any]:
     return not_built
 
 
-def _short_cut(overload: Callable[..., Any], differentiable: int | None) -> Callable[..., Any]:
+def _short_cut(
+    name: str, overload: Callable[..., Any], differentiable: int | None
+) -> Callable[..., Any]:
     """The op, past the autograd formula's Python (half of a small call's time) where there is
     nothing to differentiate; torch's own wrapper makes the same step, only later."""
 
     def call(*args: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:differentiable]))
-            or forward_ad._current_level >= 0
-        ):
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:differentiable]):
             return overload(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
     return call
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Torch's wrapper of an autograd formula drops them without a word."""
+    for x in args:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{_shown(name)}: expected a derivative in reverse mode, got one in forward mode. "
+                "Use the plain definition in fastrl.reference for it."
+            )
+
+
+def _shown(name: str) -> str:
+    """The op of which it is a part."""
+    if name in ("td_bwd", "value_grads"):
+        return "returns"
+    for suffix in ("_", "_fwd", "_bwd", "_state"):
+        name = name.removesuffix(suffix)
+    return name.replace("kept_logprobs", "token_logprobs")
+
+
+def refuse_second_derivative(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{_shown(name)}: expected to be differentiated once, got a second derivative. "
+        "Use the plain definition in fastrl.reference for it."
+    )
+
+
+def differentiable_once(*names: str) -> None:
+    """Of backward ops. A second derivative would be silently incomplete: they are no functions of
+    the graph that the first one made."""
+
+    def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    for name in names:
+
+        def refuse(*_: Any, name: str = name) -> NoReturn:
+            refuse_second_derivative(name)
+
+        register_autograd(name, refuse, setup_context=keep_nothing)
 
 
 def register_fake(name: str, function: Callable[..., Any]) -> None:

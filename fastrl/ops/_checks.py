@@ -38,6 +38,15 @@ def tensor(op: str, name: str, x: object, dtypes: Iterable[torch.dtype], remedy:
         raise wrong_type(op, f"{name} of dtype {names}", x.dtype, remedy)
 
 
+def undistributed(op: str, name: str, x: Tensor) -> None:
+    """Known by a method: the class would take its import, and torch's own error asks for more."""
+    if hasattr(x, "full_tensor"):
+        raise wrong_type(
+            op, f"{name} as a plain tensor", type(x).__name__,
+            f"Use {name}.full_tensor(), or {name}.to_local() and group for a cut vocabulary.",
+        )  # fmt: skip
+
+
 def float_tensor(op: str, name: str, x: object) -> None:
     tensor(op, name, x, FLOATS, f"Pass {name} as a floating-point tensor.")
 

@@ -150,7 +150,7 @@ def laid_out(x: Tensor, time_major: bool) -> Tensor:
             return x
         return x.movedim(-1, 0).contiguous().movedim(0, -1)
     # The rows of a larger tensor: one stride from row to row, and steps side by side.
-    if (x.shape[-1] <= 1 or x.stride(-1) == 1) and _axes_are_one(
+    if (x.stride(-1) == 1 or x.shape[-1] <= 1) and _axes_are_one(
         x.shape[:-1], x.stride()[:-1], None
     ):
         return x
@@ -159,7 +159,7 @@ def laid_out(x: Tensor, time_major: bool) -> Tensor:
 
 def is_time_major(x: Tensor) -> bool:
     """Whether rows stand side by side in memory, as those of a transposed [T, B] do."""
-    if x.dim() < 2 or x.shape[-1] <= 1 or x.stride(-1) == 1 or x.numel() == 0:
+    if x.dim() < 2 or x.stride(-1) == 1 or x.shape[-1] <= 1 or x.numel() == 0:
         return False
     return _axes_are_one(x.shape[:-1], x.stride()[:-1], 1)
 

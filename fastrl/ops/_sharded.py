@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl import _vocabulary
 from fastrl.ops import _binary, _checks
@@ -61,7 +60,12 @@ class _TokenLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup,
         vocab_start: int,
     ) -> tuple[Tensor, Tensor]:
-        state = _state(logits, token_ids, temperature, ignore_index, vocab_start, return_entropy)
+        if logits.shape[-1] == 0:
+            state = _vocabulary.empty_state(token_ids)
+        else:
+            state = _state(
+                logits, token_ids, temperature, ignore_index, vocab_start, return_entropy
+            )
         outputs = _merged(state, token_ids, temperature, ignore_index, group)
         ctx.save_for_backward(logits, token_ids, *outputs)
         ctx.numbers = temperature, ignore_index, vocab_start
@@ -69,9 +73,12 @@ class _TokenLogprobs(torch.autograd.Function):
         return outputs[0], outputs[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            _binary.refuse_second_derivative("token_logprobs")
         logits, token_ids, *saved = ctx.saved_tensors
+        if logits.shape[-1] == 0:
+            return torch.empty_like(logits), *(None,) * 6
         grad = _bwd(_dense(g), _dense(h), logits, token_ids, *saved, *ctx.numbers)
         return grad, *(None,) * 6
 
@@ -91,10 +98,13 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup,
         vocab_start: int,
     ) -> tuple[Tensor, Tensor]:
-        state = _linear_state(
-            hidden, weight, token_ids, bias, temperature, softcap, ignore_index, vocab_start,
-            return_entropy,
-        )  # fmt: skip
+        if len(weight) == 0:
+            state = _vocabulary.empty_state(token_ids)
+        else:
+            state = _linear_state(
+                hidden, weight, token_ids, bias, temperature, softcap, ignore_index, vocab_start,
+                return_entropy,
+            )  # fmt: skip
         outputs = _merged(state, token_ids, temperature, ignore_index, group)
         ctx.save_for_backward(hidden, weight, token_ids, bias, *outputs)
         ctx.numbers = temperature, softcap, ignore_index, vocab_start
@@ -103,8 +113,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return outputs[0], outputs[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            _binary.refuse_second_derivative("linear_token_logprobs")
         hidden, weight, token_ids, bias, *saved = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         grads = _linear_bwd(

@@ -76,7 +76,8 @@ def linear_token_logprobs(
     Differentiable in: hidden, weight, bias; what needs no gradient costs no product.
     """
     op = "linear_token_logprobs"
-    check_head(op, hidden, weight, token_ids, bias, temperature, softcap, ignore_index)
+    least = 1 if group is None else 0  # a rank's slice of the vocabulary may be empty
+    check_head(op, hidden, weight, token_ids, bias, temperature, softcap, ignore_index, least)
     _sharded.check(op, group, vocab_start)
     if group is None:
         check_ids(op, token_ids, weight.shape[0], ignore_index)
@@ -114,12 +115,15 @@ def check_head(
     temperature: Any,
     softcap: Any,
     ignore_index: Any,
+    least_vocab: int = 1,
 ) -> None:
     remedy = f"Use fastrl.reference.{op} for float64; cast other dtypes."
     _checks.tensor(op, "hidden", hidden, _DTYPES, remedy)
     _checks.tensor(op, "weight", weight, _DTYPES, remedy)
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        _checks.undistributed(op, name, x)
     _checks.tensor(op, "token_ids", token_ids, (torch.int64,), "Use token_ids.long().")
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or weight.shape[0] < least_vocab:
         raise _checks.fail(op, "weight [V, D], V >= 1", _checks.shape(weight), "Pass the head's.")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise _checks.fail(
@@ -206,3 +210,4 @@ _binary.register_torch(_linear_slices.linear_token_logprobs_bwd)
 _binary.register_fake("linear_token_logprobs_fwd", _fwd_fake)
 _binary.register_fake("linear_token_logprobs_bwd", _bwd_fake)
 _binary.register_autograd("linear_token_logprobs_fwd", _backward, setup_context=_setup_context)
+_binary.differentiable_once("linear_token_logprobs_bwd")

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl.ops import _binary
 from fastrl.ops._head import ALL, CountedRows, Head, empty_matrix
@@ -139,8 +138,9 @@ class _LinearTokenLoss(torch.autograd.Function):
         return loss.float(), logprobs, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
+        if torch.is_grad_enabled():  # create_graph; what was formed in the forward pass has none
+            _binary.refuse_second_derivative("linear_token_loss")
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_token_loss: expected one backward pass, got a second. The first one hands "

@@ -49,7 +49,7 @@ def token_logprobs(
         return_entropy: return the entropy as well.
         inplace_backward: the backward pass writes the gradient over `logits`, which nothing may
             read afterwards: no memory beside it. Has no effect under torch.compile, which plans
-            memory itself.
+            memory itself, and on rows that share memory (expand), whose gradients do not.
         kept: (ids int64 [K], cu_seqlens int32 [rows + 1]): row i is renormalised over the ids in
             ids[cu_seqlens[i]:cu_seqlens[i + 1]], in any order, each once. A token outside them has
             log-probability -inf. Only their logits are read; inplace_backward has no effect.
@@ -82,17 +82,27 @@ def token_logprobs(
         both = kept_logprobs(logits, token_ids, kept, temperature, ignore_index, return_entropy)
         return both if return_entropy else both[0]
     if group is not None:
-        flat = logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1)
+        flat = logits.reshape(token_ids.numel(), logits.shape[-1]), token_ids.reshape(-1)
         outputs = _sharded.token_logprobs(
             *flat, temperature, ignore_index, return_entropy, group=group, vocab_start=vocab_start
         )
         logprobs, entropy = (x.reshape(token_ids.shape) for x in outputs)
         return (logprobs, entropy) if return_entropy else logprobs
-    inplace = inplace_backward and not torch.compiler.is_compiling()
+    inplace = inplace_backward and not torch.compiler.is_compiling() and not _overlaps(logits)
     logprobs, entropy, _, _ = _fwd(
         logits, token_ids.contiguous(), temperature, ignore_index, return_entropy, inplace
     )
     return (logprobs, entropy) if return_entropy else logprobs
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two entries may be one number in memory."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += max(size - 1, 0) * stride
+    return False
 
 
 def _check(
@@ -107,8 +117,9 @@ def _check(
     op = "token_logprobs"
     remedy = "Use fastrl.reference.token_logprobs for float64; cast other dtypes."
     _checks.tensor(op, "logits", logits, _DTYPES, remedy)
+    _checks.undistributed(op, "logits", logits)
     _checks.tensor(op, "token_ids", token_ids, (torch.int64,), "Use token_ids.long().")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and group is None):
         raise _checks.fail(op, "logits [..., V], V >= 1", _checks.shape(logits), "Pass logits.")
     if token_ids.shape != logits.shape[:-1]:
         raise _checks.fail(
@@ -122,14 +133,14 @@ def _check(
     _checks.index(op, "ignore_index", ignore_index)
     _sharded.check(op, group, vocab_start)
     if kept is not None:
-        _check_kept(op, kept, logits)
+        _check_kept(op, kept, logits, None if group is not None else logits.shape[-1])
     _checks.implemented(op, logits)
     if group is None:
         check_ids(op, token_ids, logits.shape[-1], ignore_index)
 
 
 def check_ids(op: str, token_ids: Tensor, vocab: int, ignore_index: int) -> None:
-    if token_ids.numel() == 0 or not _checks.contents_are_known(token_ids):
+    if not _checks.contents_are_known(token_ids) or token_ids.numel() == 0:
         return
     low, high = (int(x) for x in token_ids.aminmax())
     if low >= 0 and high < vocab:
@@ -144,7 +155,8 @@ def check_ids(op: str, token_ids: Tensor, vocab: int, ignore_index: int) -> None
         )
 
 
-def _check_kept(op: str, kept: Any, logits: Tensor) -> None:
+def _check_kept(op: str, kept: Any, logits: Tensor, vocab: int | None) -> None:
+    """vocab: None where a rank's slice does not tell how large the vocabulary is."""
     if not isinstance(kept, tuple) or len(kept) != 2:
         raise _checks.wrong_type(
             op, "kept as (ids, cu_seqlens)", type(kept).__name__, "sample_tokens returns it so."
@@ -160,12 +172,12 @@ def _check_kept(op: str, kept: Any, logits: Tensor) -> None:
         raise _checks.fail(
             op, f"kept cu_seqlens [{rows + 1}]", _checks.shape(bounds), "Pass one set per row."
         )
-    if _checks.contents_are_known(ids) and ids.numel():
+    if vocab is not None and _checks.contents_are_known(ids) and ids.numel():
         low, high = (int(x) for x in ids.aminmax())
-        if low < 0 or high >= logits.shape[-1]:
+        if low < 0 or high >= vocab:
             raise _checks.fail(
                 op,
-                f"kept ids in [0, {logits.shape[-1]})",
+                f"kept ids in [0, {vocab})",
                 low if low < 0 else high,
                 "Pass ids of the vocabulary.",
             )
@@ -205,7 +217,7 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     if g is None and h is None:
         return (None,) * 6
     saved = (g, h, logits, token_ids, logprobs, entropy, row_max, log_total, *ctx.numbers)
-    if ctx.inplace:
+    if ctx.inplace and not torch.is_grad_enabled():  # with create_graph, the other one refuses
         _bwd_inplace(*saved, 0)
         # So that autograd refuses, loudly, to use the logits as logits again.
         torch.autograd.graph.increment_version(logits)
@@ -222,6 +234,7 @@ _binary.register_fake("token_logprobs_fwd", _fwd_fake)
 _binary.register_fake("token_logprobs_bwd", _bwd_fake)
 _binary.register_fake("token_logprobs_bwd_", lambda *_: None)
 _binary.register_autograd("token_logprobs_fwd", _backward, setup_context=_setup_context)
+_binary.differentiable_once("token_logprobs_bwd")
 _binary.register_triton(
     "token_logprobs",
     "token_logprobs_fwd",

@@ -1,6 +1,8 @@
 """patch_trl: TRL's own trainers on our ops, and TRL as it was afterwards."""
 
+import functools
 import sys
+import threading
 import types
 
 import pytest
@@ -71,6 +73,7 @@ def test_every_output_of_the_fused_head(trl_utils, tmp_path, monkeypatch, labell
     expected, expected_gradients = fused(model, ids, labels)
     rows, real = [], ours.ChunkedLogProbFunction.apply
 
+    @functools.wraps(real)
     def record(hidden, *arguments):
         rows.append(len(hidden))
         return real(hidden, *arguments)
@@ -143,6 +146,51 @@ def test_nested_use_is_refused_and_leaves_the_outer_one(trl_utils):
                 pass
         trl_utils.entropy_from_logits(torch.zeros(1, 2))
     assert outer.calls == {"entropy_from_logits": 1}
+
+
+def test_two_threads_at_once(trl_utils, monkeypatch):
+    """The second comes while the first is about to replace TRL's functions."""
+    before, errors = held(trl_utils), []
+
+    def second():
+        try:
+            with patch_trl():
+                pass
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=second)
+    module = sys.modules[patch_trl.__module__]
+    real = module._replace
+
+    def replace(swaps):
+        if not thread.ident:
+            thread.start()
+            thread.join(0.2)
+        return real(swaps)
+
+    monkeypatch.setattr(module, "_replace", replace)
+    with patch_trl() as patched:
+        thread.join()
+        trl_utils.entropy_from_logits(torch.zeros(1, 2))
+        assert trl_utils._use_triton("cpu")
+    assert len(errors) == 1 and patched.calls == {"entropy_from_logits": 1}
+    assert all(x is y for x, y in zip(held(trl_utils), before, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_a_trl_whose_function_takes_other_arguments(trl_utils, monkeypatch, name):
+    """TRL 1.14 has all of the names, and two results of the first where there are five now."""
+
+    def other(last_hidden, weight, *, chunk_size=7):
+        raise AssertionError("called")
+
+    monkeypatch.setattr(trl_utils, name, other)
+    before = dict(vars(trl_utils))
+    with pytest.raises(ImportError, match=rf"{name}\(.*, got trl .* with \(last_hidden, weight, "):
+        with patch_trl():
+            pass
+    assert vars(trl_utils) == before
 
 
 @pytest.mark.parametrize("name", NAMES[:-1])

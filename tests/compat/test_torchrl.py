@@ -70,6 +70,13 @@ def test_discounts_broadcast(torchrl_value):
         )
 
 
+@pytest.mark.parametrize("shape", [(5, 5), (5, 3, 5), (7, 2)])
+def test_a_discount_per_step_with_time_first(pair, shape):
+    """[T], and no entry per feature, also where there are as many of these."""
+    arguments = trajectories(shape, 0) | {"gamma": torch.rand(shape[0]), "lmbda": 0.9}
+    assert_same(*both(*pair, arguments), torch.float32)
+
+
 def test_a_learned_gamma(torchrl_value):
     """All of its gradient by both names. TorchRL's vectorised form loses that through the sum."""
     gradients = {}

@@ -54,6 +54,13 @@ def test_gamma_per_step(original, shape, time_dim, one_network):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
+def test_one_entry_per_step_with_time_first(original):
+    """[T], and no entry per feature, also where there are as many of these."""
+    arguments = case((5, 3, 5), 0, ends="done")
+    arguments |= {"gamma": torch.rand(5), **log_probs((5,))}
+    assert_same(*both(vtrace_advantage_estimate, original, arguments), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("which", ["all", "state_value", "log_mu", "reward"])
 def test_dtypes(original, dtype, which):

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastrl import ops
 from fastrl.models import HuggingFacePolicy
-from fastrl.models._linear_layers import PackedLayers
+from fastrl.models._linear_layers import PackedLayers, quick_layers
 from fastrl.models._norms import quick_norms
 from fastrl.ops import _quick_product
 from fastrl.ops._quick_product import is_quick
@@ -165,3 +165,20 @@ def test_a_step_too_many_of_a_row_before_others_is_an_error():
         decoder.step(torch.tensor([3]))
     with pytest.raises(ValueError, match="key_end"):
         decoder.step(torch.tensor([3]))
+
+
+def test_layers_that_learn_can_be_differentiated_twice():
+    """Also where what comes from above is a constant, of which once_differentiable says nothing."""
+    net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5))
+    rows, weights = torch.randn(20, 8), list(net.parameters())
+
+    def second():
+        first = torch.autograd.grad(net(rows).sum(), weights, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), weights, allow_unused=True)
+
+    expected = second()
+    with quick_layers(net):
+        found = second()
+    assert expected[2].abs().max() > 1
+    for x, y in zip(found[:3], expected[:3], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)

@@ -259,6 +259,26 @@ def test_compiles_without_a_break(device):
     torch.testing.assert_close(ours, plain)
 
 
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_rows_that_a_mask_picks_compile_whole(device):
+    """How many there are is known to no graph, and none may ask."""
+
+    def loss(x, w, ids, mask):
+        x, ids = x[mask], ids[mask]
+        logprobs = fastrl.linear_token_logprobs(x, w, ids) + fastrl.token_logprobs(x @ w.T, ids)
+        returns = fastrl.discounted_returns(logprobs[None], gamma=0.9)
+        return logprobs.sum() + returns.sin().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    hidden, weight, ids, _ = problem((5, 6, 40), torch.float32, device)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    for count in (3, 5, 0):
+        mask = torch.arange(5, device=device) < count
+        ours = torch.autograd.grad(compiled(*leaves, ids, mask), leaves)
+        plain = torch.autograd.grad(loss(*leaves, ids, mask), leaves)
+        torch.testing.assert_close(ours, plain)
+
+
 def test_a_graph_of_the_backward_pass_may_be_asked_for(device):
     hidden, weight, ids, _ = problem((5, 6, 40), torch.float32, device)
     leaves = hidden.requires_grad_(), weight.requires_grad_()

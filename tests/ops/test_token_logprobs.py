@@ -129,6 +129,22 @@ def test_inplace_backward_writes_the_gradient_over_the_logits(device, dtype):
     assert not torch.equal(grads[0][1], grads[0][0])
 
 
+def test_inplace_backward_spares_rows_that_share_memory(device):
+    """Their gradients are not one."""
+    leaf = torch.randn(1, 7, device=device).requires_grad_()
+    ids, upstream = torch.tensor([0, 1, 1, 3], device=device), torch.randn(4, device=device)
+    windows = (leaf * 2).expand(4, 7), (leaf * 2).view(7).unfold(0, 4, 1)
+    for logits in windows:
+        plain, ours = (
+            torch.autograd.grad(
+                fastrl.token_logprobs(logits, ids, inplace_backward=inplace) @ upstream,
+                leaf, retain_graph=True,
+            )[0]
+            for inplace in (False, True)
+        )  # fmt: skip
+        torch.testing.assert_close(ours, plain)
+
+
 def test_inplace_backward_is_loud_where_the_logits_are_needed_again(device):
     x = torch.randn(2, 9, device=device, requires_grad=True)
     logits, token_ids = x * 1.0, torch.tensor([1, 2], device=device)
