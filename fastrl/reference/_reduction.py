@@ -14,7 +14,11 @@ class LossTokens:
     """
 
     def __init__(
-        self, like: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None, *others: Tensor
+        self,
+        like: Tensor,
+        loss_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        *others: Tensor | None,
     ) -> None:
         self._rows = Rows(like, loss_mask, cu_seqlens)
         self._dtype = compute_dtype(like, *others)

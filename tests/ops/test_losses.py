@@ -61,6 +61,12 @@ def test_compiles(name, arguments, options):
     torch.testing.assert_close(compiled(*arguments, **options), function(*arguments, **options))
 
 
+@pytest.mark.parametrize("name, arguments", [(name, x) for name, x, _ in CALLS[1:7:2]])
+def test_weights_of_float64_give_float64(name, arguments):
+    loss = getattr(fastrl, name)(*arguments, weights=torch.ones_like(arguments[0]).double())
+    assert loss.dtype == torch.float64
+
+
 BAD = [
     (
         "policy_gradient_loss",
