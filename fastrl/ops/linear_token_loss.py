@@ -75,10 +75,10 @@ def linear_token_loss(
     hidden = hidden.reshape(-1, hidden.shape[-1])
     learns = torch.is_grad_enabled()
     needs = tuple(learns and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    token_ids = token_ids.reshape(-1).contiguous()  # a flat view of a column is strided
     loss, logprobs, entropy = _apply(
-        hidden, weight, bias, token_ids.reshape(-1), per_token, temperature, softcap, ignore_index,
-        needs,
-    )  # fmt: skip
+        hidden, weight, bias, token_ids, per_token, temperature, softcap, ignore_index, needs
+    )
     return loss, logprobs.reshape(leading), entropy.reshape(leading)
 
 

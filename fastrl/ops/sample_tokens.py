@@ -26,8 +26,8 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     _check(logits, temperature, top_k, top_p, seeds, step)
     leading = logits.shape[:-1]
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
+    if logits.stride(-1) != 1:  # contiguous() would leave a tensor without rows as it is
+        logits = logits.clone(memory_format=torch.contiguous_format)
     if seeds is None and temperature == 0:
         seeds = torch.zeros(leading, dtype=torch.int64, device=logits.device)
     elif seeds is None:  # drawn as fastrl.reference draws them: the same tokens

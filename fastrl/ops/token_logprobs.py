@@ -49,7 +49,7 @@ def token_logprobs(
         return_entropy: return the entropy as well.
         inplace_backward: the backward pass writes the gradient over `logits`, which nothing may
             read afterwards: no memory beside it. Has no effect under torch.compile, which plans
-            memory itself.
+            memory itself, and where rows of logits share memory, as those of an expanded tensor do.
         kept: (ids int64 [K], cu_seqlens int32 [rows + 1]): row i is renormalised over the ids in
             ids[cu_seqlens[i]:cu_seqlens[i + 1]], in any order, each once. A token outside them has
             log-probability -inf. Only their logits are read; inplace_backward has no effect.
@@ -76,19 +76,21 @@ def token_logprobs(
             logits, token_ids, temperature=temperature, ignore_index=ignore_index,
             return_entropy=return_entropy, kept=kept, group=group, vocab_start=vocab_start,
         )  # fmt: skip
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
+    if logits.stride(-1) != 1:  # contiguous() would leave a tensor without rows as it is
+        logits = logits.clone(memory_format=torch.contiguous_format)
     if kept is not None:
         both = kept_logprobs(logits, token_ids, kept, temperature, ignore_index, return_entropy)
         return both if return_entropy else both[0]
     if group is not None:
-        flat = logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1)
+        flat = logits.reshape(-1, logits.shape[-1]), token_ids.reshape(-1).contiguous()
         outputs = _sharded.token_logprobs(
             *flat, temperature, ignore_index, return_entropy, group=group, vocab_start=vocab_start
         )
         logprobs, entropy = (x.reshape(token_ids.shape) for x in outputs)
         return (logprobs, entropy) if return_entropy else logprobs
-    inplace = inplace_backward and not torch.compiler.is_compiling()
+    inplace = (
+        inplace_backward and not torch.compiler.is_compiling() and not _overlaps_itself(logits)
+    )
     logprobs, entropy, _, _ = _fwd(
         logits, token_ids.contiguous(), temperature, ignore_index, return_entropy, inplace
     )
@@ -126,6 +128,17 @@ def _check(
     _checks.implemented(op, logits)
     if group is None:
         check_ids(op, token_ids, logits.shape[-1], ignore_index)
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether entries may share memory, as those of an expanded tensor do: each axis has to step
+    over all that the axes with smaller steps reach."""
+    reach = 0
+    for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return True
+        reach += step * (size - 1)
+    return False
 
 
 def check_ids(op: str, token_ids: Tensor, vocab: int, ignore_index: int) -> None:
