@@ -1,9 +1,9 @@
 """The compiled module `fastrl._C`: loading it registers the ops `torch.ops.fastrl.*`."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import library
@@ -49,7 +49,7 @@ def op(name: str, *, differentiable: int | None = None) -> Callable[..., Any]:
     differentiable: how many of its first arguments may require grad; None: all.
     """
     if module is not None:
-        return _short_cut(getattr(torch.ops.fastrl, name).default, differentiable)
+        return _short_cut(name, getattr(torch.ops.fastrl, name).default, differentiable)
 
     def not_built(*args: object) -> None:
         raise ImportError(
@@ -60,21 +60,39 @@ def op(name: str, *, differentiable: int | None = None) -> Callable[..., Any]:
     return not_built
 
 
-def _short_cut(overload: Callable[..., Any], differentiable: int | None) -> Callable[..., Any]:
+def _short_cut(
+    name: str, overload: Callable[..., Any], differentiable: int | None
+) -> Callable[..., Any]:
     """The op, past the autograd formula's Python (half of a small call's time) where there is
-    nothing to differentiate; torch's own wrapper makes the same step, only later."""
+    nothing to differentiate; torch's own wrapper makes the same step, only later. Tangents of
+    forward mode would be lost in it."""
 
     def call(*args: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:differentiable]))
-            or forward_ad._current_level >= 0
+        if torch.compiler.is_compiling() or (
+            torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:differentiable])
         ):
             return overload(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args[:differentiable])
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
     return call
+
+
+def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
+    for x in args:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            op = _public_name(name)
+            raise NotImplementedError(
+                f"{op}: expected no derivative in forward mode, got a tensor with a tangent. "
+                "Use the plain definition in fastrl.reference, or reverse mode."
+            )
+
+
+def _public_name(name: str) -> str:
+    name = name.removesuffix("_fwd").removesuffix("_bwd")
+    return "token_logprobs" if name == "kept_logprobs" else name
 
 
 def register_fake(name: str, function: Callable[..., Any]) -> None:
@@ -86,6 +104,22 @@ def register_fake(name: str, function: Callable[..., Any]) -> None:
 def register_autograd(name: str, backward: Callable[..., Any], *, setup_context: Any) -> None:
     if module is not None:
         library.register_autograd(f"fastrl::{name}", backward, setup_context=setup_context)
+
+
+def register_differentiable_once(name: str, op: str | None = None) -> None:
+    """Refuses to differentiate a backward op. torch would leave its derivative out: it is no
+    function of the graph that the first pass made. op: the name in the message."""
+
+    def refuse(*_: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{op or _public_name(name)}: expected to be differentiated once, got a second "
+            "derivative. Use the plain definition in fastrl.reference for it."
+        )
+
+    def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    register_autograd(name, refuse, setup_context=keep_nothing)
 
 
 def register_torch(function: Callable[..., Any], *devices: str) -> None:

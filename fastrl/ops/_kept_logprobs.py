@@ -72,4 +72,5 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
 _binary.register_fake("kept_logprobs_fwd", _fwd_fake)
 _binary.register_fake("kept_logprobs_bwd", _bwd_fake)
 _binary.register_autograd("kept_logprobs_fwd", _backward, setup_context=_setup_context)
+_binary.register_differentiable_once("kept_logprobs_bwd")
 _binary.register_triton("kept_logprobs", "kept_logprobs_fwd", "kept_logprobs_bwd")

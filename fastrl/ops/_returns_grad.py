@@ -1,6 +1,6 @@
 """The backward passes of the estimators of returns: the recursion, transposed, forward in time."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
@@ -39,9 +39,10 @@ class Path:
         ctx.set_materialize_grads(False)
 
     def __init__(self, ctx: Any) -> None:
+        saved = ctx.saved_tensors  # read once: checkpointing counts
         self.ctx = ctx
-        self.steps = (*ctx.saved_tensors[:6], *ctx.discounts)
-        self.kept = ctx.saved_tensors[6:]
+        self.steps = (*saved[:6], *ctx.discounts)
+        self.kept = saved[6:]
 
     def grad(self, grad: Tensor | None) -> Tensor | None:
         return None if grad is None else laid_out(grad, self.ctx.time_major)
@@ -139,22 +140,7 @@ _binary.register_fake("td_bwd", _td_bwd_fake)
 _binary.register_fake("value_grads", _value_grads_fake)
 
 
-def _differentiable_once(name: str) -> None:
-    """A second derivative would be silently incomplete: the backward op is no function of the graph
-    that the first one made."""
-    op = "returns" if name in ("td_bwd", "value_grads") else name.removesuffix("_bwd")
-
-    def refuse(*_: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"{op}: expected to be differentiated once, got a second derivative. "
-            "Use the plain definition in fastrl.reference for it."
-        )
-
-    def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    _binary.register_autograd(name, refuse, setup_context=keep_nothing)
-
-
-for _name in ("td_bwd", "value_grads", "vtrace_bwd", "retrace_returns_bwd", "n_step_returns_bwd"):
-    _differentiable_once(_name)
+_binary.register_differentiable_once("td_bwd", "returns")
+_binary.register_differentiable_once("value_grads", "returns")
+for _name in ("vtrace_bwd", "retrace_returns_bwd", "n_step_returns_bwd"):
+    _binary.register_differentiable_once(_name)

@@ -252,4 +252,5 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
 _binary.register_fake("attention_fwd", _fwd_fake)
 _binary.register_fake("attention_bwd", _bwd_fake)
 _binary.register_autograd("attention_fwd", _backward, setup_context=_setup_context)
+_binary.register_differentiable_once("attention_bwd")
 _binary.register_triton("attention", "attention_fwd", "attention_bwd")

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl.ops import _binary
 from fastrl.ops._head import ALL, CountedRows, Head, empty_matrix
@@ -61,8 +60,8 @@ def linear_token_loss(
         ValueError: as `linear_token_logprobs`; loss_fn closes over a tensor that requires grad,
             does not return [n], or mixes tokens (on a GPU, where looking would synchronise, the
             loss is NaN then).
-        TypeError, NotImplementedError: as `linear_token_logprobs`; loss_fn is not callable, or
-            returns no tensor.
+        TypeError: as `linear_token_logprobs`; loss_fn is not callable, or returns no tensor.
+        NotImplementedError: as `linear_token_logprobs`; backward with create_graph.
         RuntimeError: a second backward pass, since the first one hands its gradients out.
     Differentiable in: hidden, weight, bias.
     """
@@ -139,8 +138,12 @@ class _LinearTokenLoss(torch.autograd.Function):
         return loss.float(), logprobs, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
+        if torch.is_grad_enabled():  # its graph would have no way back to the inputs
+            raise NotImplementedError(
+                "linear_token_loss: expected to be differentiated once, got create_graph=True. "
+                "Use the plain definition in fastrl.reference for it."
+            )
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_token_loss: expected one backward pass, got a second. The first one hands "

@@ -9,8 +9,8 @@ from fastrl.ops.token_logprobs import token_logprobs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_sample = _binary.op("sample_tokens")
-_kept_ids = _binary.op("kept_ids")
+_sample = _binary.op("sample_tokens", differentiable=0)
+_kept_ids = _binary.op("kept_ids", differentiable=0)
 
 
 @torch.no_grad()

@@ -218,7 +218,7 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     if g is None and h is None:
         return (None,) * 6
     saved = (g, h, logits, token_ids, logprobs, entropy, row_max, log_total, *ctx.numbers)
-    if ctx.inplace:
+    if ctx.inplace and not torch.is_grad_enabled():  # with create_graph logits are still needed
         _bwd_inplace(*saved, 0)
         # So that autograd refuses, loudly, to use the logits as logits again.
         torch.autograd.graph.increment_version(logits)
@@ -235,6 +235,7 @@ _binary.register_fake("token_logprobs_fwd", _fwd_fake)
 _binary.register_fake("token_logprobs_bwd", _bwd_fake)
 _binary.register_fake("token_logprobs_bwd_", lambda *_: None)
 _binary.register_autograd("token_logprobs_fwd", _backward, setup_context=_setup_context)
+_binary.register_differentiable_once("token_logprobs_bwd")
 _binary.register_triton(
     "token_logprobs",
     "token_logprobs_fwd",
