@@ -98,6 +98,8 @@ def index(op: str, name: str, x: object) -> None:
     if isinstance(x, bool) or not isinstance(x, int):
         got = type(x).__name__
         raise wrong_type(op, f"{name} as an int", got, "Pass an id, such as -100.")
+    if not -(2**63) <= x < 2**63:
+        raise fail(op, f"{name} of 64 bits, as ids have", x, "Pass an id, such as -100.")
 
 
 def one_of(op: str, name: str, x: object, choices: tuple[str, ...]) -> None:

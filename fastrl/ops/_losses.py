@@ -5,6 +5,7 @@ from torch import Tensor
 from fastrl.ops import _checks
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_mean_token_sum", "none")
+_MAY_BE_NONE = ("weights", "old_values", "entropy")
 
 
 def check(
@@ -24,7 +25,7 @@ def check(
     if x.dim() == 0:
         raise _checks.fail(op, f"{name} [..., T]", "()", "Use [None] for a single token.")
     for other, tensor in like.items():
-        if tensor is not None:
+        if tensor is not None or other not in _MAY_BE_NONE:
             _checks.like(op, other, tensor, name, x)
     if loss_mask is not None:
         _checks.bool_like(op, "loss_mask", loss_mask, name, x)

@@ -82,6 +82,7 @@ BAD = [
         r"advantages \(3, 4\) like log",
     ),
     ("policy_gradient_loss", (LOGPROBS, 1.0), {}, TypeError, "advantages as a tensor, got float"),
+    ("policy_gradient_loss", (LOGPROBS, None), {}, TypeError, "advantages as a tensor, got None"),
     ("policy_gradient_loss", (IDS, IDS), {}, TypeError, "logprobs of dtype float32"),
     ("policy_gradient_loss", (LOGPROBS, OTHER), {"loss_mask": OTHER}, TypeError, "dtype bool"),
     ("policy_gradient_loss", (LOGPROBS, OTHER), {"reduction": "sum"}, ValueError, "reduction one"),
