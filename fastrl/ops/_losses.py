@@ -41,7 +41,7 @@ def check(
             raise _checks.fail(
                 op, f"packed {name} [N] with cu_seqlens", _checks.shape(x), "Flatten them."
             )
-        _checks.cu_seqlens(op, cu_seqlens, x.numel(), x)
+        _checks.cu_seqlens(op, cu_seqlens, x.numel(), x, like=name)
     elif x.dim() < 2 and (by_sequence or reduction.startswith("sequence")):
         raise _checks.fail(
             op,

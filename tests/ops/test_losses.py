@@ -93,6 +93,13 @@ BAD = [
     (
         "policy_gradient_loss",
         (LOGPROBS[0], OTHER[0]),
+        {"cu_seqlens": BOUNDS.to("meta")},
+        ValueError,
+        "cu_seqlens on cpu like logprobs",
+    ),
+    (
+        "policy_gradient_loss",
+        (LOGPROBS[0], OTHER[0]),
         {"reduction": "sequence_mean"},
         ValueError,
         r"Pass cu_seqlens, or logprobs\[None\]",
