@@ -122,6 +122,26 @@ def register_differentiable_once(name: str, op: str | None = None) -> None:
     register_autograd(name, refuse, setup_context=keep_nothing)
 
 
+def once_differentiable(op: str) -> Callable[..., Any]:
+    """torch's decorator of a backward method, which gives gradients without a graph, silently,
+    where those that come in have none: with create_graph an error instead."""
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        once = torch.autograd.function.once_differentiable(backward)
+
+        def call(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise NotImplementedError(
+                    f"{op}: expected to be differentiated once, got create_graph=True. "
+                    "Use the plain definition in fastrl.reference for it."
+                )
+            return once(ctx, *grads)
+
+        return call
+
+    return decorate
+
+
 def register_torch(function: Callable[..., Any], *devices: str) -> None:
     """A function of PyTorch and other ops as the implementation of the op of its name, on these
     devices or on all. Autocast ends at the op: what its inputs are cast to is decided before."""

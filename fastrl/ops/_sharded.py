@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl import _vocabulary
 from fastrl.ops import _binary, _checks
@@ -69,7 +68,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return outputs[0], outputs[1]
 
     @staticmethod
-    @once_differentiable
+    @_binary.once_differentiable("token_logprobs")
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> Any:
         logits, token_ids, *saved = ctx.saved_tensors
         grad = _bwd(_dense(g), _dense(h), logits, token_ids, *saved, *ctx.numbers)
@@ -103,7 +102,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return outputs[0], outputs[1]
 
     @staticmethod
-    @once_differentiable
+    @_binary.once_differentiable("linear_token_logprobs")
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> Any:
         hidden, weight, token_ids, bias, *saved = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])

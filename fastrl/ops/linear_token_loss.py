@@ -138,12 +138,8 @@ class _LinearTokenLoss(torch.autograd.Function):
         return loss.float(), logprobs, entropy
 
     @staticmethod
+    @_binary.once_differentiable("linear_token_loss")
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
-        if torch.is_grad_enabled():  # its graph would have no way back to the inputs
-            raise NotImplementedError(
-                "linear_token_loss: expected to be differentiated once, got create_graph=True. "
-                "Use the plain definition in fastrl.reference for it."
-            )
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_token_loss: expected one backward pass, got a second. The first one hands "

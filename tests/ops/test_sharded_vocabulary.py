@@ -35,6 +35,21 @@ def results(ops, logits, hidden, weight, bias, ids, **parallel):
     return [output.detach() for output in outputs], list(gradients)
 
 
+def second_derivatives_refused(logits, hidden, weight, bias, ids, **parallel):
+    """The messages of both ops."""
+    logits, hidden = (x.clone().requires_grad_() for x in (logits, hidden))
+    messages = []
+    for logprobs, leaf in (
+        (fastrl.token_logprobs(logits, ids, **parallel), logits),
+        (fastrl.linear_token_logprobs(hidden, weight, ids, **parallel), hidden),
+    ):
+        try:
+            torch.autograd.grad(logprobs.square().sum(), leaf, create_graph=True)
+        except NotImplementedError as error:
+            messages.append(str(error))
+    return messages
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
@@ -44,13 +59,18 @@ def worker(rank, folder):
     parts = (logits[:, own], hidden, weight[own], bias[own], ids)
     found = results(fastrl, *parts, group=dist.group.WORLD, vocab_start=start)
     again = results(fastrl, *parts, group=dist.group.WORLD)  # where it starts is found out
-    torch.save((*found, *again), f"{folder}/{rank}.pt")
+    refused = second_derivatives_refused(*parts, group=dist.group.WORLD, vocab_start=start)
+    torch.save((*found, *again, refused), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_slices_give_the_result_of_the_whole(two_ranks, tmp_path):
     first, second = two_ranks.run(__file__, tmp_path)
     for rank in (first, second):
+        assert [message[:44] for message in rank[4]] == [
+            "token_logprobs: expected to be differentiate",
+            "linear_token_logprobs: expected to be differ",
+        ]
         for a, b in zip([*rank[0], *rank[1]], [*rank[2], *rank[3]], strict=True):
             assert torch.equal(a, b)  # run to run
     for a, b in zip(first[0], second[0], strict=True):
