@@ -68,16 +68,28 @@ def _short_cut(
     forward mode would be lost in it."""
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or (
-            torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:differentiable])
-        ):
+        if torch.compiler.is_compiling():
             return overload(*args)
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args[:differentiable])
+        if torch.is_grad_enabled() and (
+            torch._C._any_requires_grad(*args[:differentiable]) or is_transformed()
+        ):
+            return overload(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
     return call
+
+
+def is_transformed() -> bool:
+    """Whether vmap, or another transform of torch.func, is at work: its tensors do not say whether
+    those behind them require grad, and share memory."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def may_require_grad(x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or is_transformed())
 
 
 def _refuse_tangents(name: str, args: Sequence[Any]) -> None:

@@ -109,9 +109,13 @@ def one_of(op: str, name: str, x: object, choices: tuple[str, ...]) -> None:
 
 
 def contents_are_known(*tensors: Tensor) -> bool:
-    """Whether looking into the tensors is free: eager, on the CPU, and with something in them."""
+    """Whether looking into the tensors is free: eager, on the CPU, and with something in them that
+    vmap lets one see."""
     return not torch.compiler.is_compiling() and all(
-        t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in tensors
+        t.device.type == "cpu"
+        and not isinstance(t, FakeTensor)
+        and not torch._C._functorch.is_batchedtensor(t)
+        for t in tensors
     )
 
 

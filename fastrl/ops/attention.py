@@ -99,7 +99,7 @@ def attention(
 def _is_decoding(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
     """One query that stands at the last key sees all of them, causal or not."""
     # Asked first: a comparison of sizes would make torch.compile's programs for these sizes alone.
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    if any(_binary.may_require_grad(x) for x in (query, key, value)):
         return False
     num_queries = query.shape[2]
     return num_queries <= min(_DECODING, key.shape[2] - 1) and (causal or num_queries == 1)

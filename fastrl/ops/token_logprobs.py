@@ -89,7 +89,10 @@ def token_logprobs(
         logprobs, entropy = (x.reshape(token_ids.shape) for x in outputs)
         return (logprobs, entropy) if return_entropy else logprobs
     inplace = (
-        inplace_backward and not torch.compiler.is_compiling() and not _overlaps_itself(logits)
+        inplace_backward
+        and not torch.compiler.is_compiling()
+        and not _binary.is_transformed()
+        and not _overlaps_itself(logits)
     )
     logprobs, entropy, _, _ = _fwd(
         logits, token_ids.contiguous(), temperature, ignore_index, return_entropy, inplace

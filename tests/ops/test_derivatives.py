@@ -79,3 +79,31 @@ def test_what_has_no_derivative_takes_tangents():
         dual = forward_ad.make_dual(logits, torch.ones_like(logits))
         drawn, _ = fastrl.sample_tokens(dual, seeds=seeds)
     assert torch.equal(drawn, fastrl.sample_tokens(logits, seeds=seeds)[0])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@each_op
+def test_gradients_through_vmap(name):
+    if name in ("attention", "linear_token_loss"):
+        pytest.skip("torch refuses by itself: a list of tensors, a function without setup_context")
+    x = torch.stack([some_input().detach(), 1 - some_input().detach()]).requires_grad_()
+    mapped = torch.func.vmap(OPS[name])(x)
+    one_by_one = torch.stack([OPS[name](row) for row in x])
+    assert torch.equal(mapped, one_by_one)
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (mapped, one_by_one)]
+    assert torch.equal(*grads)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_what_is_looked_into():
+    """Token ids and rates, whose range is checked where it can be."""
+    logits, ids = torch.randn(2, 3, 4), torch.stack([IDS, IDS.flip(0)])
+    rates = torch.rand(2, 3, 4)
+
+    def both(x, ids, rates):
+        return fastrl.token_logprobs(x, ids), fastrl.discounted_returns(x, gamma=rates)
+
+    mapped = torch.func.vmap(both)(logits, ids, rates)
+    for i in range(2):
+        for got, expected in zip(mapped, both(logits[i], ids[i], rates[i]), strict=True):
+            assert torch.equal(got[i], expected)
