@@ -8,7 +8,13 @@ from torch import Tensor
 
 from fastrl._notation import counted
 from fastrl._paths import LeafPaths
-from fastrl._segments import check_segments, check_token_ids, depth_first_order, unpacked
+from fastrl._segments import (
+    check_segments,
+    check_tensor,
+    check_token_ids,
+    depth_first_order,
+    unpacked,
+)
 from fastrl._split import bins_of_trees
 from fastrl.layout import PackedLayout
 
@@ -202,6 +208,7 @@ class PackedBatch:
             ValueError: another shape.  TypeError: not bool.
         """
         count = len(self._host_completion_segments)
+        check_tensor("PackedBatch.take", "completions", completions)
         if completions.dtype != torch.bool:
             raise TypeError(
                 f"PackedBatch.take: expected completions bool, got {completions.dtype}. "
@@ -310,13 +317,14 @@ def pack_groups(prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor
         )
     segments: list[Tensor] = []
     parents: list[int] = []
-    for g, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+    for prompt, group in zip(prompts, completions, strict=True):
+        parents += [-1] + [len(segments)] * len(group)
+        segments += [prompt, *group]
+    check_token_ids("pack_groups", "prompts and completions", segments)
+    for g, prompt in enumerate(prompts):
         if prompt.numel() == 0:
             raise ValueError(
                 f"pack_groups: expected prompts[{g}] of at least one token, got 0. "
                 "Begin it with the tokenizer's BOS token."
             )
-        parents += [-1] + [len(segments)] * len(group)
-        segments += [prompt, *group]
-    check_token_ids("pack_groups", "prompts and completions", segments)
     return PackedBatch._of(segments, parents, None, list(range(len(segments))))

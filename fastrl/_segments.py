@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 
+def check_tensor(op: str, argument: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{op}: expected {argument} as a tensor, got {type(x).__name__}. Use torch.tensor."
+        )
+
+
 def check_lists(cu_seqlens: Tensor, prefix: Tensor) -> None:
     for name, numbers in (("cu_seqlens", cu_seqlens), ("prefix", prefix)):
+        check_tensor("PackedLayout", name, numbers)
         if numbers.dim() != 1:
             raise ValueError(
                 f"PackedLayout: expected {name} of one dimension, got {tuple(numbers.shape)}. "
@@ -113,6 +121,8 @@ def check_segments(
         )
     if loss_mask is None:
         return
+    for mask in loss_mask:
+        check_tensor(op, "each loss_mask", mask)
     lengths, mask_lengths = [x.numel() for x in token_ids], [x.numel() for x in loss_mask]
     if lengths != mask_lengths:
         raise ValueError(
@@ -125,6 +135,7 @@ def check_segments(
 
 def check_token_ids(op: str, argument: str, segments: Sequence[Tensor]) -> None:
     for segment in segments:
+        check_tensor(op, f"each of {argument}", segment)
         if segment.dtype != torch.int64:
             raise TypeError(
                 f"{op}: expected {argument} of dtype int64, got {segment.dtype}. Use .long()."
@@ -138,6 +149,7 @@ def check_token_ids(op: str, argument: str, segments: Sequence[Tensor]) -> None:
 
 def unpacked(op: str, size: str, x: Tensor, bounds: Tensor, dim: int) -> list[Tensor]:
     """x cut at bounds, along dim; size is what the messages call x's size there."""
+    check_tensor(op, "x", x)
     if not -x.dim() <= dim < x.dim() or x.shape[dim] != int(bounds[-1]):
         raise ValueError(
             f"{op}: expected x of size {size} = {int(bounds[-1])} in dimension {dim}, "

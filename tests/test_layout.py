@@ -345,3 +345,20 @@ def test_from_segments_bad_arguments():
 def test_batch_moves_with_its_layout():
     batch = pack_groups([tokens(1)], [[tokens(2)]]).to("meta")
     assert batch.token_ids.is_meta and batch.layout.prefix.is_meta and batch.target_index.is_meta
+
+
+def test_lists_of_numbers_are_refused_with_what_to_do():
+    ids = torch.tensor([1, 2])
+    batch = pack_groups([ids], [[ids]])
+    for call in (
+        lambda: PackedLayout([0, 2], ids),
+        lambda: PackedLayout(ids, [-1]),
+        lambda: pack_groups([[1, 2]], [[ids]]),
+        lambda: pack_groups([ids], [[[1, 2]]]),
+        lambda: PackedBatch.from_segments([[1, 2]], [-1]),
+        lambda: PackedBatch.from_segments([ids], [-1], [[False, True]]),
+        lambda: batch.take([True]),
+        lambda: batch.unpack([1.0, 2.0]),
+    ):
+        with pytest.raises(TypeError, match=r"expected .* as a tensor, got list\. Use torch"):
+            call()

@@ -1,7 +1,7 @@
 """The compiled module `fastrl._C`: loading it registers the ops `torch.ops.fastrl.*`."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -64,14 +64,17 @@ def _short_cut(
     name: str, overload: Callable[..., Any], differentiable: int | None
 ) -> Callable[..., Any]:
     """The op, past the autograd formula's Python (half of a small call's time) where there is
-    nothing to differentiate; torch's own wrapper makes the same step, only later."""
+    nothing to differentiate; torch's own wrapper makes the same step, only later. Tangents of
+    forward mode would be lost in it."""
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return overload(*args)
         if forward_ad._current_level >= 0:
-            _refuse_tangents(name, args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args[:differentiable]):
+            _refuse_tangents(name, args[:differentiable])
+        if torch.is_grad_enabled() and (
+            torch._C._any_requires_grad(*args[:differentiable]) or is_transformed()
+        ):
             return overload(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
@@ -79,13 +82,23 @@ def _short_cut(
     return call
 
 
-def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+def is_transformed() -> bool:
+    """Whether vmap, or another transform of torch.func, is at work: its tensors do not say whether
+    those behind them require grad, and share memory."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def may_require_grad(x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or is_transformed())
+
+
+def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
     """Torch's wrapper of an autograd formula drops them without a word."""
     for x in args:
         if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
-                f"{_shown(name)}: expected a derivative in reverse mode, got one in forward mode. "
-                "Use the plain definition in fastrl.reference for it."
+                f"{_shown(name)}: expected no derivative in forward mode, got a tensor with a "
+                "tangent. Use the plain definition in fastrl.reference, or reverse mode."
             )
 
 
@@ -103,6 +116,12 @@ def refuse_second_derivative(name: str) -> NoReturn:
         f"{_shown(name)}: expected to be differentiated once, got a second derivative. "
         "Use the plain definition in fastrl.reference for it."
     )
+
+
+def refuse_create_graph(name: str) -> None:
+    """In the backward pass of a function that torch would differentiate again without a word."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        refuse_second_derivative(name)
 
 
 def differentiable_once(*names: str) -> None:

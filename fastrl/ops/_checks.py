@@ -107,6 +107,8 @@ def index(op: str, name: str, x: object) -> None:
     if isinstance(x, bool) or not isinstance(x, int):
         got = type(x).__name__
         raise wrong_type(op, f"{name} as an int", got, "Pass an id, such as -100.")
+    if not -(2**63) <= x < 2**63:
+        raise fail(op, f"{name} of 64 bits, as ids have", x, "Pass an id, such as -100.")
 
 
 def one_of(op: str, name: str, x: object, choices: tuple[str, ...]) -> None:
@@ -116,9 +118,13 @@ def one_of(op: str, name: str, x: object, choices: tuple[str, ...]) -> None:
 
 
 def contents_are_known(*tensors: Tensor) -> bool:
-    """Whether looking into the tensors is free: eager, on the CPU, and with something in them."""
+    """Whether looking into the tensors is free: eager, on the CPU, and with something in them that
+    vmap lets one see."""
     return not torch.compiler.is_compiling() and all(
-        t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in tensors
+        t.device.type == "cpu"
+        and not isinstance(t, FakeTensor)
+        and not torch._C._functorch.is_batchedtensor(t)
+        for t in tensors
     )
 
 

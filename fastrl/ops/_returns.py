@@ -158,8 +158,9 @@ def laid_out(x: Tensor, time_major: bool) -> Tensor:
 
 
 def is_time_major(x: Tensor) -> bool:
-    """Whether rows stand side by side in memory, as those of a transposed [T, B] do."""
-    if x.dim() < 2 or x.stride(-1) == 1 or x.shape[-1] <= 1 or x.numel() == 0:
+    """Whether rows stand side by side in memory, as those of a transposed [T, B] do. A row alone
+    does not: a copy of it in this order would be a dense row, which the kernels take for one."""
+    if x.dim() < 2 or x.stride(-1) == 1 or x.shape[-1] <= 1 or x.numel() in (0, x.shape[-1]):
         return False
     return _axes_are_one(x.shape[:-1], x.stride()[:-1], 1)
 

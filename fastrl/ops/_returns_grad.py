@@ -39,9 +39,10 @@ class Path:
         ctx.set_materialize_grads(False)
 
     def __init__(self, ctx: Any) -> None:
+        saved = ctx.saved_tensors  # read once: checkpointing counts
         self.ctx = ctx
-        self.steps = (*ctx.saved_tensors[:6], *ctx.discounts)
-        self.kept = ctx.saved_tensors[6:]
+        self.steps = (*saved[:6], *ctx.discounts)
+        self.kept = saved[6:]
 
     def grad(self, grad: Tensor | None) -> Tensor | None:
         return None if grad is None else laid_out(grad, self.ctx.time_major)

@@ -74,8 +74,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            _binary.refuse_second_derivative("token_logprobs")
+        _binary.refuse_create_graph("token_logprobs")
         logits, token_ids, *saved = ctx.saved_tensors
         if logits.shape[-1] == 0:
             return torch.empty_like(logits), *(None,) * 6
@@ -114,8 +113,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            _binary.refuse_second_derivative("linear_token_logprobs")
+        _binary.refuse_create_graph("linear_token_logprobs")
         hidden, weight, token_ids, bias, *saved = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         grads = _linear_bwd(

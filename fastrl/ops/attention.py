@@ -113,7 +113,7 @@ def _needs_residue(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _has_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return any(map(_binary.may_require_grad, tensors))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -83,7 +83,8 @@ def linear_token_logprobs(
         check_ids(op, token_ids, weight.shape[0], ignore_index)
     leading = token_ids.shape
     hidden, weight, bias = autocast(hidden, weight, bias)
-    hidden, token_ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    token_ids = token_ids.reshape(-1).contiguous()  # a flat view of a column is strided
     if group is not None:
         logprobs, entropy = _sharded.linear_token_logprobs(
             hidden, weight, token_ids, bias, temperature, softcap, ignore_index, return_entropy,
@@ -123,8 +124,9 @@ def check_head(
     for name, x in (("hidden", hidden), ("weight", weight)):
         _checks.undistributed(op, name, x)
     _checks.tensor(op, "token_ids", token_ids, (torch.int64,), "Use token_ids.long().")
-    if weight.dim() != 2 or weight.shape[0] < least_vocab:
-        raise _checks.fail(op, "weight [V, D], V >= 1", _checks.shape(weight), "Pass the head's.")
+    if weight.dim() != 2 or weight.shape[0] < least_vocab or weight.shape[1] == 0:
+        expected = "weight [V, D], V >= 1 and D >= 1"
+        raise _checks.fail(op, expected, _checks.shape(weight), "Pass the head's.")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise _checks.fail(
             op, f"hidden [..., {weight.shape[1]}] like the rows of weight", _checks.shape(hidden),

@@ -60,8 +60,8 @@ def linear_token_loss(
         ValueError: as `linear_token_logprobs`; loss_fn closes over a tensor that requires grad,
             does not return [n], or mixes tokens (on a GPU, where looking would synchronise, the
             loss is NaN then).
-        TypeError, NotImplementedError: as `linear_token_logprobs`; loss_fn is not callable, or
-            returns no tensor.
+        TypeError: as `linear_token_logprobs`; loss_fn is not callable, or returns no tensor.
+        NotImplementedError: as `linear_token_logprobs`; backward with create_graph.
         RuntimeError: a second backward pass, since the first one hands its gradients out.
     Differentiable in: hidden, weight, bias.
     """
@@ -74,10 +74,10 @@ def linear_token_loss(
     hidden = hidden.reshape(-1, hidden.shape[-1])
     learns = torch.is_grad_enabled()
     needs = tuple(learns and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    token_ids = token_ids.reshape(-1).contiguous()  # a flat view of a column is strided
     loss, logprobs, entropy = _apply(
-        hidden, weight, bias, token_ids.reshape(-1), per_token, temperature, softcap, ignore_index,
-        needs,
-    )  # fmt: skip
+        hidden, weight, bias, token_ids, per_token, temperature, softcap, ignore_index, needs
+    )
     return loss, logprobs.reshape(leading), entropy.reshape(leading)
 
 
@@ -139,8 +139,7 @@ class _LinearTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
-        if torch.is_grad_enabled():  # create_graph; what was formed in the forward pass has none
-            _binary.refuse_second_derivative("linear_token_loss")
+        _binary.refuse_create_graph("linear_token_loss")  # what forward formed has no graph
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_token_loss: expected one backward pass, got a second. The first one hands "

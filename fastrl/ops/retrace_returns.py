@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastrl import reference
@@ -37,7 +36,7 @@ def retrace_returns(
         {"values": values, "q_values": q_values, "log_ratio": log_ratio}, gamma, gae_lambda,
         bootstrap_value, next_values, terminated, truncated, mask, cu_seqlens,
     )  # fmt: skip
-    keep = torch.is_grad_enabled() and log_ratio.requires_grad  # for its gradient alone
+    keep = _binary.may_require_grad(log_ratio)  # for its gradient alone
     returns, _ = _retrace_returns(*steps, float(c_clip), keep)
     return returns
 

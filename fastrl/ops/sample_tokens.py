@@ -9,8 +9,8 @@ from fastrl.ops.token_logprobs import token_logprobs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_sample = _binary.op("sample_tokens")
-_kept_ids = _binary.op("kept_ids")
+_sample = _binary.op("sample_tokens", differentiable=0)
+_kept_ids = _binary.op("kept_ids", differentiable=0)
 
 
 @torch.no_grad()
@@ -26,8 +26,8 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     _check(logits, temperature, top_k, top_p, seeds, step)
     leading = logits.shape[:-1]
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
+    if logits.stride(-1) != 1:  # contiguous() would leave a tensor without rows as it is
+        logits = logits.clone(memory_format=torch.contiguous_format)
     if seeds is None and temperature == 0:
         seeds = torch.zeros(leading, dtype=torch.int64, device=logits.device)
     elif seeds is None:  # drawn as fastrl.reference draws them: the same tokens

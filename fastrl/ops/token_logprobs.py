@@ -76,19 +76,25 @@ def token_logprobs(
             logits, token_ids, temperature=temperature, ignore_index=ignore_index,
             return_entropy=return_entropy, kept=kept, group=group, vocab_start=vocab_start,
         )  # fmt: skip
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
+    if logits.stride(-1) != 1:  # contiguous() would leave a tensor without rows as it is
+        logits = logits.clone(memory_format=torch.contiguous_format)
     if kept is not None:
         both = kept_logprobs(logits, token_ids, kept, temperature, ignore_index, return_entropy)
         return both if return_entropy else both[0]
     if group is not None:
-        flat = logits.reshape(token_ids.numel(), logits.shape[-1]), token_ids.reshape(-1)
+        rows = logits.reshape(token_ids.numel(), logits.shape[-1])
+        flat = rows, token_ids.reshape(-1).contiguous()
         outputs = _sharded.token_logprobs(
             *flat, temperature, ignore_index, return_entropy, group=group, vocab_start=vocab_start
         )
         logprobs, entropy = (x.reshape(token_ids.shape) for x in outputs)
         return (logprobs, entropy) if return_entropy else logprobs
-    inplace = inplace_backward and not torch.compiler.is_compiling() and not _overlaps(logits)
+    inplace = (
+        inplace_backward
+        and not torch.compiler.is_compiling()
+        and not _binary.is_transformed()
+        and not _overlaps(logits)
+    )
     logprobs, entropy, _, _ = _fwd(
         logits, token_ids.contiguous(), temperature, ignore_index, return_entropy, inplace
     )

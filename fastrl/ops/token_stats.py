@@ -48,7 +48,8 @@ def token_stats(
     check_head(op, hidden, weight, token_ids, bias, temperature, softcap, ignore_index)
     check_ids(op, token_ids, weight.shape[0], ignore_index)
     hidden, weight, bias = autocast(hidden, weight, bias)
-    x, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
+    x = hidden.reshape(-1, hidden.shape[-1])
+    ids = token_ids.reshape(-1).contiguous()  # a flat view of a column is strided
     found = _stats(x, weight, ids, bias, temperature, softcap, ignore_index)
     return TokenStats(*(column.reshape(token_ids.shape) for column in found))
 

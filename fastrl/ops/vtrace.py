@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastrl import reference
@@ -38,7 +37,7 @@ def vtrace(
         bootstrap_value, next_values, terminated, truncated, mask, cu_seqlens,
     )  # fmt: skip
     # What the gradient of log_ratio needs is kept for it alone.
-    keep = torch.is_grad_enabled() and log_ratio.requires_grad
+    keep = _binary.may_require_grad(log_ratio)
     advantages, value_targets, _, _ = _vtrace(*steps, float(rho_clip), float(c_clip), keep)
     return advantages, value_targets
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+def compute_dtype(*inputs: Tensor | float | None) -> torch.dtype:
     """float64 if any of the tensors is float64, else float32: 16-bit inputs are promoted."""
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in inputs):
         return torch.float64
     return torch.float32
 

@@ -14,7 +14,11 @@ class LossTokens:
     """
 
     def __init__(
-        self, like: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None, *others: Tensor
+        self,
+        like: Tensor,
+        loss_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        *others: Tensor | None,
     ) -> None:
         self._rows = Rows(like, loss_mask, cu_seqlens)
         self._dtype = compute_dtype(like, *others)
@@ -58,6 +62,7 @@ class LossTokens:
             )
         if normalizer is None:
             return total / count.clamp(min=1)
-        given = torch.as_tensor(normalizer, dtype=total.dtype, device=total.device).detach()
+        given = torch.as_tensor(normalizer, dtype=total.dtype, device=total.device)
+        given = given.detach().reshape(())
         # A global count is 0 where no rank has a token: 0 / 0 would be NaN.
         return total / given.where((given != 0) | (count > 0), 1)

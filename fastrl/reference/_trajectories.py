@@ -19,7 +19,7 @@ class Trajectories:
         self,
         op: str,
         rewards: Tensor,
-        *further: Tensor,
+        *further: Tensor | float,
         gamma: float | Tensor,
         bootstrap_value: Tensor | None,
         next_values: Tensor | None,
@@ -39,7 +39,7 @@ class Trajectories:
                 "Put the bootstrap values into the last step of next_values."
             )
         self._rows = Rows(rewards, mask, cu_seqlens)
-        self.dtype = compute_dtype(rewards, *further, bootstrap_value, next_values)
+        self.dtype = compute_dtype(rewards, *further, gamma, bootstrap_value, next_values)
         self.rewards = self.rows_of(rewards)
         self.continues = self.rows_of(gamma) * self._unless(terminated)
         self._terminated = terminated

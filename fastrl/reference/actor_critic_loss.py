@@ -49,8 +49,7 @@ def actor_critic_loss(
     Differentiable in: logprobs, values, entropy.
     Reference: Mnih et al. 2016, arXiv:1602.01783, section 4.
     """
-    others = [values, returns] if entropy is None else [values, returns, entropy]
-    tokens = LossTokens(logprobs, loss_mask, cu_seqlens, *others)
+    tokens = LossTokens(logprobs, loss_mask, cu_seqlens, values, returns, entropy, weights)
     error = tokens.target(returns) - tokens.of(values)
     losses = critic_coef * error.square() - tokens.of(logprobs) * error.detach()
     if entropy is not None:

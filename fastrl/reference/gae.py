@@ -51,6 +51,7 @@ def gae(
         "gae",
         rewards,
         values,
+        gae_lambda,
         gamma=gamma,
         bootstrap_value=bootstrap_value,
         next_values=next_values,

@@ -50,6 +50,7 @@ def lambda_returns(
         "lambda_returns",
         rewards,
         values,
+        gae_lambda,
         gamma=gamma,
         bootstrap_value=bootstrap_value,
         next_values=next_values,

@@ -1,5 +1,6 @@
 """N-step returns."""
 
+import torch
 from torch import Tensor
 
 from fastrl.reference._trajectories import Trajectories
@@ -63,6 +64,6 @@ def n_step_returns(
     returns = steps.rewards + steps.continues * next_v
     for _ in range(min(n, returns.shape[1]) - 1):
         later = steps.following(returns, after_last)
-        mixed = steps.unbroken * later + (1 - steps.unbroken) * next_v
+        mixed = torch.where(steps.unbroken == 1, later, next_v)
         returns = steps.rewards + steps.continues * mixed
     return steps.restore(returns)

@@ -40,6 +40,6 @@ def policy_gradient_loss(
         ValueError: unknown reduction.
     Differentiable in: logprobs.   Reference: Williams 1992, Machine Learning 8, theorem 1.
     """
-    tokens = LossTokens(logprobs, loss_mask, cu_seqlens, advantages)
+    tokens = LossTokens(logprobs, loss_mask, cu_seqlens, advantages, weights)
     losses = -tokens.of(logprobs) * tokens.target(advantages)
     return tokens.reduce(losses, weights, reduction, normalizer)

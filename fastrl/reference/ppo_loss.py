@@ -57,7 +57,7 @@ def ppo_loss(
     Reference: Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2020,
         arXiv:1912.09729; sequence level: Zheng et al. 2025, arXiv:2507.18071, section 4.3.
     """
-    tokens = LossTokens(logprobs, loss_mask, cu_seqlens, old_logprobs, advantages)
+    tokens = LossTokens(logprobs, loss_mask, cu_seqlens, old_logprobs, advantages, weights)
     new, adv = tokens.of(logprobs), tokens.target(advantages)
     log_ratio = new - tokens.target(old_logprobs)
     if level == "sequence":

@@ -59,6 +59,7 @@ def retrace_returns(
         values,
         q_values,
         log_ratio,
+        gae_lambda,
         gamma=gamma,
         bootstrap_value=bootstrap_value,
         next_values=next_values,

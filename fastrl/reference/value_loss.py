@@ -45,8 +45,7 @@ def value_loss(
         ValueError: unknown reduction.
     Differentiable in: values.   Reference: Schulman et al. 2017, arXiv:1707.06347, eq. 9.
     """
-    others = [returns] if old_values is None else [returns, old_values]
-    tokens = LossTokens(values, loss_mask, cu_seqlens, *others)
+    tokens = LossTokens(values, loss_mask, cu_seqlens, returns, old_values, weights)
     v, target = tokens.of(values), tokens.target(returns)
     losses = (target - v).square()
     if clip is not None and old_values is not None:

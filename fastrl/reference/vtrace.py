@@ -62,6 +62,7 @@ def vtrace(
         rewards,
         values,
         log_ratio,
+        gae_lambda,
         gamma=gamma,
         bootstrap_value=bootstrap_value,
         next_values=next_values,

@@ -61,6 +61,18 @@ def test_compiles(name, arguments, options):
     torch.testing.assert_close(compiled(*arguments, **options), function(*arguments, **options))
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_normalizer_may_be_a_tensor_of_one_number(shape):
+    loss = fastrl.policy_gradient_loss(LOGPROBS, OTHER, normalizer=torch.full(shape, 7))
+    torch.testing.assert_close(loss, fastrl.policy_gradient_loss(LOGPROBS, OTHER, normalizer=7))
+
+
+@pytest.mark.parametrize("name, arguments", [(name, x) for name, x, _ in CALLS[1:7:2]])
+def test_weights_of_float64_give_float64(name, arguments):
+    loss = getattr(fastrl, name)(*arguments, weights=torch.ones_like(arguments[0]).double())
+    assert loss.dtype == torch.float64
+
+
 BAD = [
     (
         "policy_gradient_loss",
@@ -70,11 +82,21 @@ BAD = [
         r"advantages \(3, 4\) like log",
     ),
     ("policy_gradient_loss", (LOGPROBS, 1.0), {}, TypeError, "advantages as a tensor, got float"),
+    ("policy_gradient_loss", (LOGPROBS, None), {}, TypeError, "advantages as a tensor, got None"),
     ("policy_gradient_loss", (IDS, IDS), {}, TypeError, "logprobs of dtype float32"),
     ("policy_gradient_loss", (LOGPROBS, OTHER), {"loss_mask": OTHER}, TypeError, "dtype bool"),
     ("policy_gradient_loss", (LOGPROBS, OTHER), {"reduction": "sum"}, ValueError, "reduction one"),
     ("policy_gradient_loss", (LOGPROBS, OTHER), {"normalizer": 0}, ValueError, "normalizer > 0"),
+    ("policy_gradient_loss", (LOGPROBS, OTHER), {"normalizer": IDS}, ValueError, "one number, got"),
+    ("policy_gradient_loss", (OTHER[0, 0], OTHER[0, 0]), {}, ValueError, r"logprobs \[..., T\]"),
     ("policy_gradient_loss", (LOGPROBS, OTHER), {"cu_seqlens": BOUNDS}, ValueError, "packed log"),
+    (
+        "policy_gradient_loss",
+        (LOGPROBS[0], OTHER[0]),
+        {"cu_seqlens": BOUNDS.to("meta")},
+        ValueError,
+        "cu_seqlens on cpu like logprobs",
+    ),
     (
         "policy_gradient_loss",
         (LOGPROBS[0], OTHER[0]),

@@ -305,6 +305,7 @@ BAD = [
     (dict(temperature=math.nan), ValueError, "temperature > 0"),
     (dict(temperature="1"), TypeError, "temperature as a number, got str"),
     (dict(ignore_index=None), TypeError, "ignore_index as an int"),
+    (dict(ignore_index=2**63), ValueError, "ignore_index of 64 bits"),
     (dict(kept=IDS), TypeError, "kept as"),
     (dict(kept=(IDS + 7, torch.tensor([0, 1, 2]).int())), ValueError, r"kept ids in \[0, 3\)"),
     (dict(kept=(IDS, torch.tensor([0, 1, 3]).int())), ValueError, "cu_seqlens from 0 to N = 2"),

@@ -34,6 +34,14 @@ def test_packed_rows(packed_rows):
     torch.testing.assert_close(got, torch.tensor([4.0, 0, 5, 2, 24, 0, 4.5, 7, 4, 24]))
 
 
+def test_a_value_that_is_stepped_over_may_be_anything():
+    rewards = torch.tensor([1.0, 2.0, 4.0])
+    for bad in (float("nan"), float("inf")):
+        values = torch.tensor([bad, bad, 8.0])
+        got = n_step_returns(rewards, values, gamma=0.5, n=2)
+        assert got.tolist() == [4.0, 4.0, 4.0]  # 1 + 2/2 + 8/4; 2 + 4/2; 4
+
+
 def test_unbroken_row():
     rewards, values = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([2.0, 4.0, 8.0, 16.0])
     got = n_step_returns(rewards, values, gamma=0.5, n=2, bootstrap_value=torch.tensor(32.0))

@@ -180,6 +180,15 @@ def test_16_bit_inputs_are_computed_in_float32(op, random_rows):
 
 
 @every_op
+def test_a_rate_of_float64_gives_float64_as_in_the_op(op, random_rows):
+    inputs = random_rows(2, 6)
+    single = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+    for name in RETURNS[op][1]:
+        for output in call(op, single | {name: torch.full((2, 6), 0.9, dtype=torch.float64)}):
+            assert output.dtype == torch.float64
+
+
+@every_op
 def test_bad_combinations(op, random_rows):
     inputs = random_rows(2, 6)
     with pytest.raises(ValueError, match=f"{op}: expected next_values with truncated, got None"):

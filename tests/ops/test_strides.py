@@ -1,0 +1,82 @@
+"""Memory not laid out as usual: columns, lone rows with a step, nothing at all, overlaps."""
+
+import pytest
+import torch
+from returns_cases import INPUTS, OPS, call, case, on_tensors
+
+import fastrl
+
+IDS = torch.tensor([[2, 0], [4, 1], [3, 0]])[:, 0]  # a column: 3 ids, two numbers apart
+
+
+def every_other(x):
+    """The same numbers with a step of two along the last axis."""
+    wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(1, 6), (1, 1, 6), (6,)])
+def test_returns_of_a_lone_row_with_a_step(op, shape):
+    arguments = case(op, "mask bootstrap_value terminated", shape, torch.float32)
+    found = []
+    for layout in (torch.Tensor.contiguous, every_other):
+        given = on_tensors(lambda x, lay=layout: lay(x) if x.dim() else x, arguments)
+        leaves = [given[name].requires_grad_() for name in INPUTS[op]]
+        outputs = call(fastrl, op, given)
+        grads = torch.autograd.grad(sum(x.sum() for x in outputs), leaves, allow_unused=True)
+        found.append([*outputs, *(x for x in grads if x is not None)])
+    assert all(map(torch.equal, *found))
+
+
+def test_token_ids_may_be_a_column():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+
+    def loss(logprobs, entropy, rows):
+        return logprobs
+
+    def all_of(ids):
+        total, logprobs, _ = fastrl.linear_token_loss(hidden, weight, ids, loss)
+        (grad,) = torch.autograd.grad(total, hidden)
+        of_linear = fastrl.linear_token_logprobs(hidden, weight, ids)
+        (of_linear_grad,) = torch.autograd.grad(of_linear.sum(), hidden)
+        stats = fastrl.token_stats(hidden, weight, ids)
+        return logprobs, grad, of_linear, of_linear_grad, *stats
+
+    for column, dense in zip(all_of(IDS), all_of(IDS.contiguous()), strict=True):
+        assert torch.equal(column, dense)
+
+
+@pytest.mark.parametrize("rows", [(0,), (2, 0)])
+def test_no_rows_and_a_step_along_the_vocabulary(rows):
+    logits = torch.zeros(*rows, 14)[..., ::2].requires_grad_()
+    ids = torch.zeros(rows, dtype=torch.int64)
+    logprobs = fastrl.token_logprobs(logits, ids)
+    logprobs.sum().backward()
+    assert logprobs.shape == rows and logits.grad.shape == (*rows, 7)
+    kept = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    assert fastrl.token_logprobs(logits, ids, kept=kept).shape == rows
+    assert fastrl.sample_tokens(logits)[0].shape == rows
+
+
+@pytest.mark.parametrize("overlap", ["expanded", "windows", "none"])
+def test_inplace_backward_leaves_memory_that_rows_share(overlap):
+    """Three rows in the memory of one would be each other's gradient."""
+    views = {
+        "expanded": lambda x: x[:5].expand(3, 5),
+        "windows": lambda x: x[:7].unfold(0, 5, 1),
+        "none": lambda x: x.view(5, 3).t(),
+    }
+    x = torch.randn(15)
+    ids = torch.tensor([1, 4, 0])
+    plain, overwritten = (views[overlap](x.clone()).requires_grad_() for _ in range(2))
+    fastrl.token_logprobs(plain, ids).sum().backward()
+    fastrl.token_logprobs(overwritten, ids, inplace_backward=True).sum().backward()
+    assert torch.equal(overwritten.grad, plain.grad)
+    assert torch.equal(overwritten.detach(), plain.detach())
+
+
+def test_a_head_without_a_width_is_refused():
+    with pytest.raises(ValueError, match=r"weight \[V, D\], V >= 1 and D >= 1, got \(5, 0\)"):
+        fastrl.linear_token_logprobs(torch.zeros(3, 0), torch.zeros(5, 0), IDS)
