@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrl.hf
-from fastrl.hf._models import check_model
+from fastrl.hf._models import check_model, check_packable_layers
 from fastrl.layout import PackedBatch
 from fastrl.models._kv_decoder import KVDecoder
 from fastrl.models._linear_layers import quick_layers
@@ -145,7 +145,8 @@ class HuggingFacePolicy(nn.Module):
         """hidden [M, D], row m of which predicts batch.target_ids[m]; each token is read once.
 
         Raises:
-            ValueError: a path of more tokens than the model has positions for.
+            ValueError: a path of more tokens than the model has positions for; layers that are no
+                attention.
         """
         layout = batch.layout
         if layout.num_tokens == 0:
@@ -155,6 +156,8 @@ class HuggingFacePolicy(nn.Module):
             check_positions(
                 "packed_hidden", self.num_positions, length, "a prompt and completion of"
             )
+        # Layers with attention ask too; a model may have none.
+        check_packable_layers(self.causal.config.get_text_config())
         with quick_layers(self.trunk), _checkpointing(self._checkpointed):
             output = self.trunk(
                 input_ids=batch.token_ids[None],
