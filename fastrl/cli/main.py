@@ -1,6 +1,7 @@
 """`fastrl <command> ...`: finds the command's module and hands it the rest."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -20,11 +21,35 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: the command's own; 2 for a command that does not exist."""
+    """Exit status: the command's own; 2 for a command that does not exist; 1 where standard output
+    cannot be written: without a word where whoever read it has gone, as `| head` does.
+    """
     args = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no text ends a run that the terminal cannot show
+            stream.reconfigure(errors="replace")
+    try:
+        status = _run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return 1
+    except OSError as error:
+        print(f"fastrl: expected to read and write what it needs, got {error}.", file=sys.stderr)
+        return 1
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if args else 2
+    if args[0] == "--version":
+        from fastrl import __version__
+
+        print(f"fastrl {__version__}")
+        return 0
     if args[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         print(f"fastrl: expected a command ({known}), got {args[0]}.\n{usage()}", file=sys.stderr)
