@@ -171,6 +171,11 @@ def test_prompts_of_each_kind(tmp_path):
     assert load(tmp_path / "p.json", column="question", limit=1) == expected[:1]
     assert load(tmp_path / "p.txt") == [{"prompt": "first line"}, {"prompt": "zweite Zeile ü"}]
     assert prompts.load_prompts(["x"], key="k") == [{"prompt": "x"}]
+    # A mark that editors put before a text is not of it, and only a line feed ends a line.
+    (tmp_path / "p.txt").write_bytes("\ufeffone\u2028line\r\n\x0btwo\n".encode())
+    assert load(tmp_path / "p.txt") == [{"prompt": "one\u2028line"}, {"prompt": "\x0btwo"}]
+    (tmp_path / "m.jsonl").write_bytes("\ufeff".encode() + json.dumps(rows[0]).encode())
+    assert load(tmp_path / "m.jsonl", column="question") == expected[:1]
     datasets = pytest.importorskip("datasets")
     parquet = tmp_path / "set" / "train.parquet"
     parquet.parent.mkdir()
@@ -193,6 +198,8 @@ def test_prompts_of_each_kind(tmp_path):
         ("p.json", b"{}", "a list of prompts, got dict"),
         ("p.txt", b"caf\xe9\n", "UTF-8, got byte 0xe9 at offset 3"),
         ("p.txt", None, "can be read, got .*p.txt: No such file"),
+        ("p.csv", b"prompt\na\n", "a file .jsonl, .json, .txt, got .*p.csv. Write it as one"),
+        ("p.jsonl", b'{"prompt": "a\\ud83d"}\n', "line 1, .* got half a character, '.ud83d'"),
     ],
 )
 def test_prompts_that_cannot_be_read(tmp_path, name, content, message):
