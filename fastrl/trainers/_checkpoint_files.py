@@ -31,6 +31,7 @@ class CheckpointError(OSError):
 
 
 def beside(folder: Path, suffix: str) -> Path:
+    folder = folder if folder.name not in ("", "..") else folder.resolve()  # "." has no name
     return folder.with_name(f".{folder.name}.{suffix}")
 
 
