@@ -227,6 +227,36 @@ def test_what_a_resumed_run_may_change(finished, tmp_path, capsys):
     assert "model.safetensors" in (error := capsys.readouterr().err) and "begin again" in error
 
 
+def test_what_has_changed_in_the_files_since(recipe, tmp_path, capsys):
+    folder, prompts = tmp_path / "run", tmp_path / "prompts.jsonl"
+    names = ("rewards.py", "held_out.txt", "recipe.toml")
+    rewards, held_out, own = (tmp_path / name for name in names)
+    for path in (rewards, held_out, own):
+        path.write_bytes((recipe.parent / path.name).read_bytes())
+    prompts.write_text('{"prompt": "one", "answer": 1}\n{"prompt": "two", "answer": 2}\n')
+    options = ["--set", f"data.prompts={prompts}", "--set", "train.max_steps=1"]
+    assert train.main([str(own), *options, "--output", str(folder)]) == 0
+    again = ["--resume", str(folder), "--set"]
+    assert train.main([*again, "train.max_steps=2"]) == 0
+    assert "changed" not in capsys.readouterr().err
+    rewards.write_text(REWARDS.replace("len(text)", "2 * len(text)"))
+    held_out.write_text("five\nsix\n")
+    assert train.main([*again, "train.max_steps=3"]) == 0
+    error = capsys.readouterr().err
+    assert f"train: {rewards} has been changed since" in error and error.count("\n") == 2
+    assert "train: the held-out rows are others than before" in error
+    assert train.main([*again, "train.max_steps=1"]) == 2  # and both are not said again
+    assert capsys.readouterr().err.startswith("train: expected train.max_steps >= 3, the steps")
+    starts = json.loads((folder / "versions.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 2]
+    prompts.write_text(prompts.read_text().replace('"answer": 1', '"answer": 3'))
+    assert train.main([*again, "train.max_steps=4"]) == 2
+    assert "got other train rows. Put the old ones back" in capsys.readouterr().err
+    assert [line["step"] for line in records(folder)] == [1, 2, 3]
+    (folder / "versions.json").unlink()
+    assert train.main([*again, "train.max_steps=4"]) == 0
+
+
 def test_bad_input_writes_nothing(recipe, tmp_path, capsys):
     folder = tmp_path / "run"
     for options, message in {

@@ -21,6 +21,8 @@ one of transformers; with [supervised] also supervised.jsonl and start/, the mod
 that the algorithm starts from. A preference model is in model/ instead, and begins again when it is
 resumed.
 SIGTERM and Ctrl-C let the step end and save; a second Ctrl-C stops at once.
+A run that is resumed has to find the rows that it was begun with; that its held-out rows or its own
+Python files have been changed since is said.
 
 Exit status: 0 finished, or stopped by SIGTERM with everything saved; 130 the same by Ctrl-C;
 1 training broke down; 2 bad input.

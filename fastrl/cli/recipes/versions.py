@@ -1,4 +1,4 @@
-"""What a run is made with: fastrl's version and commit, and those of what it rests on."""
+"""What a run is made with: fastrl's version and commit, those of what it rests on, its contents."""
 
 import platform
 import subprocess
@@ -13,15 +13,27 @@ from fastrl.cli.training.run_folder import RunFolder
 FILE = "versions.json"
 
 
-def note_versions(folder: RunFolder, step: int) -> None:
+def last_start(folder: RunFolder) -> dict[str, Any]:
+    """What ran last, as versions.json has it; {} where it has nothing.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    path = folder.path / FILE
+    starts = folder.read_json(path).get("starts") if path.exists() else None
+    return dict(starts[-1]) if starts else {}
+
+
+def note_versions(folder: RunFolder, step: int, contents: dict[str, Any]) -> None:
     """Put what runs now into versions.json, if it is not what ran last.
 
     Args:
         step: at which the run stands.
+        contents: as `fastrl.cli.recipes.contents.contents_of` gives them.
     Raises:
         RunFolderError: the file is damaged.
     """
-    path, now = folder.path / FILE, versions()
+    path, now = folder.path / FILE, {**versions(), **contents}
     document = folder.read_json(path) if path.exists() else {"starts": []}
     starts = document["starts"]
     last = {**starts[-1], "step": step} if starts else None
