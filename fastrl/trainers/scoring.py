@@ -57,8 +57,9 @@ class RewardScorer:
     **columns), each a list with one entry per completion. Prompts are as they stand in the
     dataset; completions are texts, or [{"role": "assistant", "content": text}] where the prompt
     is chat messages, or ids where there is no tokenizer. Further arguments: log_metric(name,
-    number), log_extra(column, list), and trainer_state if the caller has one. A function without
-    **kwargs gets those arguments that it names. It gives a list with one entry per completion:
+    number), log_extra(column, list), and trainer_state if the caller has one; a trainer's has
+    global_step, max_steps and epoch as TRL's, and is_evaluation: True in `Trainer.evaluate`. A
+    function without **kwargs gets those arguments that it names. It gives a list with one entry per completion:
 
     - a float: the reward of the whole completion, which stands at its last target;
     - a list of floats, one per completion id, EOS and tokens that the policy did not write

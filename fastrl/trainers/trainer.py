@@ -282,12 +282,15 @@ class Trainer(ABC):
         rollout: Rollout,
         dataset: PromptDataset,
         scorer: RewardScorer | None = None,
+        *,
+        is_evaluation: bool = False,
     ) -> Scores:
         """The rewards of a rollout; functions of TRL's are told where the run stands."""
         run = SimpleNamespace(
             global_step=self.step,
             max_steps=self.config.max_steps,
             epoch=self.step * self.config.prompts_per_step / len(self.dataset),
+            is_evaluation=is_evaluation,
         )
         scorer = self.scorer if scorer is None else scorer
         return scorer(examples, rollout, dataset, self.eos_token_ids, trainer_state=run)

@@ -16,12 +16,19 @@ from fastrl.trainers.scoring import RewardScorer, Scores
 
 
 class KeepingScorer(RewardScorer):
-    """Remembers what it gave: an evaluation returns means, and intervals and samples need more."""
+    """Remembers what it gave: an evaluation returns means, and intervals and samples need more.
+
+    Attributes:
+        measures: the functions are there for an evaluation; so people are asked as well.
+    """
 
     last: Scores
+    measures = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Scores:
-        self.last = super().__call__(*args, **kwargs)
+    def __call__(self, *args: Any, trainer_state: Any = None, **kwargs: Any) -> Scores:
+        if self.measures:
+            trainer_state.is_evaluation = False
+        self.last = super().__call__(*args, trainer_state=trainer_state, **kwargs)
         return self.last
 
 
@@ -89,6 +96,7 @@ def _evaluator(
         policy, functions, prompts, replace(config, kl_every=0), tokenizer=tokenizer
     )
     keep_scores(trainer, functions)
+    trainer.scorer.measures = True
     return trainer
 
 
