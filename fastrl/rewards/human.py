@@ -34,9 +34,9 @@ class HumanReward:
     another terminal. A rating of null is someone who skipped the completion and is not waited
     for. The id is that of prompt, completion, step and number in the batch: a run that is resumed
     asks nothing that was answered before. What is no longer waited for gets a line {"id",
-    "closed": true}. Evaluations of a training ask nobody: they are as many prompts again, often,
-    and have no reward of this function then. A run that shall stop after its step waits for the step's
-    ratings first, unless there is a timeout.
+    "closed": true}. Evaluations of a training ask nobody: they are often as many prompts again,
+    and this function has no opinion there. A run that shall stop after its step waits for the
+    step's ratings first, unless there is a timeout.
 
     Args:
         folder: made if it is not there.

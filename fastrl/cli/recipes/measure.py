@@ -95,20 +95,21 @@ def _evaluator(
     trainer = PolicyGradientTrainer(
         policy, functions, prompts, replace(config, kl_every=0), tokenizer=tokenizer
     )
-    keep_scores(trainer, functions)
-    trainer.scorer.measures = True
+    keep_scores(trainer, functions).measures = True
     return trainer
 
 
-def keep_scores(trainer: Any, functions: Sequence[Callable[..., Any]]) -> None:
-    """Give a trainer at its start a scorer that keeps its last scores."""
+def keep_scores(trainer: Any, functions: Sequence[Callable[..., Any]]) -> KeepingScorer:
+    """Give a trainer at its start a scorer that keeps its last scores; returns it."""
     config = trainer.config
-    trainer.scorer = KeepingScorer(
+    scorer = KeepingScorer(
         functions,
         config.reward_weights,
         timeout=config.reward_timeout,
         errors=config.reward_errors,
     )
+    trainer.scorer = scorer
+    return scorer
 
 
 def _plain(found: dict[str, Any], *, has_reference: bool) -> dict[str, float]:
