@@ -23,8 +23,9 @@ _MOST = 100_000  # rows that are read of a dataset on the disk, evenly from all
 def contents_of(recipe: Recipe, data: TaskData) -> dict[str, Any]:
     """The entries "rows" and "code" of versions.json: digests by list, and by file or module."""
     lists = {name: getattr(data, name) for name in (*LEARNED, MEASURED)}
-    named = (recipe.rewards.functions, recipe.over_optimization.gold, recipe.over_optimization.proxy)
-    files = {name: _file_of(name) for name in sorted({*_names([*named, recipe.data.builder])})}
+    watching = recipe.over_optimization
+    named = [*recipe.rewards.functions, watching.gold, watching.proxy, recipe.data.builder]
+    files = {name: _file_of(name) for name in sorted(set(_names(named)))}
     return {
         "rows": {name: _digest_of_rows(rows) for name, rows in lists.items() if rows},
         "code": {name: _digest(path.read_bytes()) for name, path in files.items() if path},

@@ -50,7 +50,10 @@ def load_prompts(
     if not entries:
         raise _bad(f"{key} {path}", "to hold at least one prompt, got none")
     names_it = "--column" if key.startswith("--") else "data.column"
-    return [_entry(entry, place, column, names_it) for place, entry in entries[:limit]]
+    rows = [_entry(entry, place, column, names_it) for place, entry in entries[:limit]]
+    # As in a table: a function that names a column gets it, wherever a step's prompts stand.
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{**dict.fromkeys(columns), **row} for row in rows]
 
 
 def is_dataset(source: Any) -> bool:
