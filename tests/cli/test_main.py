@@ -39,6 +39,34 @@ def test_a_terminal_that_cannot_show_a_text_shows_the_rest(monkeypatch):
     assert b"1 ? 0" in stream.buffer.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (
+            "rich.console",
+            'fastrl info: expected the package rich, got none. pip install "fastrl[tr',
+        ),
+        (
+            "rouge_score",
+            'expected the package rouge-score, got none. pip install "fastrl[metrics]"',
+        ),
+        ("elsewhere", None),
+        (None, "hf: expected transformers"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch, capsys, missing, message):
+    def command(argv):
+        raise ImportError(message or "No module", name=missing)
+
+    monkeypatch.setattr(info, "main", command)
+    if message is None:
+        with pytest.raises(ImportError):
+            main.main(["info"])
+    else:
+        assert main.main(["info"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_version(capsys):
     assert main.main(["--version"]) == 0
     assert capsys.readouterr().out == f"fastrl {fastrl.__version__}\n"
