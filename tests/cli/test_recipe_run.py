@@ -18,7 +18,7 @@ for package in ("rich", "safetensors", "tensorboard", "transformers"):
 from safetensors.torch import load_file  # noqa: E402
 
 from fastrl.cli import main as cli  # noqa: E402
-from fastrl.cli import train  # noqa: E402
+from fastrl.cli import report, train  # noqa: E402
 from fastrl.trainers.loggers import JsonLines  # noqa: E402
 
 RECIPE = """
@@ -253,6 +253,12 @@ def test_what_has_changed_in_the_files_since(recipe, tmp_path, capsys):
     assert train.main([*again, "train.max_steps=4"]) == 2
     assert "got other train rows. Put the old ones back" in capsys.readouterr().err
     assert [line["step"] for line in records(folder)] == [1, 2, 3]
+    for damaged in ('{"starts": 3}', '{"starts": [3]}', "{}"):
+        (folder / "versions.json").write_text(damaged)
+        for command in (train, report):
+            arguments = again[:2] if command is train else [str(folder)]
+            assert command.main(arguments) == 2
+            assert "versions.json with a list of objects" in capsys.readouterr().err
     (folder / "versions.json").unlink()
     assert train.main([*again, "train.max_steps=4"]) == 0
 

@@ -22,7 +22,7 @@ from fastrl.cli.recipes.schema import Recipe, find_recipe
 from fastrl.cli.recipes.start import prepare_start
 from fastrl.cli.recipes.toml import RecipeError, write_toml
 from fastrl.cli.recipes.versions import FILE as VERSIONS
-from fastrl.cli.recipes.versions import last_start, note_versions
+from fastrl.cli.recipes.versions import note_versions, read_starts
 from fastrl.cli.training.interruption import Interrupted, StopRequest
 from fastrl.cli.training.run_folder import RunFolder, RunFolderError, write_atomically
 from fastrl.trainers import checkpoint
@@ -101,7 +101,8 @@ def go_on(path: Path, name: str | None, sets: Sequence[str], stop: StopRequest) 
         with stop.at_once():
             parts, learner = _built(recipe, folder)
             contents = contents_of(recipe, parts.data)
-            changes = check_contents(path / VERSIONS, last_start(folder), contents)
+            last = (read_starts(folder) or [{}])[-1]
+            changes = check_contents(path / VERSIONS, last, contents)
             if not recipe.is_preference:
                 _resume(learner, folder)
                 _check_steps(recipe, saved, learner.step)

@@ -8,20 +8,25 @@ from typing import Any
 import torch
 
 import fastrl
-from fastrl.cli.training.run_folder import RunFolder
+from fastrl.cli.training.run_folder import RunFolder, RunFolderError
 
 FILE = "versions.json"
 
 
-def last_start(folder: RunFolder) -> dict[str, Any]:
-    """What ran last, as versions.json has it; {} where it has nothing.
+def read_starts(folder: RunFolder) -> list[dict[str, Any]]:
+    """What ran, as versions.json has it; [] where it is not there.
 
     Raises:
         RunFolderError: the file is damaged.
     """
     path = folder.path / FILE
-    starts = folder.read_json(path).get("starts") if path.exists() else None
-    return dict(starts[-1]) if starts else {}
+    starts = folder.read_json(path).get("starts") if path.exists() else []
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise RunFolderError(
+            f"train: expected {path} with a list of objects as starts, got {starts!r}. Restore the "
+            "file, or delete it."
+        )
+    return starts
 
 
 def note_versions(folder: RunFolder, step: int, contents: dict[str, Any]) -> None:
@@ -34,8 +39,7 @@ def note_versions(folder: RunFolder, step: int, contents: dict[str, Any]) -> Non
         RunFolderError: the file is damaged.
     """
     path, now = folder.path / FILE, {**versions(), **contents}
-    document = folder.read_json(path) if path.exists() else {"starts": []}
-    starts = document["starts"]
+    starts = read_starts(folder)
     last = {**starts[-1], "step": step} if starts else None
     if last != {"step": step, **now}:
         folder.write_json(path, {"starts": [*starts, {"step": step, **now}]})
