@@ -1,6 +1,7 @@
 """What `fastrl bench` does: run the cases, show, keep, draw and compare the results."""
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="fastrl bench",
         description="Time the ops beside other libraries, each correct before it is timed.",
-        epilog="Exit status: 1 if a result is wrong or --compare finds a figure worse, else 0.",
+        epilog="Exit status: 1 if a result is wrong or --compare finds a figure worse; 2 for bad "
+        "input; 130 stopped by Ctrl-C; else 0.",
     )
     p.add_argument("op", nargs="*", help=f"of {', '.join(cases.CASES)} (default: all)")
     p.add_argument("--device", default="cpu", help="cpu, or cuda[:i]")
@@ -54,13 +56,50 @@ def main(argv: list[str]) -> int:
     except (ValueError, ResultFileError) as error:
         print(error, file=sys.stderr)
         return USAGE_ERROR
+    except BrokenPipeError:  # of standard output
+        raise
+    except OSError as error:
+        print(f"bench: expected to write the results, got {error}.", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        kept = "" if options.json is None else f" {options.json} holds the cases that are done."
+        print(f"\nbench: stopped.{kept}", file=sys.stderr)
+        return 130
 
 
-def _main(options: argparse.Namespace) -> int:
+def _check(options: argparse.Namespace) -> None:
+    """Raise before the minutes of measuring."""
     if not options.threshold > 0:
         raise ValueError(
             f"bench: expected threshold > 0, got {options.threshold:g}. 0.1 is a tenth."
         )
+    if options.seconds is not None and not options.seconds > 0:
+        raise ValueError(
+            f"bench: expected --seconds > 0, got {options.seconds:g}. Leave it out for the time "
+            "that all cases need."
+        )
+    if options.results is not None:
+        unread = {"ops": options.op, "--quick": options.quick, "--seconds": options.seconds}
+        for name, is_given in unread.items():
+            if is_given:
+                raise ValueError(
+                    f"bench: expected no {name} with --results, got some. It shows a whole file "
+                    "and measures nothing."
+                )
+    if options.json is not None and options.json.is_dir():
+        raise ValueError(
+            f"bench: expected a file for --json, got the folder {options.json}. Name a file in it."
+        )
+    for path in filter(None, (options.json, options.plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(
+                f"bench: expected a place that can be written to, got {path}. Choose another."
+            )
+
+
+def _main(options: argparse.Namespace) -> int:
+    _check(options)
     # Both before the minutes of measuring: a file that cannot be read, a package that is missing.
     old = None if options.compare is None else results.load(options.compare)
     plot = None if options.plot is None else _import_plot()
@@ -132,6 +171,10 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"bench: expected a CUDA device that torch finds, got none. {remedy}")
     if device.type == "cuda" and device.index is None:  # torch.cuda.set_device wants a number
         device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"bench: expected a CUDA device below {torch.cuda.device_count()}, got {name}. {remedy}"
+        )
     return device
 
 

@@ -85,6 +85,10 @@ class Results:
 def save(results: Results, path: Path) -> None:
     text = json.dumps({"format": FORMAT, **asdict(results)}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+        path.write_text(text + "\n")
+        return
+    path = path.resolve()  # what a link leads to, not the link
     half = path.with_name(path.name + ".part")
     half.write_text(text + "\n")
     half.replace(path)  # at once: a run that is stopped leaves the cases before, or these

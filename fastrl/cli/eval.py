@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrl.cli.sample import MODEL_HELP, check_limit
+from fastrl.cli.sample import COLUMN_HELP, MODEL_HELP, check_limit
 
 PROMPTS_AT_ONCE = 16
 # Fields of a recipe's config that say how completions are sampled and rewarded.
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
         if not explains(error):
             raise
         return fail(str(error).replace("train: ", "eval: ", 1))
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as error:
         return fail(f"eval: expected to write the result, got {error}.", 1)
 
@@ -61,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--rewards", action="append", metavar="NAME", help="file.py:function")
     result.add_argument("--weights", type=float, nargs="+", help="one for each --rewards")
     result.add_argument("--data", metavar="FILE", help="prompts, as data.prompts of a recipe")
-    result.add_argument("--column", help="of --data, that is the prompt")
+    result.add_argument("--column", help=COLUMN_HELP.format("--data"))
     result.add_argument("--split", help="of a dataset by name as --data")
     result.add_argument("--limit", type=int, help="the first so many prompts alone")
     result.add_argument("--reference", metavar="MODEL", help="whose KL divergence is measured")
@@ -108,10 +110,10 @@ def _eval(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     result = {"model": options.model, **result}
-    if options.json is not None:
+    show_measured(Console(highlight=False), result)
+    if options.json is not None:  # last: what cannot be written has been shown
         text = json.dumps(finite(result), indent=2, ensure_ascii=False, allow_nan=False)
         Path(options.json).write_text(text + "\n", encoding="utf-8")
-    show_measured(Console(highlight=False), result)
     return 0
 
 
@@ -129,6 +131,11 @@ def _check(options: argparse.Namespace) -> None:
     if options.split is not None and not is_dataset(options.data):
         raise RecipeError(
             f"eval: expected --split with a dataset by name, got the file {options.data}."
+        )
+    if options.json is not None and not Path(options.json).absolute().parent.is_dir():
+        raise RecipeError(
+            f"eval: expected --json a file in a folder that is there, got {options.json}. Make "
+            "the folder first."
         )
     check_limit(options, "eval")
 
@@ -161,13 +168,14 @@ def _rewards(options: argparse.Namespace, recipe: Any) -> tuple[list[Any], list[
 
 def _prompts(options: argparse.Namespace, data: Any) -> Any:
     from fastrl.cli.recipes.prompts import load_prompts
+    from fastrl.cli.recipes.sampled_as import column_of
     from fastrl.cli.recipes.toml import RecipeError
 
     if options.data is not None:
         return load_prompts(
             options.data,
             key="--data",
-            column=options.column or "prompt",
+            column=options.column or column_of(options.model),
             limit=options.limit,
             split=options.split or "train",
         )

@@ -13,6 +13,8 @@ from fastrl.ops import _binary
 OPTIONAL = {
     "train": ("tokenizers", "safetensors", "rich", "matplotlib", "tyro", "tensorboard"),
     "hf": ("transformers",),
+    "peft": ("peft",),
+    "metrics": ("sacrebleu", "rouge-score"),
     "plot": ("matplotlib",),
     "peers": ("numba", "torchrl", "trl", "liger-kernel", "cut-cross-entropy"),
 }

@@ -1,6 +1,7 @@
 """`fastrl <command> ...`: finds the command's module and hands it the rest."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -20,11 +21,53 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: the command's own; 2 for a command that does not exist."""
+    """Exit status: the command's own; 2 for one that does not exist, or lacks a package; 1 where
+    standard output cannot be written: without a word where its reader has gone, as `| head` does.
+    """
     args = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no text ends a run that the terminal cannot show
+            stream.reconfigure(errors="replace")
+    try:
+        status = _run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except ImportError as error:
+        return _without(error, args[0])
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return 1
+    except OSError as error:
+        print(f"fastrl: expected to read and write what it needs, got {error}.", file=sys.stderr)
+        return 1
+
+
+def _without(error: ImportError, command: str) -> int:
+    """Say which extra has the package that is missing; raise the error if none has."""
+    from fastrl.cli.info import OPTIONAL
+
+    package = (error.name or "").partition(".")[0].replace("_", "-")
+    extra = next((extra for extra, packages in OPTIONAL.items() if package in packages), None)
+    if extra is not None:
+        message = f'expected the package {package}, got none. pip install "fastrl[{extra}]"'
+        print(f"fastrl {command}: {message}", file=sys.stderr)
+    elif ": expected " in str(error):  # ours
+        print(error, file=sys.stderr)
+    else:
+        raise error
+    return 2
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if args else 2
+    if args[0] == "--version":
+        from fastrl import __version__
+
+        print(f"fastrl {__version__}")
+        return 0
     if args[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         print(f"fastrl: expected a command ({known}), got {args[0]}.\n{usage()}", file=sys.stderr)

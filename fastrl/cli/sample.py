@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 MODEL_HELP = "a run's folder, a checkpoint's, or a name or folder for AutoModelForCausalLM"
+COLUMN_HELP = 'of {}, that is the prompt; default: that of the run, or else "prompt"'
 _SAMPLE = 3  # a stream of random numbers apart from those of training and evaluation
 
 
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     result.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
     result.add_argument("--file", metavar="FILE", help="of prompts: .txt, .jsonl or .json")
-    result.add_argument("--column", help='of the file, that is the prompt; default "prompt"')
+    result.add_argument("--column", help=COLUMN_HELP.format("the file"))
     result.add_argument("--limit", type=int, help="the file's first so many prompts alone")
     result.add_argument("--chat", action="store_true", help="prompts are a user's messages")
     result.add_argument("-n", type=int, default=1, metavar="N", help="completions of each prompt")
@@ -55,6 +56,7 @@ def _sample(options: argparse.Namespace) -> int:
     from fastrl.cli.recipes.sampled_as import DEFAULTS, said, trained_with
     from fastrl.rollout import completion_seeds, generate
     from fastrl.trainers.prompts import PromptDataset, decode_all
+    from fastrl.trainers.tokens import autocast
 
     entries = _prompts(options)
     policy, tokenizer = open_model(
@@ -68,20 +70,21 @@ def _sample(options: argparse.Namespace) -> int:
     device = policy.head.weight.device
     ends = end_ids(policy, tokenizer, how["eos_token_id"])
     examples = [dataset[index] for index in range(len(dataset))]
-    rollout = generate(
-        policy,
-        [example.token_ids.to(device) for example in examples],
-        completions_per_prompt=options.n,
-        max_new_tokens=how["max_new_tokens"],
-        seeds=completion_seeds(options.seed, _SAMPLE, torch.arange(len(examples)), options.n),
-        temperature=how["temperature"],
-        top_k=options.top_k,
-        top_p=options.top_p,
-        eos_token_id=ends or None,
-        stop_strings=how["stop_strings"],
-        decode=decode_all(tokenizer),
-        max_rows=64,
-    )
+    with autocast(device, how["precision"]):
+        rollout = generate(
+            policy,
+            [example.token_ids.to(device) for example in examples],
+            completions_per_prompt=options.n,
+            max_new_tokens=how["max_new_tokens"],
+            seeds=completion_seeds(options.seed, _SAMPLE, torch.arange(len(examples)), options.n),
+            temperature=how["temperature"],
+            top_k=options.top_k,
+            top_p=options.top_p,
+            eos_token_id=ends or None,
+            stop_strings=how["stop_strings"],
+            decode=decode_all(tokenizer),
+            max_rows=64,
+        )
     logprobs = rollout.logprobs.cpu().split(rollout.lengths.tolist())
     completions = [ids.tolist() for ids in rollout.completion_ids]
     groups, ended = rollout.group_ids.tolist(), rollout.ended.tolist()
@@ -102,6 +105,7 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
     from fastrl.cli.recipes.prompts import load_prompts
+    from fastrl.cli.recipes.sampled_as import column_of
     from fastrl.cli.recipes.toml import RecipeError
 
     for name in ("n", "max_new_tokens"):
@@ -114,12 +118,17 @@ def _prompts(options: argparse.Namespace) -> list[dict[str, Any]]:
     check_limit(options, "sample")
     entries = [{"prompt": text} for text in options.prompt]
     if options.file is not None:
-        entries += load_prompts(
-            options.file, key="--file", column=options.column or "prompt", limit=options.limit
-        )
+        column = options.column or column_of(options.model)
+        entries += load_prompts(options.file, key="--file", column=column, limit=options.limit)
     if not entries:
         raise RecipeError("sample: expected --prompt TEXT or --file FILE, got neither. Pass one.")
     if options.chat:
+        for entry in entries:
+            if not isinstance(entry["prompt"], str):
+                raise RecipeError(
+                    f"sample: expected texts with --chat, got {entry['prompt']!r}. Leave --chat "
+                    "out for messages."
+                )
         entries = [{"prompt": [{"role": "user", "content": e["prompt"]}]} for e in entries]
     return entries
 
@@ -136,17 +145,20 @@ def check_limit(options: argparse.Namespace, command: str) -> None:
 
 def _show(found: list[dict[str, Any]], options: argparse.Namespace, how: dict[str, Any]) -> None:
     if options.json:
+        is_utf8 = (sys.stdout.encoding or "utf-8").lower() in ("utf-8", "utf8")
         for entry in found:
-            print(json.dumps(entry, ensure_ascii=False))
+            print(json.dumps(entry, ensure_ascii=not is_utf8))
         return
     from rich.console import Console
     from rich.markup import escape
+
+    from fastrl.trainers.prompts import is_chat
 
     console = Console(highlight=False, file=sys.stdout)
     for index, entry in enumerate(found):
         if index % options.n == 0:
             prompt = entry["prompt"]
-            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            text = str(prompt[-1].get("content", "")) if is_chat(prompt) else str(prompt)
             console.print(f"\n[bold]{escape(text)}[/bold]", soft_wrap=True)
         tokens, end = len(entry["token_ids"]), "ended" if entry["ended"] else "cut"
         console.print(

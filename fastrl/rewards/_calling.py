@@ -165,6 +165,16 @@ def parameters_of(function: Callable[..., Any]) -> set[str] | None:
     return {parameter.name for parameter in parameters if parameter.kind in kinds}
 
 
+def required_by(function: Callable[..., Any]) -> list[str]:
+    """The names of the keyword arguments that it cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
+
+
 def accepted(arguments: dict[str, Any], names: set[str] | None) -> dict[str, Any]:
     """Those of the arguments that have one of the names."""
     if names is None:

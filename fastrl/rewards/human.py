@@ -34,8 +34,9 @@ class HumanReward:
     another terminal. A rating of null is someone who skipped the completion and is not waited
     for. The id is that of prompt, completion, step and number in the batch: a run that is resumed
     asks nothing that was answered before. What is no longer waited for gets a line {"id",
-    "closed": true}. Evaluations ask too. A run that shall stop after its step waits for the step's
-    ratings first, unless there is a timeout.
+    "closed": true}. Evaluations of a training ask nobody: they are often as many prompts again,
+    and this function has no opinion there. A run that shall stop after its step waits for the
+    step's ratings first, unless there is a timeout.
 
     Args:
         folder: made if it is not there.
@@ -48,6 +49,9 @@ class HumanReward:
         name: what metrics call it; "<name>/unrated" counts completions without a rating.
         terminal: ask in this terminal instead, one person, here and now.
         annotator: who that person is.
+        evaluations: ask in `Trainer.evaluate` as well, as the evaluations of a recipe's held-out
+            prompts are. An OverOptimizationMonitor and `fastrl eval` always ask: that is what they
+            are for.
     Raises:
         ValueError: an argument is out of range; later, a rating is, or a file is damaged.
         TypeError: later, completions are no text.
@@ -64,12 +68,13 @@ class HumanReward:
         name: str = "human",
         terminal: bool = False,
         annotator: str = "terminal",
+        evaluations: bool = False,
     ) -> None:
         self.folder, self.scale = Path(folder), checked_scale(scale, "HumanReward")
         _check_waiting(annotators, timeout, poll_seconds, terminal)
         self.annotators, self.timeout, self.poll_seconds = annotators, timeout, poll_seconds
         self.__name__ = name
-        self.terminal, self.annotator = terminal, annotator
+        self.terminal, self.annotator, self.evaluations = terminal, annotator, evaluations
         self.folder.mkdir(parents=True, exist_ok=True)
         self._requests = Tail(self.folder / REQUESTS)
         self._ratings = Tail(self.folder / RATINGS)
@@ -88,6 +93,8 @@ class HumanReward:
         **columns: Any,
     ) -> list[float | None]:
         """Rewards in [−1, 1], or None; returns when people have answered, or after the timeout."""
+        if getattr(trainer_state, "is_evaluation", False) and not self.evaluations:
+            return [None] * len(completions)
         step = getattr(trainer_state, "global_step", None)
         requests = self._as_requests(prompts, completions, step)
         self._refresh()

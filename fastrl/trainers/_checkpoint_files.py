@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ FORMAT = "fastrl checkpoint 2"
 DESCRIPTION = "trainer.json"
 STATE, STATE_TENSORS = "state.json", "state.safetensors"
 REFERENCE = "reference.safetensors"
+PROMPTS = "prompts_digest"  # versions before had none
 # A resumed run may change these; the others make it another run.
 FREE_FIELDS = (
     "max_steps", "max_bad_steps", "output_dir", "save_every",
@@ -31,6 +33,7 @@ class CheckpointError(OSError):
 
 
 def beside(folder: Path, suffix: str) -> Path:
+    folder = folder if folder.name not in ("", "..") else folder.resolve()  # "." has no name
     return folder.with_name(f".{folder.name}.{suffix}")
 
 
@@ -64,6 +67,7 @@ def describe(trainer: "Trainer") -> dict[str, Any]:
         "trainer": type(trainer).__name__,
         "step": trainer.step,
         "dataset_size": len(trainer.dataset),
+        PROMPTS: trainer.dataset.digest,
         "config": config,
         "model": trainer.model.config,
     }
@@ -72,7 +76,7 @@ def describe(trainer: "Trainer") -> dict[str, Any]:
 def check_description(trainer: "Trainer", description: dict[str, Any], folder: Path) -> None:
     """Raise a ValueError where a checkpoint is of another format or another run."""
     own = json.loads(json.dumps(describe(trainer)))
-    if description.get("format") != FORMAT or {*own, "files"} - description.keys():
+    if description.get("format") != FORMAT or {*own, "files"} - {PROMPTS, *description}:
         raise ValueError(
             f"resume: expected {folder / DESCRIPTION} of format {FORMAT!r}, got "
             f"{description.get('format')!r}. Resume from another checkpoint."
@@ -92,6 +96,13 @@ def check_description(trainer: "Trainer", description: dict[str, Any], folder: P
                 f"resume: expected {name} {saved.get(name)!r} as in {folder}, got "
                 f"{current.get(name)!r}. Give the trainer the same {name}, or start a new run."
             )
+    if description.get(PROMPTS, own[PROMPTS]) != own[PROMPTS]:
+        warnings.warn(
+            f"resume: expected the prompts that the run in {folder} was trained on, got others. "
+            "The run goes on with these; it is not the run that it would have been.",
+            RuntimeWarning,
+            stacklevel=5,  # where `Trainer.resume` was called
+        )
 
 
 def check_files(description: dict[str, Any], folder: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 from fastrl.rollout import Rollout
 from fastrl.trainers.prompts import Example, PromptDataset
 
-_OURS = {"prompts", "completions", "completion_ids", "is_target"}
-_OURS |= {"trainer_state", "log_metric", "log_extra"}
+GIVEN = {"prompts", "completions", "completion_ids", "is_target"}
+GIVEN |= {"trainer_state", "log_metric", "log_extra"}
 
 
 class RewardLog:
@@ -44,6 +44,35 @@ class RewardLog:
         return {column: list(values) for column, values in list(self._values.items())}
 
 
+def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With lists and dicts of its own: what a function changes is another's too, or the dataset's.
+
+    Tensors, arrays and other objects in columns are not copied.
+    """
+    return {name: _copied(value) for name, value in arguments.items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    if not isinstance(value, list):
+        return value
+    is_plain = bool(value) and isinstance(value[0], int)  # token ids: many, and nothing in them
+    return value.copy() if is_plain else [_copied(each) for each in value]
+
+
+def check_columns(examples: list[Example]) -> dict[str, None]:
+    """The names of their columns; ValueError where one has the name of another argument."""
+    names = dict.fromkeys(name for example in examples for name in example.columns)
+    taken = sorted(GIVEN & names.keys())
+    if taken:
+        raise ValueError(
+            f"Trainer: expected dataset with columns of names other than {sorted(GIVEN)}, got "
+            f"{taken}. Reward functions get something else under them: rename the columns."
+        )
+    return names
+
+
 def reward_arguments(
     examples: list[Example],
     rollout: Rollout,
@@ -56,13 +85,7 @@ def reward_arguments(
     Raises:
         ValueError: a column has the name of another argument.
     """
-    names = dict.fromkeys(name for example in examples for name in example.columns)
-    taken = sorted(_OURS & names.keys())
-    if taken:
-        raise ValueError(
-            f"Trainer: expected dataset with columns of names other than {sorted(_OURS)}, got "
-            f"{taken}. Reward functions get something else under them: rename the columns."
-        )
+    names = check_columns(examples)
     of_completions = [examples[group] for group in rollout.group_ids.tolist()]
     arguments: dict[str, Any] = {
         name: [example.columns.get(name) for example in of_completions] for name in names

@@ -139,6 +139,8 @@ class TrainerConfig:
             self._check_int(name, 1)
         for name in ("max_steps", "save_every", "seed", "kl_every", "warmup_steps"):
             self._check_int(name, 0)
+        if self.seed >= 2**63:
+            self._fail("seed below 2 ** 63", self.seed)
         for name in ("temperature", "learning_rate", "importance_cap"):
             self._check_range(name, 0.0, math.inf, above=True)
         for name in ("kl_coef", "entropy_coef", "entropy_rate", "weight_decay"):

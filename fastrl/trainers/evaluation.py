@@ -50,7 +50,7 @@ def evaluate(
     """See `Trainer.evaluate`."""
     prompts = trainer.prompts(dataset)
     drawn = draw(trainer, prompts, trainer.reference, completions_per_prompt, temperature, seed)
-    scores = score(trainer, trainer.scorer, drawn, seed)
+    scores = score(trainer, trainer.scorer, drawn, seed, is_evaluation=True)
     kl = trainer.ops.kl_penalty(drawn.logprobs, drawn.ref_logprobs, estimator="k3")
     rollout = drawn.rollout
     totals = scores.totals.where(scores.is_used, torch.nan).view(len(drawn.examples), -1)
@@ -103,16 +103,29 @@ def draw(
 
 
 @torch.no_grad()
-def score(trainer: "Trainer", scorer: RewardScorer, drawn: Drawn, seed: int) -> Scores:
+def score(
+    trainer: "Trainer",
+    scorer: RewardScorer,
+    drawn: Drawn,
+    seed: int,
+    *,
+    is_evaluation: bool = False,
+) -> Scores:
     """Score what was drawn, and leave the scorer and all random numbers as they were.
 
     A reward function may draw random numbers, and remember: ours to seed, the run's to keep.
+
+    Args:
+        is_evaluation: what functions are told: True of `Trainer.evaluate`, False of a monitor,
+            whose own functions are for nothing else.
     """
     remembered = copy.deepcopy(scorer.state_dict())
     try:  # also where a signal ends it: what is saved then is the run's
         with keeping_random_state():
             seed_generators(seed)
-            return trainer.scored(drawn.examples, drawn.rollout, drawn.prompts, scorer)
+            return trainer.scored(
+                drawn.examples, drawn.rollout, drawn.prompts, scorer, is_evaluation=is_evaluation
+            )
     finally:
         scorer.load_state_dict(remembered)
 

@@ -1,7 +1,9 @@
 """The dataset as the trainers see it: examples with a prompt, its token ids and more columns."""
 
 import functools
+import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from fastrl.rollout import completion_seeds
 
+_DIGESTED = 100
 _ORDER = 1  # a stream of random numbers apart from those of the completions
 
 Messages = list[dict[str, Any]]
@@ -139,10 +142,24 @@ class PromptDataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Example:
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the prompts of at most 100 entries, evenly from all: a resume tells others by it."""
+        count = min(len(self), _DIGESTED)
+        found = hashlib.sha256()
+        for index in range(count):
+            entry = self._entry(index * len(self) // count)
+            prompt = entry.get("prompt") if isinstance(entry, Mapping) else entry
+            found.update(json.dumps(prompt, sort_keys=True, default=_plain).encode())
+        return found.hexdigest()[:16]
+
+    def _entry(self, index: int) -> Any:
         # A pandas table has its rows there; in brackets it has its columns.
         entry = getattr(self.dataset, "iloc", self.dataset)[index]
-        entry = entry.to_dict() if hasattr(entry, "to_dict") else entry
+        return entry.to_dict() if hasattr(entry, "to_dict") else entry
+
+    def __getitem__(self, index: int) -> Example:
+        entry = self._entry(index)
         columns: dict[str, Any] = {}
         if isinstance(entry, Mapping):
             if "prompt" not in entry:
@@ -235,6 +252,11 @@ class PromptDataset:
                 f"got ids from {low} to {high}. Use the tokenizer that the model was built for."
             )
         return entry
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: tensors and arrays as lists, others as the name of their kind."""
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
 
 
 def is_chat(prompt: Any) -> bool:

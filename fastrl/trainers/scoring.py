@@ -20,7 +20,7 @@ from fastrl.rewards._calling import (
 )
 from fastrl.rollout import Rollout
 from fastrl.trainers._given_rewards import CompletionTokens
-from fastrl.trainers._reward_arguments import RewardLog, reward_arguments
+from fastrl.trainers._reward_arguments import RewardLog, own_arguments, reward_arguments
 from fastrl.trainers.prompts import Example, PromptDataset
 
 RewardFunction = Callable[..., Any]
@@ -58,9 +58,10 @@ class RewardScorer:
     dataset; completions are texts, or [{"role": "assistant", "content": text}] where the prompt
     is chat messages, or ids where there is no tokenizer. Further arguments: is_target, for each
     completion a list of bools, one per id: False where the policy did not write it;
-    log_metric(name, number), log_extra(column, list), and trainer_state if the caller has one. A
-    function without **kwargs gets those arguments that it names. It gives a list with one entry
-    per completion:
+    log_metric(name, number), log_extra(column, list), and trainer_state if the caller has one; a
+    trainer's has global_step, max_steps and epoch as TRL's, and is_evaluation: True in
+    `Trainer.evaluate`. A function without **kwargs gets those arguments that it names, and each
+    lists and dicts of its own. It gives a list with one entry per completion:
 
     - a float: the reward of the whole completion, which stands at its last target;
     - a list of floats, one per completion id, EOS and tokens that the policy did not write
@@ -130,7 +131,8 @@ class RewardScorer:
         arguments["is_target"] = tokens.is_target
         if trainer_state is not None:
             arguments["trainer_state"] = trainer_state
-        calls = self._caller([accepted(arguments, names) for names in self._parameters])
+        own = [own_arguments(accepted(arguments, names)) for names in self._parameters]
+        calls = self._caller(own)
         return self._scores(calls, tokens, log)
 
     def state_dict(self) -> dict[str, Any]:

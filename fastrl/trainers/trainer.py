@@ -285,12 +285,15 @@ class Trainer(ABC):
         rollout: Rollout,
         dataset: PromptDataset,
         scorer: RewardScorer | None = None,
+        *,
+        is_evaluation: bool = False,
     ) -> Scores:
         """The rewards of a rollout; functions of TRL's are told where the run stands."""
         run = SimpleNamespace(
             global_step=self.step,
             max_steps=self.config.max_steps,
             epoch=self.step * self.config.prompts_per_step / len(self.dataset),
+            is_evaluation=is_evaluation,
         )
         scorer = self.scorer if scorer is None else scorer
         return scorer(examples, rollout, dataset, self.eos_token_ids, trainer_state=run)
@@ -317,11 +320,12 @@ class Trainer(ABC):
         """Take over a checkpoint's weights, optimizer, step and random state; returns itself.
 
         Training then goes on to bitwise the weights of a run that was not interrupted (on a CPU).
+        A RuntimeWarning says where the dataset has other prompts, as far as 100 of them tell.
 
         Raises:
             ValueError: not a checkpoint, cut short, or of another model (frozen weights are
-                compared by digests of their bits), config or dataset; this trainer is then
-                unchanged.
+                compared by digests of their bits), config or size of the dataset; this trainer is
+                then unchanged.
         """
         checkpoint.resume(self, Path(folder))
         self.own_checkpoints.add(Path(folder).resolve())

@@ -1,6 +1,7 @@
 import copy
 import importlib
 import json
+import os
 import sys
 
 import pytest
@@ -130,6 +131,12 @@ def test_nothing_in_common_is_an_error(found, saved, capsys):
         (["nonesuch"], "expected op in gae,"),
         (["--threshold", "0"], "expected threshold > 0, got 0"),
         (["--device", "teapot"], "expected device cpu or cuda, got teapot"),
+        (["--seconds", "-1"], "expected --seconds > 0, got -1"),
+        (["--seconds", "nan"], "expected --seconds > 0, got nan"),
+        (["gae", "--results", "old.json"], "expected no ops with --results"),
+        (["--results", "old.json", "--seconds", "9"], "expected no --seconds with --results"),
+        (["--json", "/proc/none/here.json"], "expected to write the results"),
+        (["--json", "/dev"], "expected a file for --json, got the folder /dev"),
     ],
 )
 def test_bad_arguments_are_clear_errors(capsys, argv, message):
@@ -175,6 +182,26 @@ def test_a_run_writes_json_with_its_environment(tmp_path, monkeypatch, capsys):
     assert data["environment"]["torch"] and data["environment"]["commit"]
     names = [each["name"] for each in data["cases"][0]["entries"]]
     assert names == ["fastrl", "fastrl.reference"]
+
+
+def test_ctrl_c_says_what_is_kept(monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", stopped)
+    assert main(["gae", "--json", "/dev/null"]) == 130
+    assert "bench: stopped. /dev/null holds the cases" in capsys.readouterr().err
+
+
+def test_results_go_to_a_pipe_or_through_a_link(found, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    results.save(found, tmp_path / "pipe")
+    assert json.loads(os.read(reader, 1 << 16))["cases"]
+    os.close(reader)
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    results.save(found, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and results.load(tmp_path / "file") == found
 
 
 def test_peers_without_time_are_listed_and_we_are_measured(tmp_path, monkeypatch):

@@ -176,6 +176,10 @@ def test_mistakes(run, tmp_path, capsys):
         assert message in (error := capsys.readouterr().err) and "Traceback" not in error, error
     assert evaluation.main([str(run), "--rewards", f"{run.parent}/rewards.py:broken"]) == 1
     assert "broken raised OSError: no such judge" in capsys.readouterr().err
-    full = [str(run), "--json", str(tmp_path / "no" / "such.json")]
+    early = [str(run), "--json", str(tmp_path / "no" / "such.json")]
+    assert evaluation.main(early) == 2  # before anything is sampled
+    assert "--json a file in a folder that is there, got" in capsys.readouterr().err
+    full = [str(run), "--json", "/dev/full"]
     assert evaluation.main(full) == 1
-    assert "expected to write the result" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "eval: expected to write the result, got" in shown.err and "reward" in shown.out

@@ -69,6 +69,19 @@ def test_set_takes_the_place_of_the_recipes_values(recipe, tmp_path, monkeypatch
     assert (read.rewards.weights, read.log.tensorboard, read.data.column) == ([2, 3], False, "a=b")
 
 
+def test_set_to_nothing_takes_a_key_out(recipe):
+    def read(*sets):
+        return read_recipe(recipe, sets)
+
+    assert read("train.learning_rate=").train.keys() == read().train.keys() - {"learning_rate"}
+    assert read("train.learning_rate=", "train.learning_rate=3").train["learning_rate"] == 3
+    assert read("data.limit=3", "data.limit= ").data.limit is None
+    assert read('data.column=""').data.column == ""
+    for text, message in {"data.limits=": "data.limits", "algorithm=": "one of", "x=": "x"}.items():
+        with pytest.raises(RecipeError, match=message):
+            read(text)
+
+
 def test_what_is_written_reads_as_the_same(recipe, tmp_path):
     lora = 'model.lora={"odd key"=[1, -2.5e-7, true], nested={a="é\\"\\n"}}'
     read = read_recipe(recipe, [lora, "train.learning_rate=3e-6"])
@@ -171,6 +184,14 @@ def test_prompts_of_each_kind(tmp_path):
     assert load(tmp_path / "p.json", column="question", limit=1) == expected[:1]
     assert load(tmp_path / "p.txt") == [{"prompt": "first line"}, {"prompt": "zweite Zeile ü"}]
     assert prompts.load_prompts(["x"], key="k") == [{"prompt": "x"}]
+    # A mark that editors put before a text is not of it, and only a line feed ends a line.
+    (tmp_path / "p.txt").write_bytes("\ufeffone\u2028line\r\n\x0btwo\n".encode())
+    assert load(tmp_path / "p.txt") == [{"prompt": "one\u2028line"}, {"prompt": "\x0btwo"}]
+    (tmp_path / "r.jsonl").write_text('{"prompt": "a", "x": 1}\n{"prompt": "b", "y": 2}\n"c"\n')
+    found = [(row["prompt"], row["x"], row["y"]) for row in load(tmp_path / "r.jsonl")]
+    assert found == [("a", 1, None), ("b", None, 2), ("c", None, None)]
+    (tmp_path / "m.jsonl").write_bytes("\ufeff".encode() + json.dumps(rows[0]).encode())
+    assert load(tmp_path / "m.jsonl", column="question") == expected[:1]
     datasets = pytest.importorskip("datasets")
     parquet = tmp_path / "set" / "train.parquet"
     parquet.parent.mkdir()
@@ -193,6 +214,8 @@ def test_prompts_of_each_kind(tmp_path):
         ("p.json", b"{}", "a list of prompts, got dict"),
         ("p.txt", b"caf\xe9\n", "UTF-8, got byte 0xe9 at offset 3"),
         ("p.txt", None, "can be read, got .*p.txt: No such file"),
+        ("p.csv", b"prompt\na\n", "a file .jsonl, .json, .txt, got .*p.csv. Write it as one"),
+        ("p.jsonl", b'{"prompt": "a\\ud83d"}\n', "line 1, .* got half a character, '.ud83d'"),
     ],
 )
 def test_prompts_that_cannot_be_read(tmp_path, name, content, message):

@@ -71,7 +71,8 @@ def test_a_critic_is_shared_or_of_its_own(tmp_path):
 
 def test_models_that_cannot_be_built():
     for sets, message in {
-        ("model.random.model_type=lama",): "a config of transformers with its model_type",
+        ("model.random.model_type=lama",): "got lama. Did you mean llama?",
+        ("model.random.hiden_size=32",): "a config of llama has, got hiden_size. Did you mean hid",
         ("model.random.hidden_size=63",): "model.random",
         ("model.random.vocab_size=100",): "each of the tokenizer's 257 tokens, got 100",
     }.items():

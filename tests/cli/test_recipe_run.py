@@ -18,7 +18,7 @@ for package in ("rich", "safetensors", "tensorboard", "transformers"):
 from safetensors.torch import load_file  # noqa: E402
 
 from fastrl.cli import main as cli  # noqa: E402
-from fastrl.cli import train  # noqa: E402
+from fastrl.cli import report, train  # noqa: E402
 from fastrl.trainers.loggers import JsonLines  # noqa: E402
 
 RECIPE = """
@@ -227,8 +227,50 @@ def test_what_a_resumed_run_may_change(finished, tmp_path, capsys):
     assert "model.safetensors" in (error := capsys.readouterr().err) and "begin again" in error
 
 
-def test_bad_input_writes_nothing(recipe, tmp_path, capsys):
+def test_what_has_changed_in_the_files_since(recipe, tmp_path, capsys):
+    folder, prompts = tmp_path / "run", tmp_path / "prompts.jsonl"
+    names = ("rewards.py", "held_out.txt", "recipe.toml")
+    rewards, held_out, own = (tmp_path / name for name in names)
+    for path in (rewards, held_out, own):
+        path.write_bytes((recipe.parent / path.name).read_bytes())
+    prompts.write_text('{"prompt": "one", "answer": 1}\n{"prompt": "two", "answer": 2}\n')
+    options = ["--set", f"data.prompts={prompts}", "--set", "train.max_steps=1"]
+    assert train.main([str(own), *options, "--output", str(folder)]) == 0
+    again = ["--resume", str(folder), "--set"]
+    assert train.main([*again, "train.max_steps=2"]) == 0
+    assert "changed" not in capsys.readouterr().err
+    rewards.write_text(REWARDS.replace("len(text)", "2 * len(text)"))
+    held_out.write_text("five\nsix\n")
+    assert train.main([*again, "train.max_steps=3"]) == 0
+    error = capsys.readouterr().err
+    assert f"train: {rewards} has been changed since" in error and error.count("\n") == 2
+    assert "train: the held-out rows are others than before" in error
+    assert train.main([*again, "train.max_steps=1"]) == 2  # and both are not said again
+    assert capsys.readouterr().err.startswith("train: expected train.max_steps >= 3, the steps")
+    starts = json.loads((folder / "versions.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 2]
+    prompts.write_text(prompts.read_text().replace('"answer": 1', '"answer": 3'))
+    assert train.main([*again, "train.max_steps=4"]) == 2
+    assert "got other train rows. Put the old ones back" in capsys.readouterr().err
+    assert [line["step"] for line in records(folder)] == [1, 2, 3]
+    for damaged in ('{"starts": 3}', '{"starts": [3]}', "{}"):
+        (folder / "versions.json").write_text(damaged)
+        for command in (train, report):
+            arguments = again[:2] if command is train else [str(folder)]
+            assert command.main(arguments) == 2
+            assert "versions.json with a list of objects" in capsys.readouterr().err
+    (folder / "versions.json").unlink()
+    assert train.main([*again, "train.max_steps=4"]) == 0
+
+
+def test_bad_input_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
+    (recipe.parent / "taken.jsonl").write_text('{"prompt": "a", "completions": "b"}\n')
+    (tmp_path / "raising.py").write_text(
+        "class C:\n  def __init__(self):\n    raise RuntimeError('no GPU here')\n"
+        "def needs(completions, answer):\n  return answer\n"
+    )
+    monkeypatch.chdir(tmp_path)
     for options, message in {
         ("nowhere.toml",): "to be a file that can be read",
         (str(recipe), "--set", "rewards.functions=['rewards.py:no']", "--set",
@@ -240,6 +282,16 @@ def test_bad_input_writes_nothing(recipe, tmp_path, capsys):
         (str(recipe), "--set", "model.lstm={embed_dim=0, hidden_dim=2}"): "embed_dim >= 1, got 0",
         (str(recipe), "--set", "model.lstm.vocab_size=20"): "each of the tokenizer's 257 tokens",
         (str(recipe), "--set", "model.device=abacus"): "device auto, cpu or an available cuda",
+        (str(recipe), "--set", "model.random={model_type='gpt2', n_embd=8, n_head=2}", "--set",
+         "model.random.n_positions=8", "--set", "model.lstm="): "has positions for, got 9 + 5 at",
+        (str(recipe), "--set", f"data.prompts={recipe.parent}/taken.jsonl"): "['completions']. Rew",
+        (str(recipe), "--set", "train.seed=9223372036854775808"): "seed below 2 ** 63, got 92",
+        (str(recipe), "--set", "data.eval="): "held-out prompts with eval.every = 3, got",
+        (str(recipe), "--set", "data.eval=", "--set", "data.eval_limit=2"): "with data.eval, got",
+        (str(recipe), "--set", "rewards.functions=['raising.py:C']", "--set",
+         "rewards.weights=[1]"): f"RuntimeError: no GPU here ({tmp_path}/raising.py, line 3)",
+        (str(recipe), "--set", "rewards.functions=['raising.py:needs']", "--set",
+         "rewards.weights=[1]"): "with the column 'answer', which reward function needs needs, got",
         (str(recipe), "--resume", "x"): "without --output",
         ("--set", "a.b=1"): "a RECIPE.toml, or --resume FOLDER, got neither",
     }.items():  # fmt: skip
@@ -258,6 +310,14 @@ def test_a_reward_function_that_raises_is_shown(recipe, tmp_path, capsys):
     assert train.main(options) == 1
     error = capsys.readouterr().err
     assert "return completions[0] / 2" in error and "reward function bad raised TypeError" in error
+
+
+def test_code_of_a_recipe_that_exits_has_not_finished_the_run(recipe, tmp_path, capsys):
+    (tmp_path / "exits.py").write_text("def exits(completions, **c):\n    raise SystemExit(0)\n")
+    sets = ["--set", f"rewards.functions=['{tmp_path}/exits.py:exits']", "--set"]
+    options = [str(recipe), *sets, "rewards.weights=[1]", "--output", str(tmp_path / "run")]
+    assert train.main(options) == 1
+    assert "expected the recipe's code to return, got sys.exit(0)" in capsys.readouterr().err
 
 
 def test_help_explains_recipes_and_the_demo(capsys):

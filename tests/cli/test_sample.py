@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -156,6 +157,48 @@ def test_the_start_of_a_run_is_sampled_as_its_recipe_says(tmp_path):
     assert trained_with("no/such-model") == trained_with(str(tmp_path)) == {}
 
 
+def test_the_column_and_the_precision_are_those_of_training(run, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(run / "checkpoint", tmp_path / "run" / "checkpoint")
+    text = RECIPE.replace("[data]", '[data]\ncolumn = "question"')
+    (tmp_path / "run" / "recipe.toml").write_text(text)
+    (tmp_path / "p.jsonl").write_text('{"question": "ab", "prompt": "no"}\n')
+    options = ("--file", tmp_path / "p.jsonl", "--temperature", 0)
+    for model in (tmp_path / "run", tmp_path / "run" / "checkpoint"):
+        assert sampled(capsys, model, *options)[0]["prompt"] == "ab"
+    assert sampled(capsys, model, *options, "--column", "prompt")[0]["prompt"] == "no"
+    evaluated = [str(model), "--rewards", "fastrl.cli.recipes.toy_rewards:vowels"]
+    options = ["--data", str(tmp_path / "p.jsonl"), "--json", str(tmp_path / "found.json")]
+    (tmp_path / "p.jsonl").write_text('{"question": "ab"}\n')
+    assert evaluation.main([*evaluated, *options]) == 0
+
+    full = sampled(capsys, run, "--prompt", "ab")[0]["logprobs"]
+    half = sampled(capsys, run, "--prompt", "ab", "--precision", "bfloat16")[0]["logprobs"]
+    assert half != full and half == pytest.approx(full, abs=0.1)
+    description = tmp_path / "run" / "checkpoint" / "trainer.json"
+    document = json.loads(description.read_text())
+    document["config"]["precision"] = "bfloat16"
+    description.write_text(json.dumps(document))
+    assert sampled(capsys, tmp_path / "run", "--prompt", "ab")[0]["logprobs"] == half
+
+
+def test_a_model_where_one_stands(run, capsys, monkeypatch):
+    monkeypatch.chdir(run)
+    expected = sampled(capsys, run, "--prompt", "ab")
+    assert sampled(capsys, ".", "--prompt", "ab") == expected
+    monkeypatch.chdir(run / "checkpoint")
+    assert sampled(capsys, ".", "--prompt", "ab") == expected
+    assert sampled(capsys, "..", "--prompt", "ab") == expected
+
+
+def test_prompts_that_are_no_texts(run, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": [70, 71]}\n')
+    assert sample.main([str(run), "--file", str(tmp_path / "p.jsonl")]) == 0
+    assert "[70, 71]" in capsys.readouterr().out
+    assert sample.main([str(run), "--file", str(tmp_path / "p.jsonl"), "--chat"]) == 2
+    assert "sample: expected texts with --chat, got [70, 71]" in capsys.readouterr().err
+
+
 def test_a_save_that_was_interrupted_leaves_a_model(run, capsys):
     options = ("--prompt", "ab", "--max-new-tokens", 8)
     before = sampled(capsys, run, *options)
@@ -209,6 +252,7 @@ def test_mistakes(run, tmp_path, capsys):
         (str(run), "--file", "none.txt"): "none.txt: No such file",
         (str(run), "--prompt", "a", "--chat"): "chat template",
         (str(tmp_path / "none"), "--prompt", "a"): "AutoModelForCausalLM loads, got",
+        ("", "--prompt", "a"): "sample: expected a MODEL, got an empty text",
         (str(run), "--prompt", "a", "--top", "1"): "unrecognized arguments",
     }.items():
         assert sample.main(list(options)) == 2, options

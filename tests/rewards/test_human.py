@@ -101,6 +101,25 @@ def test_a_rating_moves_the_very_next_update(tmp_path, liked):
     assert after[token] > before[token] + 0.01
 
 
+def test_an_evaluation_asks_nobody_unless_it_shall(tmp_path):
+    from fastrl.cli.recipes.measure import measure
+
+    config = PolicyGradientConfig(max_new_tokens=2, prompts_per_step=1, completions_per_prompt=2)
+    model, options = LSTMLanguageModel(8, 8, 16), {"tokenizer": Letters()}
+    for name, evaluations, asked in (("no", False, 0), ("yes", True, 2)):
+        reward = HumanReward(tmp_path / name, timeout=0.01, evaluations=evaluations)
+        trainer = PolicyGradientTrainer(model, reward, ["ab"], config, **options)
+        found = trainer.evaluate(["ab", "ba"])
+        requests = lines(tmp_path / name / "requests.jsonl")
+        assert sum("prompt" in request for request in requests) == asked
+        assert found["rewards/none"] == 2 and ("human/unrated" in found) == evaluations
+    reward = HumanReward(tmp_path / "eval", timeout=0.01)
+    measure(model, [reward], ["ab", "ba"], config=config, **options)
+    assert sum("prompt" in r for r in lines(tmp_path / "eval" / "requests.jsonl")) == 4
+    assert reward([""], [""], trainer_state=SimpleNamespace(global_step=0)) == [None]
+    assert len(lines(tmp_path / "eval" / "requests.jsonl")) == 8 + 2  # each asked, each closed
+
+
 def test_ratings_are_scaled_and_a_resumed_run_asks_nothing_twice(tmp_path):
     opinions = {"one": 0, "two": 5, "three": 10}
     with Rater(tmp_path, lambda request: opinions[request["completion"]]):

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -207,6 +208,24 @@ def test_no_checkpoint_at_all(make_trainer, tmp_path):
 )
 def test_the_checkpoint_of_another_run_is_refused(make_trainer, damaged, other, message):
     assert_refused(make_trainer(**other), damaged, message)
+
+
+def test_other_prompts_of_the_same_number_are_said(make_trainer, tmp_path):
+    first = make_trainer(dataset=[[1], {"prompt": torch.tensor([2]), "x": 1}])
+    first.save(tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(dataset=[{"prompt": [1]}, {"prompt": [2], "x": 2}]).resume(tmp_path / "run")
+    other = make_trainer(dataset=[[1], [3]])
+    with pytest.warns(RuntimeWarning, match="expected the prompts that the run in .*, got others"):
+        other.resume(tmp_path / "run")
+    path = tmp_path / "run" / "trainer.json"  # as a version before would have written it
+    description = json.loads(path.read_text())
+    del description["prompts_digest"]
+    path.write_text(json.dumps(description))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.resume(tmp_path / "run")
 
 
 def test_another_format_is_refused(make_trainer, damaged):

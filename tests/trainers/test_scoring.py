@@ -1,5 +1,6 @@
 """Reward functions: TRL's signature, sums and weights, and what they may not return."""
 
+import copy
 import functools
 import math
 import random
@@ -73,6 +74,23 @@ def test_functions_may_name_only_what_they_want():
     assert score(by_name).totals.tolist() == [2, 2, 0, 0]
     with pytest.raises(RewardFunctionError, match="missing 1 required positional argument: 'key'"):
         score(lambda completions, key: key)
+
+
+def test_what_a_function_changes_is_its_own():
+    dataset = [{"prompt": [1, 2], "notes": [{"b": ["c"]}, "d"]}, {"prompt": [3], "notes": None}]
+    before, seen = copy.deepcopy(dataset), []
+
+    def changing(prompts, completions, completion_ids, notes):
+        seen.append(copy.deepcopy((prompts, completions, completion_ids, notes)))
+        prompts[0].append(4)
+        notes[0][0]["b"].clear()
+        for changed in (completion_ids[0], completions[1], prompts, completions, notes):
+            changed.clear()
+        return [1.0] * 4
+
+    assert score([changing, changing], dataset=dataset).totals.tolist() == [2.0] * 4
+    assert dataset == before and seen[0] == seen[1]
+    assert seen[0][0] == [[1, 2], [1, 2], [3], [3]] and seen[0][1] == seen[0][2] == IDS
 
 
 def test_the_trainers_state_is_handed_on():
@@ -220,6 +238,12 @@ def test_bad_numbers_mask_their_own_completion():
 def test_what_float32_cannot_hold_is_bad():
     scores = score(giving([1e39, 1.0, [3e38, 3e38], [3e38, -3e38]]))
     assert scores.is_used.tolist() == [False, True, False, False]
+    assert scores.metrics["rewards/bad"] == 3
+
+
+def test_a_whole_number_that_no_float_can_hold_is_bad():
+    scores = score(giving([10**400, -(10**400), [10**400, 0], 1]))
+    assert scores.is_used.tolist() == [False, False, False, True]
     assert scores.metrics["rewards/bad"] == 3
 
 

@@ -1,9 +1,11 @@
 """What a recipe describes: its rows, tokenizer, reward functions, and the trainer of them all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastrl._sampling import check_lengths
 from fastrl.cli.recipes.data import TaskData, load_data
 from fastrl.cli.recipes.measure import keep_scores
 from fastrl.cli.recipes.models import (
@@ -17,7 +19,9 @@ from fastrl.cli.recipes.rewards import Provided, load_reward_functions
 from fastrl.cli.recipes.schema import Recipe
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.cli.recipes.trained_on import check_held_out
+from fastrl.rewards._calling import distinct_names, required_by
 from fastrl.trainers import ActorCriticConfig, ActorCriticTrainer, PolicyGradientTrainer
+from fastrl.trainers._reward_arguments import GIVEN, check_columns
 from fastrl.trainers.prompts import PromptDataset
 
 MONITOR = "over_optimization"  # what it is attached as
@@ -56,6 +60,11 @@ class Parts:
         if recipe.log.tensorboard:
             need("tensorboard", "train")
         data = load_data(recipe)
+        if data.held_out is None and recipe.eval.every:
+            raise RecipeError(
+                f"train: expected held-out prompts with eval.every = {recipe.eval.every}, got "
+                "none. Name them in data.eval, or leave eval.every out."
+            )
         model = recipe.model
         if not start.is_dir() and model.start is not None:
             start = Path(model.start)
@@ -114,13 +123,16 @@ class Parts:
             )
             keep_scores(trainer, self.functions)
             self._attach_monitor(trainer)
+        except RecipeError:
+            raise
         except (TypeError, ValueError) as error:
             raise RecipeError(f"train: in {recipe.source}: {error}") from error
         is_built = recipe.data.builder is not None
-        check_prompts(trainer.dataset, "data.builder" if is_built else "data.prompts")
+        check_parameters(self.functions, trainer.dataset)
+        check_prompts(trainer, trainer.dataset, "data.builder" if is_built else "data.prompts")
         if self.data.held_out is not None:
             held_out = trainer.prompts(self.data.held_out)
-            check_prompts(held_out, "data.builder" if is_built else "data.eval")
+            check_prompts(trainer, held_out, "data.builder" if is_built else "data.eval")
         return trainer
 
     def _attach_monitor(self, trainer: Any) -> None:
@@ -170,10 +182,28 @@ def provided(tokenizer: Any, data: TaskData | None) -> Provided:
     return given if data is None else {**given, "texts": data.texts}
 
 
-def check_prompts(dataset: PromptDataset, key: str) -> None:
-    """Raise a RecipeError where one of the first prompts has no tokens, or too high ones."""
+def check_parameters(functions: Sequence[Any], dataset: PromptDataset) -> None:
+    """Raise a RecipeError where a function needs a column that the first prompt does not have."""
+    columns = list(dataset[0].columns)
+    for function, name in zip(functions, distinct_names(functions), strict=True):
+        for parameter in required_by(function):
+            if parameter not in {*GIVEN, *columns}:
+                raise RecipeError(
+                    f"train: expected prompts with the column {parameter!r}, which reward function "
+                    f"{name} needs, got columns {columns}. Add it, or give the parameter a default."
+                )
+
+
+def check_prompts(trainer: Any, dataset: PromptDataset, key: str) -> None:
+    """Raise a RecipeError where one of the first prompts cannot be sampled from and rewarded.
+
+    It has no tokens, too high or too many ones, or a column of a name that is taken.
+    """
     try:
-        for index in range(min(len(dataset), CHECKED_PROMPTS)):
-            dataset[index]
+        examples = [dataset[index] for index in range(min(len(dataset), CHECKED_PROMPTS))]
+        check_columns(examples)
+        num_positions = getattr(trainer.policy, "num_positions", None)
+        prompts = [example.token_ids for example in examples]
+        check_lengths(prompts, trainer.config.max_new_tokens, num_positions)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"train: in {key}: {error}") from error

@@ -107,6 +107,8 @@ def _check_data(recipe: Recipe, where: Where) -> None:
         return
     if not data.prompts:
         raise wrong(where("data.prompts"), "to name the prompts", "nothing")
+    if data.eval_limit is not None and not data.eval:
+        raise wrong(where("data.eval_limit"), "with data.eval", "none", "It is of those prompts.")
     for key in ("folder", "arguments"):
         if getattr(data, key) is not None:
             raise wrong(where(f"data.{key}"), "with data.builder", "none")

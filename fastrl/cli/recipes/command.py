@@ -21,6 +21,8 @@ one of transformers; with [supervised] also supervised.jsonl and start/, the mod
 that the algorithm starts from. A preference model is in model/ instead, and begins again when it is
 resumed.
 SIGTERM and Ctrl-C let the step end and save; a second Ctrl-C stops at once.
+A run that is resumed has to find the rows that it was begun with; that its held-out rows or its own
+Python files have been changed since is said.
 
 Exit status: 0 finished, or stopped by SIGTERM with everything saved; 130 the same by Ctrl-C;
 1 training broke down; 2 bad input.
@@ -45,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="in place of the recipe's: --set train.learning_rate=1e-5; as often as you like",
+        help="in place of the recipe's: --set train.learning_rate=1e-5; KEY= takes it out; "
+        "as often as you like",
     )
     result.add_argument(
         "--resume",
@@ -70,15 +73,18 @@ def main(argv: list[str]) -> int:
     stop = StopRequest()
     try:
         options = parser().parse_args(argv)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 2
+    try:
         _check(options)
         with stop.listening():
             return _run(options, stop)
-    except SystemExit as error:  # of argparse
-        return error.code if isinstance(error.code, int) else 2
+    except SystemExit as error:  # of a reward function or builder: the run is not finished
+        return fail(f"train: expected the recipe's code to return, got sys.exit({error.code}).", 1)
     except (RecipeError, RunFolderError) as error:
         return fail(str(error))
     except RewardFunctionError as error:
-        if error.__cause__ is not None:
+        if isinstance(error.__cause__, Exception) and not explains(error.__cause__):
             traceback.print_exception(error.__cause__)
         return fail(str(error), 1)
     except Interrupted as error:
@@ -102,6 +108,8 @@ def _check(options: argparse.Namespace) -> None:
             "train: expected a RECIPE.toml, or --resume FOLDER, got neither. "
             "`fastrl train tiny_grpo` is a first one."
         )
+    if options.output == "":
+        raise RecipeError("train: expected --output FOLDER, got an empty text. Name a folder.")
     if options.resume == "" and options.output is None:
         raise RecipeError(
             "train: expected --output FOLDER beside --resume without a folder, got none. "

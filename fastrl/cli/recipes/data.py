@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastrl.cli.recipes.imports import load_object
+from fastrl.cli.recipes.imports import load_object, said
 from fastrl.cli.recipes.prompts import is_split, load_prompts
 from fastrl.cli.recipes.schema import Recipe
 from fastrl.cli.recipes.tasks import BUILDERS
@@ -113,8 +113,7 @@ def built_rows(recipe: Recipe) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever the user's builder raises
         raise RecipeError(
-            f"train: expected data.builder {data.builder} to make rows, got "
-            f"{type(error).__name__}: {error}."
+            f"train: expected data.builder {data.builder} to make rows, got {said(error)}."
         ) from error
     return _checked(rows, data.builder)
 

@@ -4,11 +4,17 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import sysconfig
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fastrl
 from fastrl.cli.recipes.toml import RecipeError
+
+# Where frames of a traceback are Python's, an installed package's or fastrl's.
+_NOT_THEIRS = ("<frozen", *sysconfig.get_paths().values(), str(Path(fastrl.__file__).parent))
 
 
 def load_object(
@@ -50,6 +56,16 @@ def load_object(
     return value
 
 
+def said(error: Exception) -> str:
+    """What somebody's code raised: in our words alone, or with its kind and its own line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith(_NOT_THEIRS)]
+    if ": expected " in str(error) or (isinstance(error, TypeError) and not theirs):
+        return str(error)  # ours, or of arguments that the code does not take
+    place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
 def _module(name: str, key: str) -> ModuleType:
     path = Path(name)
     is_file = path.suffix == ".py"
@@ -66,7 +82,7 @@ def _module(name: str, key: str) -> ModuleType:
     except Exception as error:  # whatever the user's module raises
         raise RecipeError(
             f"train: expected {key} to name a module that can be imported, got {name}, "
-            f"which raised {type(error).__name__}: {error}."
+            f"which raised {said(error)}."
         ) from error
 
 

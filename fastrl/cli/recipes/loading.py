@@ -29,6 +29,8 @@ def open_model(
         RecipeError: there is no such model, or no tokenizer with it.
     """
     place = find_device(device)
+    if not name:
+        raise RecipeError("train: expected a MODEL, got an empty text. Name a folder or a model.")
     folder = Path(name)
     if (folder / RECIPE).is_file() or (folder / CHECKPOINT / "trainer.json").is_file():
         if (folder / "model").is_dir():
@@ -53,6 +55,8 @@ def open_model(
             model: Any = checkpoint.load_model(folder)
         else:
             model = load_model(folder) if is_ours(folder) else load_policy(name, dtype)
+    except RecipeError:
+        raise
     except (ValueError, OSError) as error:
         raise RecipeError(f"train: expected a complete model, got {error}") from error
     policy: nn.Module = model.language_model if isinstance(model, ActorCritic) else model

@@ -16,12 +16,19 @@ from fastrl.trainers.scoring import RewardScorer, Scores
 
 
 class KeepingScorer(RewardScorer):
-    """Remembers what it gave: an evaluation returns means, and intervals and samples need more."""
+    """Remembers what it gave: an evaluation returns means, and intervals and samples need more.
+
+    Attributes:
+        measures: the functions are there for an evaluation; so people are asked as well.
+    """
 
     last: Scores
+    measures = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Scores:
-        self.last = super().__call__(*args, **kwargs)
+    def __call__(self, *args: Any, trainer_state: Any = None, **kwargs: Any) -> Scores:
+        if self.measures:
+            trainer_state.is_evaluation = False
+        self.last = super().__call__(*args, trainer_state=trainer_state, **kwargs)
         return self.last
 
 
@@ -88,19 +95,21 @@ def _evaluator(
     trainer = PolicyGradientTrainer(
         policy, functions, prompts, replace(config, kl_every=0), tokenizer=tokenizer
     )
-    keep_scores(trainer, functions)
+    keep_scores(trainer, functions).measures = True
     return trainer
 
 
-def keep_scores(trainer: Any, functions: Sequence[Callable[..., Any]]) -> None:
-    """Give a trainer at its start a scorer that keeps its last scores."""
+def keep_scores(trainer: Any, functions: Sequence[Callable[..., Any]]) -> KeepingScorer:
+    """Give a trainer at its start a scorer that keeps its last scores; returns it."""
     config = trainer.config
-    trainer.scorer = KeepingScorer(
+    scorer = KeepingScorer(
         functions,
         config.reward_weights,
         timeout=config.reward_timeout,
         errors=config.reward_errors,
     )
+    trainer.scorer = scorer
+    return scorer
 
 
 def _plain(found: dict[str, Any], *, has_reference: bool) -> dict[str, float]:

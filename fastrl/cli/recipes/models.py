@@ -1,5 +1,6 @@
 """Models and tokenizers: those that a recipe asks for."""
 
+import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ def _pretrained(name: str, dtype: str) -> Any:
 
 def _random(model: Model, tokenizer: Any) -> Any:
     """A fresh model; what its config needs of the tokenizer is filled in."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
     given = dict(model.random or {})
     kind = given.pop("model_type", None)
@@ -125,14 +126,35 @@ def _random(model: Model, tokenizer: Any) -> Any:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING, 1)
+        raise RecipeError(
+            f"train: expected model.random with a model_type of transformers, got {kind}. "
+            + (f"Did you mean {near[0]}?" if near else 'For example model_type = "llama".')
+        )
     try:
         config = AutoConfig.for_model(kind, **{**of_tokenizer, **given})
+        _check_known(given, config, AutoConfig.for_model(kind))
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
+    except RecipeError:
+        raise
     except Exception as error:  # of a config's own checks
         raise RecipeError(
             "train: expected model.random to be a config of transformers with its model_type, got "
             f"{model.random}: {error}"
         ) from error
+
+
+def _check_known(given: dict[str, Any], config: Any, default: Any) -> None:
+    """Raise where transformers has put a key aside: its configs take any, and look at their own."""
+    for key in given:
+        # Older names of rope_parameters are read, and may stay as well.
+        if hasattr(config, key) and not hasattr(default, key) and not key.startswith("rope"):
+            near = difflib.get_close_matches(key, vars(default), 1)
+            raise RecipeError(
+                f"train: expected keys of model.random that a config of {config.model_type} has, "
+                f"got {key}. " + (f"Did you mean {near[0]}?" if near else "Take it out.")
+            )
 
 
 def _with_lora(base: Any, arguments: dict[str, Any]) -> Any:

@@ -26,13 +26,14 @@ ALGORITHMS = tuple(name for config in CONFIGS for name in config.ALGORITHMS)
 
 
 def read_recipe(path: Path, sets: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, with the values of --set in place of its own.
+    """Read a recipe, with the values of --set in place of its own; nothing takes a key out.
 
     Raises:
         RecipeError: it cannot be read, a key is unknown or missing, or a value is of another type.
     """
     document: dict[str, Any] = _resolved("", read_toml(path), path.absolute().parent)
     set_keys = []
+    taken_out: dict[str, list[str]] = {}  # the parts of keys
     for text in sets:
         parts, value = parse_set(text)
         key = ".".join(parts)
@@ -40,11 +41,19 @@ def read_recipe(path: Path, sets: Sequence[str] = ()) -> Recipe:
         if parts[0] == "train" and len(parts) == 2 and parts[1] not in ALGORITHMS:
             _forget(document["train"], parts[1])
         set_keys.append(key)
+        taken_out.pop(key, None)
+        if text.partition("=")[2].strip() == "":
+            taken_out[key] = parts
 
     def where(key: str) -> str:
         return f"--set {key}" if key in set_keys else f"{key} in {path}"
 
     _check_keys(document, where)
+    for parts in taken_out.values():
+        table = document
+        for part in parts[:-1]:
+            table = table[part]
+        del table[parts[-1]]
     algorithm = str(document.get("algorithm"))
     sections: dict[str, Any] = {}
     for name, section in SECTIONS.items():

@@ -35,10 +35,13 @@ def load_prompts(
         return [{"prompt": text} for text in source[:limit]]
     path = Path(source)
     if is_dataset(source):
+        if path.is_file():
+            suffixes = ", ".join(SUFFIXES)
+            raise _bad(key, f"to be a file {suffixes}, got {path}", "Write it as one of these")
         return _dataset(source, key, column, limit, split, subset)
     readers = dict(zip(SUFFIXES, (_json_lines, _json, _lines), strict=True))
     try:
-        entries = readers[path.suffix](path.read_text(encoding="utf-8"), f"{key} {path}")
+        entries = readers[path.suffix](path.read_text(encoding="utf-8-sig"), f"{key} {path}")
     except OSError as error:
         raise _bad(key, f"to be a file that can be read, got {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -46,7 +49,11 @@ def load_prompts(
         raise _bad(f"{key} {path}", f"to be text in UTF-8, got {got}") from error
     if not entries:
         raise _bad(f"{key} {path}", "to hold at least one prompt, got none")
-    return [_entry(entry, place, column) for place, entry in entries[:limit]]
+    names_it = "--column" if key.startswith("--") else "data.column"
+    rows = [_entry(entry, place, column, names_it) for place, entry in entries[:limit]]
+    # As in a table: a function that names a column gets it, wherever a step's prompts stand.
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{**dict.fromkeys(columns), **row} for row in rows]
 
 
 def is_dataset(source: Any) -> bool:
@@ -81,17 +88,22 @@ def _json(text: str, what: str) -> list[tuple[str, Any]]:
 
 
 def _lines(text: str, what: str) -> list[tuple[str, Any]]:
-    lines = enumerate(text.splitlines(), 1)
+    lines = enumerate(text.split("\n"), 1)  # splitlines would cut at U+2028 and the like too
     return [(f"{what}, line {number},", line) for number, line in lines if line.strip()]
 
 
-def _entry(entry: Any, place: str, column: str) -> dict[str, Any]:
+def _entry(entry: Any, place: str, column: str, names_it: str) -> dict[str, Any]:
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        got = repr(error.object[error.start : error.end])
+        raise _bad(place, f"to be text that UTF-8 has, got half a character, {got}") from error
     if isinstance(entry, str) and entry:
         return {"prompt": entry}
     if not isinstance(entry, dict):
         raise _bad(place, f"to be a text or an object, got {entry!r}")
     if column not in entry:
-        raise _bad(place, f'to have "{column}", got {_listed(entry)}', "data.column names it")
+        raise _bad(place, f'to have "{column}", got {_listed(entry)}', f"{names_it} names it")
     columns = {name: value for name, value in entry.items() if name != column}
     return {**columns, "prompt": entry[column]}
 
@@ -111,11 +123,12 @@ def _dataset(
         dataset = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # of the network, of the hub, of the dataset's own files
         raise _bad(
-            key, f"a dataset that can be loaded, got {name} (split {split}): {error}"
+            key, f"to be a dataset that can be loaded, got {name} (split {split}): {error}"
         ) from error
     if column not in dataset.column_names:
         columns = _listed(dataset.column_names)
-        raise _bad(f"{key} {name}", f'to have "{column}", got {columns}', "data.column names it")
+        names_it = "--column" if key.startswith("--") else "data.column"
+        raise _bad(f"{key} {name}", f'to have "{column}", got {columns}', f"{names_it} names it")
     if column != "prompt":
         if "prompt" in dataset.column_names:
             dataset = dataset.remove_columns("prompt")
@@ -128,4 +141,5 @@ def _listed(names: Sequence[str] | dict[str, Any]) -> str:
 
 
 def _bad(what: str, expected: str, remedy: str = "") -> RecipeError:
-    return RecipeError(f"train: expected {what} {expected}. {remedy or 'Correct it'}.")
+    stop = "" if expected.endswith(".") else "."
+    return RecipeError(f"train: expected {what} {expected}{stop} {remedy or 'Correct it'}.")

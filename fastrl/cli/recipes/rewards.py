@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from fastrl.cli.recipes.imports import load_object
+from fastrl.cli.recipes.imports import load_object, said
 from fastrl.cli.recipes.toml import RecipeError
 
 PACKAGE = "fastrl.rewards"  # of names alone
@@ -97,5 +97,7 @@ class _Loader:
                 given = {**given, argument: make()}
         try:
             return value(**given)
-        except (TypeError, ValueError, ImportError, OSError) as error:
-            raise RecipeError(f"train: in {self.key}, {name}: {error}") from error
+        except RecipeError:
+            raise
+        except Exception as error:  # whatever the user's class raises
+            raise RecipeError(f"train: in {self.key}, {name}: {said(error)}") from error

@@ -14,13 +14,15 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from fastrl.cli.recipes.build import MONITOR, Parts
+from fastrl.cli.recipes.contents import check_contents, contents_of
 from fastrl.cli.recipes.parse import read_recipe
 from fastrl.cli.recipes.preference import train_preference
 from fastrl.cli.recipes.result import show_result
 from fastrl.cli.recipes.schema import Recipe, find_recipe
 from fastrl.cli.recipes.start import prepare_start
 from fastrl.cli.recipes.toml import RecipeError, write_toml
-from fastrl.cli.recipes.versions import note_versions
+from fastrl.cli.recipes.versions import FILE as VERSIONS
+from fastrl.cli.recipes.versions import note_versions, read_starts
 from fastrl.cli.training.interruption import Interrupted, StopRequest
 from fastrl.cli.training.run_folder import RunFolder, RunFolderError, write_atomically
 from fastrl.trainers import checkpoint
@@ -36,7 +38,7 @@ class RecipeFolder(RunFolder):
     """The folder of a run that a recipe describes.
 
     recipe.toml  config.json  metrics.jsonl  samples.jsonl  tensorboard/  results.json  checkpoint/
-    versions.json              what it is made with
+    versions.json              what it is made with, and digests of its rows and its own code
     tokenizer/                 of a tokenizer that is trained
     supervised.jsonl  start/   of [supervised]: its steps, and the model that it gives
     best/                      of [over_optimization]: the checkpoint with the most gold; "monitor"
@@ -74,7 +76,7 @@ def start(name: str, sets: Sequence[str], output: Path | None, stop: StopRequest
     folder = RecipeFolder.create(path)
     with folder.lock():
         folder.write_recipe(recipe)
-        note_versions(folder, 0)
+        note_versions(folder, 0, contents_of(recipe, parts.data))
         return _run(parts, learner, folder, stop)
 
 
@@ -98,12 +100,28 @@ def go_on(path: Path, name: str | None, sets: Sequence[str], stop: StopRequest) 
             )
         with stop.at_once():
             parts, learner = _built(recipe, folder)
+            contents = contents_of(recipe, parts.data)
+            last = (read_starts(folder) or [{}])[-1]
+            changes = check_contents(path / VERSIONS, last, contents)
             if not recipe.is_preference:
                 _resume(learner, folder)
+                _check_steps(recipe, saved, learner.step)
+        for change in changes:
+            print(f"train: {change}.", file=sys.stderr)
         if recipe.to_dict() != saved.to_dict():
             folder.write_recipe(recipe)
-        note_versions(folder, 0 if recipe.is_preference else learner.step)
+        note_versions(folder, 0 if recipe.is_preference else learner.step, contents)
         return _run(parts, learner, folder, stop)
+
+
+def _check_steps(recipe: Recipe, saved: Recipe, step: int) -> None:
+    """Raise where a run shall end before the step at which it stands."""
+    wanted = recipe.config().max_steps
+    if wanted < step and recipe.train != saved.train:
+        raise RecipeError(
+            f"train: expected train.max_steps >= {step}, the steps that the run has, got {wanted}. "
+            "Resume it without."
+        )
 
 
 def _built(recipe: Recipe, folder: RecipeFolder) -> tuple[Parts, Any]:

@@ -20,7 +20,10 @@ DEFAULTS: dict[str, Any] = {
     "eos_token_id": "auto",
     "stop_strings": (),
     "chat_template_kwargs": None,
+    "precision": "float32",
 }
+COLUMN = "prompt"
+OF_RUN = (CHECKPOINT, "best", "start")  # folders of a run with a model
 
 
 def trained_with(name: str) -> dict[str, Any]:
@@ -43,6 +46,13 @@ def trained_with(name: str) -> dict[str, Any]:
         recipe = read_recipe(beside)
         return {} if recipe.is_preference else recipe.config().to_dict()
     return {}
+
+
+def column_of(name: str) -> str:
+    """The column that is the prompt: that of the run which `name` is, or is a model of."""
+    folder = Path(name).absolute()
+    run = folder.parent if folder.name in OF_RUN else folder
+    return read_recipe(run / RECIPE).data.column if (run / RECIPE).is_file() else COLUMN
 
 
 def _of_checkpoint(path: Path) -> dict[str, Any]:
@@ -73,6 +83,10 @@ def add_sampling(result: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     result.add_argument("--seed", type=int, default=0, help="the same seed, the same completions")
     result.add_argument("--tokenizer", help='in place of the model\'s own; "bytes" for bytes')
+    result.add_argument(
+        "--precision", choices=("float32", "bfloat16"),
+        help="of the layers, by autocast; default: of training, or else float32",
+    )  # fmt: skip
     result.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     result.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
@@ -86,6 +100,7 @@ def said(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
+        "precision": options.precision,
         "stop_strings": None if options.stop is None else tuple(filter(None, options.stop)),
     }
     found = {name: value for name, value in found.items() if value is not None}

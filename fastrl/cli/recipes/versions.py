@@ -1,4 +1,4 @@
-"""What a run is made with: fastrl's version and commit, and those of what it rests on."""
+"""What a run is made with: fastrl's version and commit, those of what it rests on, its contents."""
 
 import platform
 import subprocess
@@ -8,22 +8,38 @@ from typing import Any
 import torch
 
 import fastrl
-from fastrl.cli.training.run_folder import RunFolder
+from fastrl.cli.training.run_folder import RunFolder, RunFolderError
 
 FILE = "versions.json"
 
 
-def note_versions(folder: RunFolder, step: int) -> None:
+def read_starts(folder: RunFolder) -> list[dict[str, Any]]:
+    """What ran, as versions.json has it; [] where it is not there.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    path = folder.path / FILE
+    starts = folder.read_json(path).get("starts") if path.exists() else []
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise RunFolderError(
+            f"train: expected {path} with a list of objects as starts, got {starts!r}. Restore the "
+            "file, or delete it."
+        )
+    return starts
+
+
+def note_versions(folder: RunFolder, step: int, contents: dict[str, Any]) -> None:
     """Put what runs now into versions.json, if it is not what ran last.
 
     Args:
         step: at which the run stands.
+        contents: as `fastrl.cli.recipes.contents.contents_of` gives them.
     Raises:
         RunFolderError: the file is damaged.
     """
-    path, now = folder.path / FILE, versions()
-    document = folder.read_json(path) if path.exists() else {"starts": []}
-    starts = document["starts"]
+    path, now = folder.path / FILE, {**versions(), **contents}
+    starts = read_starts(folder)
     last = {**starts[-1], "step": step} if starts else None
     if last != {"step": step, **now}:
         folder.write_json(path, {"starts": [*starts, {"step": step, **now}]})

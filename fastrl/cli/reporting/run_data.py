@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.cli.recipes.toml import read_toml
+from fastrl.cli.recipes.versions import read_starts
 from fastrl.cli.training.run_folder import RunFolder, RunFolderError
 
 Record = dict[str, Any]
@@ -149,8 +150,7 @@ def _recipe_run(folder: RunFolder) -> RunData:
 
 
 def _versions(folder: RunFolder) -> list[Record]:
-    path = folder.path / "versions.json"
-    return _with_step(folder.read_json(path).get("starts", ())) if path.is_file() else []
+    return _with_step(read_starts(folder))
 
 
 def _demo_runs(folder: RunFolder, config: dict[str, Any]) -> list[RunData]:

@@ -24,7 +24,14 @@ class RunFolderError(ValueError):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either the old one or the new one, whatever happens."""
+    """Write a file that is either the old one or the new one, whatever happens.
+
+    What a link leads to is replaced, not the link; a pipe or a device is written to.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    path = path.resolve()
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
         file.write(content)
