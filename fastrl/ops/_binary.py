@@ -43,6 +43,10 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 }
 
 
+# The ops' formulas, by name: see _short_cut.
+_functions: dict[str, Any] = {}
+
+
 def op(name: str, *, differentiable: int | None = None) -> Callable[..., Any]:
     """torch.ops.fastrl.<name>; without the binary, a function that says how to build it.
 
@@ -65,7 +69,8 @@ def _short_cut(
 ) -> Callable[..., Any]:
     """The op, past the autograd formula's Python (half of a small call's time) where there is
     nothing to differentiate; torch's own wrapper makes the same step, only later. Tangents of
-    forward mode would be lost in it."""
+    forward mode would be lost in it. Where there is, straight into the formula: the wrapper takes
+    longer than that."""
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -75,7 +80,8 @@ def _short_cut(
         if torch.is_grad_enabled() and (
             torch._C._any_requires_grad(*args[:differentiable]) or is_transformed()
         ):
-            return overload(*args)
+            function = None if is_transformed() else _functions.get(name)
+            return overload(*args) if function is None else function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
@@ -148,6 +154,27 @@ def register_fake(name: str, function: Callable[..., Any]) -> None:
 def register_autograd(name: str, backward: Callable[..., Any], *, setup_context: Any) -> None:
     if module is not None:
         library.register_autograd(f"fastrl::{name}", backward, setup_context=setup_context)
+        _functions[name] = _function(name, backward, setup_context)
+
+
+def _function(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> Any:
+    """The formula as torch's wrapper makes one of it, without what that does for other ops."""
+    overload = getattr(torch.ops.fastrl, name).default
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = overload(*args)
+        setup_context(ctx, args, outputs)
+        return outputs
+
+    def gradients(ctx: Any, *grads: Any) -> Any:
+        found = backward(ctx, *grads)
+        if isinstance(found, tuple):  # a list stands where tensors came as one, which need none
+            return tuple(None if isinstance(x, list) else x for x in found)
+        return found
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    return type(name, (torch.autograd.Function,), methods)
 
 
 def register_torch(function: Callable[..., Any], *devices: str) -> None:
