@@ -46,13 +46,15 @@ class TwoRanks:
 
 
 def main(rank):
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # some versions of gloo say on stdout whom they are connected to
     for line in sys.stdin:
         file, folder = json.loads(line)
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module.worker(rank, folder)
-        print("done", flush=True)
+        print("done", file=answers, flush=True)
 
 
 if __name__ == "__main__":
