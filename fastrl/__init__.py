@@ -10,4 +10,5 @@ from fastrl.ops import *  # noqa: F403  (its __all__ is the contract)
 
 __version__ = "0.1.0"
 
-__all__ = ["PackedBatch", "PackedLayout", "hf", "ops", "pack_groups", "reference", *ops.__all__]
+__all__ = ["PackedBatch", "PackedLayout", "hf", "ops", "pack_groups", "reference"]
+__all__ += ops.__all__
