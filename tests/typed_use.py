@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 import fastrl
+from fastrl.trainers.prompts import Tokenizer
 
 if TYPE_CHECKING:
+    import tokenizers
+    import transformers
     from typing_extensions import assert_type
 
 
@@ -25,3 +28,9 @@ def results(x: Tensor, ids: Tensor, asked: bool) -> None:
     assert_type(fastrl.decode_attention(x, x, x), Tensor)
     assert_type(fastrl.decode_attention(x, x, x, return_lse=True), tuple[Tensor, Tensor])
     assert_type(fastrl.reference.token_logprobs(x, ids), Tensor)
+
+
+def of_others(
+    first: "tokenizers.Tokenizer", second: "transformers.PreTrainedTokenizerBase"
+) -> list[Tokenizer]:
+    return [first, second]
