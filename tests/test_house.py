@@ -107,6 +107,7 @@ def test_ops_and_reference_have_the_same_signatures_and_say_what_they_do(name):
     assert getattr(fastrl, name) is ours
     for word in ("Args:", "Returns:", "Differentiable in:"):
         assert word in ours.__doc__ and word in plain.__doc__
+    assert "Raises:" in ours.__doc__
 
 
 def test_the_namespaces_list_the_same_names():
