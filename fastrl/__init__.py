@@ -1,7 +1,8 @@
 """fastrl: reinforcement learning on language models, fast and exact.
 
 `fastrl.<op>` is `fastrl.ops.<op>`; `fastrl.reference` has the same functions in plain PyTorch.
-Models, rewards and trainers stand in `fastrl.models`, `fastrl.rewards` and `fastrl.trainers`.
+Models, rewards and trainers stand in `fastrl.models`, `fastrl.rewards` and `fastrl.trainers`,
+drop-ins for TRL, verl and torchrl in `fastrl.compat`; each is imported by its name.
 """
 
 from fastrl import hf, ops, reference
