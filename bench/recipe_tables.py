@@ -41,9 +41,9 @@ def markdown(results: Sequence[dict[str, Any]], threads: int) -> str:
             "",
             f"Means over the seeds {seeds}; 95 % intervals of the gain, paired by prompt. For "
             "preference models the prompts are pairs, and the interval is that of the accuracy. "
-            f"{threads} threads a run. Actor-critic begins from the start that the run above it "
-            "has trained; its minutes are without that. Gold: the reward that the recipe's monitor "
-            "watches and nothing learns from, at its first and its last evaluation; "
+            f"Threads of a run: {threads}. Actor-critic begins from the start that the run above "
+            "it has trained; its minutes are without that. Gold: the reward that the recipe's "
+            "monitor watches and nothing learns from, at its first and its last evaluation; "
             f"{alarms} alarms. Tokens: the mean length of a completion.",
             "",
         ]

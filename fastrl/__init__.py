@@ -1,7 +1,8 @@
 """fastrl: reinforcement learning on language models, fast and exact.
 
 `fastrl.<op>` is `fastrl.ops.<op>`; `fastrl.reference` has the same functions in plain PyTorch.
-Models, rewards and trainers stand in `fastrl.models`, `fastrl.rewards` and `fastrl.trainers`.
+Models, rewards and trainers stand in `fastrl.models`, `fastrl.rewards` and `fastrl.trainers`,
+drop-ins for TRL, verl and torchrl in `fastrl.compat`; each is imported by its name.
 """
 
 from fastrl import hf, ops, reference
@@ -10,4 +11,5 @@ from fastrl.ops import *  # noqa: F403  (its __all__ is the contract)
 
 __version__ = "0.1.0"
 
-__all__ = ["PackedBatch", "PackedLayout", "hf", "ops", "pack_groups", "reference", *ops.__all__]
+__all__ = ["PackedBatch", "PackedLayout", "hf", "ops", "pack_groups", "reference"]
+__all__ += ops.__all__

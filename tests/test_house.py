@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 import fastrl
+import fastrl.models
+import fastrl.rewards
+import fastrl.trainers
 from fastrl import reference
 
 PACKAGE = Path(fastrl.__file__).parent
@@ -104,6 +107,7 @@ def test_ops_and_reference_have_the_same_signatures_and_say_what_they_do(name):
     assert getattr(fastrl, name) is ours
     for word in ("Args:", "Returns:", "Differentiable in:"):
         assert word in ours.__doc__ and word in plain.__doc__
+    assert "Raises:" in ours.__doc__
 
 
 def test_the_namespaces_list_the_same_names():
@@ -118,3 +122,13 @@ def test_every_op_with_kernels_has_its_files():
         if kinds["cpu"] == "C++":  # others are made of kernels of another op
             assert (root / "csrc" / "cpu" / f"{name}.cpp").exists()
         assert (root / "bench" / f"bench_{name}.py").exists()
+
+
+@pytest.mark.parametrize("module", [fastrl.trainers, fastrl.rewards, fastrl.models])
+def test_public_classes_say_what_they_take(module):
+    for name in module.__all__:
+        public = getattr(module, name)
+        ours = inspect.isclass(public) and not issubclass(public, Exception)
+        if ours and not getattr(public, "_is_protocol", False):
+            parameters = inspect.signature(public).parameters
+            assert not {"args", "kwargs"} & set(parameters), f"{name}({', '.join(parameters)})"

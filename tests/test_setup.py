@@ -1,6 +1,7 @@
 """What setup.py asks the compilers for, on machines that lay CUDA out in different ways."""
 
 import runpy
+from distutils.core import run_setup  # setuptools brings it
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,14 @@ def test_the_cuda_sources_may_be_left_out(machine, extension, monkeypatch):
     built = extension()
     assert not [source for source in built.sources if source.endswith(".cu")]
     assert "torch_cuda" not in built.libraries and not built.define_macros
+
+
+def test_an_archive_of_the_sources_has_all_that_a_build_needs(tmp_path, monkeypatch):
+    """Those for a GPU too, whichever machine it was made on: a build without them is one for CPUs
+    that says nothing."""
+    monkeypatch.chdir(ROOT)
+    run_setup("setup.py", ["--quiet", "egg_info", "--egg-base", str(tmp_path)])
+    listed = (tmp_path / "fastrl.egg-info" / "SOURCES.txt").read_text().splitlines()
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert sources < set(listed)
+    assert {"fastrl/py.typed", "fastrl/_C.pyi", "fastrl/cli/recipes/tiny_grpo.toml"} < set(listed)

@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
         return _run(parser().parse_args(argv))
     except SystemExit as error:  # of argparse
         return error.code if isinstance(error.code, int) else 2
+    except BrokenPipeError:  # of standard output
+        raise
     except FileNotFoundError as error:
         return fail(f"label: expected {error.filename} to be a file, got none. Check the path.")
     except OSError as error:

@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
         return error.code if isinstance(error.code, int) else 2
     except (RecipeError, RunFolderError) as error:
         return fail(str(error).replace("train: ", "report: ", 1))
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as error:
         return fail(f"report: expected to read the runs and write the page, got {error}.", 1)
 

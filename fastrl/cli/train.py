@@ -65,6 +65,8 @@ def main(argv: list[str]) -> int:
         return _fail(str(error))
     except FloatingPointError as error:
         return _fail(str(error), status=1)
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as error:  # a full disk, a folder that may not be written to
         return _fail(f"train: expected to read and write the run's files, got {error}.", status=1)
     except KeyboardInterrupt:  # the second one: the first waits for the step to end

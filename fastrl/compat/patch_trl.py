@@ -47,7 +47,7 @@ def patch_trl() -> Iterator[PatchedTrl]:
         with patch_trl() as patched:
             trainer = GRPOTrainer(...)
             trainer.train()
-        print(patched.calls)        # {"ChunkedLogProbFunction": 96}
+        print(patched.calls)        # Counter({'ChunkedLogProbFunction': 96})
 
     Replaces `trl.trainer.utils._ChunkedLogProbFunction`, `selective_log_softmax`,
     `entropy_from_logits` and `selective_log_softmax_and_entropy`, wherever a loaded module of TRL

@@ -31,9 +31,8 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Unlike verl's: computed in float32 and rounded once, exact for likely tokens.
     """
     if logits.dtype == torch.float64:
-        return reference.token_logprobs(logits, labels)  # type: ignore[return-value]
+        return reference.token_logprobs(logits, labels)
     logprobs = ops.token_logprobs(logits, labels, inplace_backward=inplace_backward)
-    assert isinstance(logprobs, Tensor)
     return logprobs if logits.device.type == "cuda" else logprobs.to(logits.dtype)
 
 

@@ -13,7 +13,7 @@ module: ModuleType | None = None
 missing = ""
 try:
     module = importlib.import_module("fastrl._C")
-except ImportError as error:  # an install without a compiler still has fastrl.reference
+except ImportError as error:  # a checkout that is not built still has fastrl.reference
     missing = str(error)
 
 # Products of the vendor's library, and the kernels of token_logprobs on each slice of them.

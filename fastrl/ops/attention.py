@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl import reference
 from fastrl.layout import PackedLayout
 from fastrl.ops import _binary, _checks
+from fastrl.ops._typed import typed_as
 
 _fwd = _binary.op("attention_fwd", differentiable=3)
 _bwd = _binary.op("attention_bwd")
@@ -16,6 +18,7 @@ _decode = _binary.op("decode_attention")
 _DECODING = 8
 
 
+@typed_as(reference.attention)
 def attention(
     query: Tensor,
     key: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastrl import reference
 from fastrl.ops import _binary, _checks
+from fastrl.ops._typed import typed_as
 
 _OP = "decode_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -15,6 +16,7 @@ _decode = _binary.op(_OP)
 _step = _binary.op("decode_attention_step")
 
 
+@typed_as(reference.decode_attention)
 def decode_attention(
     query: Tensor,
     key: Tensor,

@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastrl import _vocabulary
+from fastrl import _vocabulary, reference
 from fastrl.ops import _binary, _checks, _linear_slices, _sharded
+from fastrl.ops._typed import typed_as
 from fastrl.ops.token_logprobs import check_ids
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,6 +17,7 @@ _fwd = _binary.op("linear_token_logprobs_fwd")
 _bwd = _binary.op("linear_token_logprobs_bwd")
 
 
+@typed_as(reference.linear_token_logprobs)
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,

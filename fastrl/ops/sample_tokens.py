@@ -5,6 +5,7 @@ from torch import Tensor, library
 
 from fastrl import reference
 from fastrl.ops import _binary, _checks
+from fastrl.ops._typed import typed_as
 from fastrl.ops.token_logprobs import token_logprobs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -13,6 +14,7 @@ _sample = _binary.op("sample_tokens", differentiable=0)
 _kept_ids = _binary.op("kept_ids", differentiable=0)
 
 
+@typed_as(reference.sample_tokens)
 @torch.no_grad()
 def sample_tokens(
     logits: Tensor,
@@ -43,7 +45,6 @@ def sample_tokens(
         return token_ids, logprobs
     kept = _kept_ids(logits, lowest, last_id)
     logprobs = token_logprobs(logits, token_ids, temperature=temperature or 1.0, kept=kept)
-    assert isinstance(logprobs, Tensor)
     return token_ids, logprobs, kept
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastrl import _vocabulary, reference
 from fastrl.ops import _binary, _checks, _sharded
 from fastrl.ops._kept_logprobs import kept_logprobs
+from fastrl.ops._typed import typed_as
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,6 +18,7 @@ _bwd = _binary.op("token_logprobs_bwd")
 _bwd_inplace = _binary.op("token_logprobs_bwd_")
 
 
+@typed_as(reference.token_logprobs)
 def token_logprobs(
     logits: Tensor,
     token_ids: Tensor,

@@ -20,4 +20,8 @@ def whiten(
     return reference.whiten(x, mask, group=group)
 
 
-whiten.__doc__ = reference.whiten.__doc__
+whiten.__doc__ = f"""{reference.whiten.__doc__}
+    Raises:
+        ValueError: mask is not shaped like x.
+        TypeError: x is not floating-point, mask not bool, or group no process group.
+    """

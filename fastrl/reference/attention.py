@@ -1,5 +1,7 @@
 """Attention over packed trees of tokens, or over dense batches."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,27 @@ from fastrl.layout import PackedLayout
 from fastrl.reference._precision import compute_dtype
 
 
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, layout: PackedLayout | None = ...,
+    causal: bool = ..., scale: float | None = ..., window: int | None = ...,
+    softcap: float | None = ..., key_start: Tensor | None = ..., key_end: Tensor | None = ...,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, layout: PackedLayout | None = ...,
+    causal: bool = ..., scale: float | None = ..., window: int | None = ...,
+    softcap: float | None = ..., key_start: Tensor | None = ..., key_end: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, layout: PackedLayout | None = ...,
+    causal: bool = ..., scale: float | None = ..., window: int | None = ...,
+    softcap: float | None = ..., key_start: Tensor | None = ..., key_end: Tensor | None = ...,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     query: Tensor,
     key: Tensor,

@@ -1,11 +1,37 @@
 """Attention of a few new tokens a row to the row's cache, and to a prompt that rows share."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from fastrl.reference.attention import attention
 
 
+@overload
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, key_start: Tensor | None = ...,
+    key_end: Tensor | None = ..., prefix_key: Tensor | None = ...,
+    prefix_value: Tensor | None = ..., prefix_end: Tensor | None = ...,
+    prefix_cu_rows: Tensor | None = ..., scale: float | None = ..., window: int | None = ...,
+    softcap: float | None = ..., return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, key_start: Tensor | None = ...,
+    key_end: Tensor | None = ..., prefix_key: Tensor | None = ...,
+    prefix_value: Tensor | None = ..., prefix_end: Tensor | None = ...,
+    prefix_cu_rows: Tensor | None = ..., scale: float | None = ..., window: int | None = ...,
+    softcap: float | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, key_start: Tensor | None = ...,
+    key_end: Tensor | None = ..., prefix_key: Tensor | None = ...,
+    prefix_value: Tensor | None = ..., prefix_end: Tensor | None = ...,
+    prefix_cu_rows: Tensor | None = ..., scale: float | None = ..., window: int | None = ...,
+    softcap: float | None = ..., return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def decode_attention(
     query: Tensor,
     key: Tensor,

@@ -1,5 +1,7 @@
 """Log-probabilities of given tokens, from hidden states."""
 
+from typing import Literal, overload
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,6 +11,27 @@ from fastrl.reference._vocabulary_parallel import SumGradient
 from fastrl.reference.token_logprobs import token_logprobs
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: Tensor | None = ...,
+    temperature: float = ..., softcap: float | None = ..., ignore_index: int = ...,
+    return_entropy: Literal[False] = False, group: dist.ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: Tensor | None = ...,
+    temperature: float = ..., softcap: float | None = ..., ignore_index: int = ...,
+    return_entropy: Literal[True], group: dist.ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: Tensor | None = ...,
+    temperature: float = ..., softcap: float | None = ..., ignore_index: int = ...,
+    return_entropy: bool, group: dist.ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,

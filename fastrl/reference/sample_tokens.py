@@ -1,5 +1,7 @@
 """Sampling tokens from logits."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,24 @@ from fastrl.reference.token_logprobs import token_logprobs
 Kept = tuple[Tensor, Tensor]
 
 
+@overload
+def sample_tokens(
+    logits: Tensor, *, temperature: float = ..., top_k: int | None = ...,
+    top_p: float | None = ..., seeds: Tensor | None = ..., step: int = ...,
+    return_kept: Literal[False] = False,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def sample_tokens(
+    logits: Tensor, *, temperature: float = ..., top_k: int | None = ...,
+    top_p: float | None = ..., seeds: Tensor | None = ..., step: int = ...,
+    return_kept: Literal[True],
+) -> tuple[Tensor, Tensor, Kept]: ...  # fmt: skip
+@overload
+def sample_tokens(
+    logits: Tensor, *, temperature: float = ..., top_k: int | None = ...,
+    top_p: float | None = ..., seeds: Tensor | None = ..., step: int = ...,
+    return_kept: bool,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Kept]: ...  # fmt: skip
 @torch.no_grad()
 def sample_tokens(
     logits: Tensor,
@@ -54,10 +74,10 @@ def sample_tokens(
     scale = temperature if temperature > 0 else 1.0
     token_ids, is_kept = draw_tokens(logits, temperature, top_k, top_p, seeds, step)
     if not return_kept:
-        return token_ids, token_logprobs(logits, token_ids, temperature=scale)  # type: ignore
+        return token_ids, token_logprobs(logits, token_ids, temperature=scale)
     kept = kept_ids(is_kept)
     logprobs = token_logprobs(logits, token_ids, temperature=scale, kept=kept)
-    return token_ids, logprobs, kept  # type: ignore
+    return token_ids, logprobs, kept
 
 
 def draw_tokens(

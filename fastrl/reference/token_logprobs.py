@@ -1,5 +1,7 @@
 """Log-probabilities of given tokens, from logits."""
 
+from typing import Literal, overload
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -8,6 +10,27 @@ from fastrl.reference._precision import promote
 from fastrl.reference._vocabulary_parallel import gather_vocabulary
 
 
+@overload
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, *, temperature: float = ..., ignore_index: int = ...,
+    return_entropy: Literal[False] = False, inplace_backward: bool = ...,
+    kept: tuple[Tensor, Tensor] | None = ..., group: dist.ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, *, temperature: float = ..., ignore_index: int = ...,
+    return_entropy: Literal[True], inplace_backward: bool = ...,
+    kept: tuple[Tensor, Tensor] | None = ..., group: dist.ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, *, temperature: float = ..., ignore_index: int = ...,
+    return_entropy: bool, inplace_backward: bool = ...,
+    kept: tuple[Tensor, Tensor] | None = ..., group: dist.ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def token_logprobs(
     logits: Tensor,
     token_ids: Tensor,

@@ -1,6 +1,7 @@
 """Actor-critic: A2C, PPO and V-trace with replay."""
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -38,9 +39,9 @@ class ActorCriticTrainer(Trainer):
 
     config_class: ClassVar[type[TrainerConfig]] = ActorCriticConfig
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.replay = ReplayBuffer(self.config.replay_size, self.config.seed)
+    @cached_property
+    def replay(self) -> ReplayBuffer:
+        return ReplayBuffer(self.config.replay_size, self.config.seed)
 
     def _checked_model(self, model: Any) -> nn.Module:
         if not isinstance(model, ActorCritic):

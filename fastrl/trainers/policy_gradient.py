@@ -1,6 +1,7 @@
 """Policy gradient: REINFORCE, RLOO, GRPO, Dr. GRPO, DAPO, GSPO and CISPO."""
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -34,11 +35,9 @@ class PolicyGradientTrainer(Trainer):
 
     config_class: ClassVar[type[TrainerConfig]] = PolicyGradientConfig
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._running_mean = RunningMean(
-            self.config.max_new_tokens, self.config.baseline_decay, self.device
-        )
+    @cached_property
+    def _running_mean(self) -> RunningMean:
+        return RunningMean(self.config.max_new_tokens, self.config.baseline_decay, self.device)
 
     def _checked_model(self, model: Any) -> nn.Module:
         if isinstance(model, ActorCritic):

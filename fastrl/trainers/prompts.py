@@ -25,11 +25,11 @@ class Tokenizer(Protocol):
     Chat messages need a third method as well, transformers' `apply_chat_template`.
     """
 
-    def encode(self, text: str) -> Any:
+    def encode(self, text: str, /) -> Any:
         """A list of ids, or an object that has it as `.ids`."""
         ...
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], /) -> Any:  # transformers: of lists of lists, a list
         """Text of the ids; called with skip_special_tokens if it has that argument: True for
         what people read, False to look for stop strings."""
         ...

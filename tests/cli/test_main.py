@@ -10,14 +10,15 @@ from fastrl.cli.training.run_folder import write_atomically
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_reader_that_has_gone_is_no_traceback(monkeypatch, capsys, closed):
+@pytest.mark.parametrize("command", ["info", "train --help"])  # the second fills a buffer
+def test_a_reader_that_has_gone_is_no_traceback(monkeypatch, capsys, closed, command):
     """As in `fastrl info | head -1`."""
     reader, writer = os.pipe()
     if closed:
         os.close(reader)
     with open(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        assert main.main(["info"]) == (1 if closed else 0)
+        assert main.main(command.split()) == (1 if closed else 0)
     assert capsys.readouterr().err == ""
 
 

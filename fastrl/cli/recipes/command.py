@@ -96,6 +96,8 @@ def main(argv: list[str]) -> int:
         return fail(str(error), 1)
     except checkpoint.CheckpointError as error:
         return fail(str(error), 1)
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as error:  # a full disk, a folder that may not be written to
         return fail(f"train: expected to read and write the run's files, got {error}.", 1)
     except KeyboardInterrupt:  # the second one: the first waits for the step to end
