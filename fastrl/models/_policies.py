@@ -263,7 +263,8 @@ def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Any:
 
 def _with_adapter(model: Any, folder: Path) -> Any:
     """PEFT only warns of weights that it does not find, as where transformers converts their names,
-    and leaves them as they were drawn."""
+    and leaves them as they were drawn. Copies of the model's own layers have its dtype, which may
+    be a coarser one than was saved."""
     from peft import PeftModel, get_peft_model_state_dict
 
     loaded = PeftModel.from_pretrained(model, folder, is_trainable=True)
@@ -272,7 +273,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
         return loaded
     saved = _safetensors().torch.load_file(path)
     for name, weight in get_peft_model_state_dict(loaded, save_embedding_layers=False).items():
-        if name not in saved or not torch.equal(saved[name], weight.to(saved[name])):
+        if name not in saved or not torch.equal(saved[name].to(weight), weight):
             got = "other numbers" if name in saved else "nothing"
             remedy = "Leave its layer out of target_modules, or take another version of PEFT."
             raise fail("load_model", f"PEFT to load {name} of {path}", got, remedy)

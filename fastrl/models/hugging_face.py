@@ -37,7 +37,7 @@ class HuggingFacePolicy(nn.Module):
             "fastrl"; or a PeftModel around one, with an adapter below the head.
     Raises:
         ValueError: the attention cannot be set (`fastrl.hf.register`); there is no linear head, or
-            something else beside it; an adapter on the head, or one that adds tokens.
+            something else beside it; an adapter of anything but layers below it.
         TypeError: another model.
     """
 

@@ -73,10 +73,10 @@ def _short_cut(
     longer than that."""
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return overload(*args)
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args[:differentiable])
+        if torch.compiler.is_compiling():
+            return overload(*args)
         if torch.is_grad_enabled() and (
             torch._C._any_requires_grad(*args[:differentiable]) or is_transformed()
         ):
@@ -99,9 +99,12 @@ def may_require_grad(x: torch.Tensor) -> bool:
 
 
 def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
-    """Torch's wrapper of an autograd formula drops them without a word."""
+    """Torch's wrapper of an autograd formula drops them without a word. What torch.compile traces
+    with does not show them: it is to make the call outside of its graphs."""
     for x in args:
-        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+        if isinstance(x, torch.Tensor) and (
+            torch.compiler.is_compiling() or forward_ad.unpack_dual(x).tangent is not None
+        ):
             raise NotImplementedError(
                 f"{_shown(name)}: expected no derivative in forward mode, got a tensor with a "
                 "tangent. Use the plain definition in fastrl.reference, or reverse mode."

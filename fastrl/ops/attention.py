@@ -53,8 +53,10 @@ def attention(
 
     Without a gradient, up to eight queries against more keys go the way of `decode_attention`.
 
-    On a GPU: Triton, tiles from the layout. On a CPU: C++, a block of queries through tiles of the
-    keys that some of them see. Autocast casts the inputs as it does for torch's attention.
+    On a GPU: Triton, tiles from the layout; for the backward pass of 16-bit inputs it keeps what
+    rounding took from the output, which is as large. On a CPU: C++, a block of queries through
+    tiles of the keys that some of them see. Autocast casts the inputs as it does for torch's
+    attention.
 
     Args:
         query: [B, Hq, T, D] float32, bfloat16 or float16, on a CPU also float64; any strides.

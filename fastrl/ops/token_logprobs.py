@@ -225,7 +225,7 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     if g is None and h is None:
         return (None,) * 6
     saved = (g, h, logits, token_ids, logprobs, entropy, row_max, log_total, *ctx.numbers)
-    if ctx.inplace and not torch.is_grad_enabled():  # with create_graph, the other one refuses
+    if ctx.inplace and not torch.is_grad_enabled():  # with create_graph the other: it can refuse
         _bwd_inplace(*saved, 0)
         # So that autograd refuses, loudly, to use the logits as logits again.
         torch.autograd.graph.increment_version(logits)

@@ -101,6 +101,26 @@ def test_an_adapter_is_saved_without_a_model_that_has_a_name(tmp_path):
     torch.testing.assert_close(theirs(TOKEN_IDS).logits, model(TOKEN_IDS)[0], rtol=1e-5, atol=1e-5)
 
 
+def test_layers_trained_in_more_digits_than_their_model_has(tmp_path):
+    """PEFT rounds its copies of them to the model's dtype; only the adapter's own stay float32."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    build("llama").bfloat16().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["input_layernorm"])
+    model = HuggingFacePolicy(get_peft_model(base, config))
+    trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    with torch.no_grad():
+        for weight in trained.values():
+            weight.add_(torch.rand_like(weight))
+    save_model(model, tmp_path / "adapter")
+    again = dict(load_model(tmp_path / "adapter").named_parameters())
+    assert {again[name].dtype for name in trained} == {torch.bfloat16, torch.float32}
+    for name, weight in trained.items():
+        assert torch.equal(again[name], weight.to(again[name]))
+
+
 @pytest.mark.parametrize("kind", ["llama", "lora"])
 def test_a_model_is_saved_on_any_rank(kind, tmp_path, monkeypatch):
     """save_pretrained writes on rank 0 alone."""

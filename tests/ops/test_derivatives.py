@@ -97,6 +97,20 @@ def test_forward_mode_is_refused_and_not_zero(name):
         torch.func.jvp(OPS[name], (x,), (tangent,))
 
 
+def test_forward_mode_is_refused_under_compile_too():
+    """A tensor that is traced with has no tangent."""
+    op = OPS["token_logprobs"]
+    compiled = torch.compile(op, backend="eager")
+    x = some_input().detach()
+    expected = compiled(x)
+    with forward_ad.dual_level():
+        assert torch.equal(compiled(x), expected)
+        with pytest.raises(NotImplementedError, match="no derivative in forward mode"):
+            compiled(forward_ad.make_dual(x, torch.ones_like(x)))
+    with pytest.raises(NotImplementedError, match="no derivative in forward mode"):
+        torch.compile(lambda x: torch.func.jvp(op, (x,), (x,)), backend="eager")(x)
+
+
 def test_what_has_no_derivative_takes_tangents():
     logits = torch.randn(3, 9)
     seeds = torch.arange(3)

@@ -1,4 +1,4 @@
-"""Memory not laid out as usual: columns, lone rows with a step, nothing at all, overlaps."""
+"""Memory not laid out as usual: columns, lone rows with a step, nothing at all."""
 
 import pytest
 import torch
@@ -58,23 +58,6 @@ def test_no_rows_and_a_step_along_the_vocabulary(rows):
     kept = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     assert fastrl.token_logprobs(logits, ids, kept=kept).shape == rows
     assert fastrl.sample_tokens(logits)[0].shape == rows
-
-
-@pytest.mark.parametrize("overlap", ["expanded", "windows", "none"])
-def test_inplace_backward_leaves_memory_that_rows_share(overlap):
-    """Three rows in the memory of one would be each other's gradient."""
-    views = {
-        "expanded": lambda x: x[:5].expand(3, 5),
-        "windows": lambda x: x[:7].unfold(0, 5, 1),
-        "none": lambda x: x.view(5, 3).t(),
-    }
-    x = torch.randn(15)
-    ids = torch.tensor([1, 4, 0])
-    plain, overwritten = (views[overlap](x.clone()).requires_grad_() for _ in range(2))
-    fastrl.token_logprobs(plain, ids).sum().backward()
-    fastrl.token_logprobs(overwritten, ids, inplace_backward=True).sum().backward()
-    assert torch.equal(overwritten.grad, plain.grad)
-    assert torch.equal(overwritten.detach(), plain.detach())
 
 
 def test_a_head_without_a_width_is_refused():
