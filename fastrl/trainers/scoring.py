@@ -15,12 +15,13 @@ from fastrl.rewards._calling import (
     Caller,
     accepted,
     distinct_names,
+    own_arguments,
     parameters_of,
     unwrapped,
 )
 from fastrl.rollout import Rollout
 from fastrl.trainers._given_rewards import CompletionTokens
-from fastrl.trainers._reward_arguments import RewardLog, own_arguments, reward_arguments
+from fastrl.trainers._reward_arguments import RewardLog, reward_arguments
 from fastrl.trainers.prompts import Example, PromptDataset
 
 RewardFunction = Callable[..., Any]
