@@ -81,12 +81,14 @@ def check_description(trainer: "Trainer", description: dict[str, Any], folder: P
             f"resume: expected {folder / DESCRIPTION} of format {FORMAT!r}, got "
             f"{description.get('format')!r}. Resume from another checkpoint."
         )
+    # Versions before took any value where nothing reads the field.
+    free = {*FREE_FIELDS, *trainer.config.unread}
     saved, current = (
         {
             "trainer": of["trainer"],
             **_leaves(of["model"], "model"),
             "dataset size": of["dataset_size"],
-            **{f"config {k}": v for k, v in of["config"].items() if k not in FREE_FIELDS},
+            **{f"config {k}": v for k, v in of["config"].items() if k not in free},
         }
         for of in (description, own)
     )
