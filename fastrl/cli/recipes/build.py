@@ -61,9 +61,11 @@ class Parts:
             need("tensorboard", "train")
         data = load_data(recipe)
         if data.held_out is None and recipe.eval.every:
+            is_built = recipe.data.builder is not None
+            place = "Let data.builder give held_out rows" if is_built else "Name them in data.eval"
             raise RecipeError(
                 f"train: expected held-out prompts with eval.every = {recipe.eval.every}, got "
-                "none. Name them in data.eval, or leave eval.every out."
+                f"none. {place}, or leave eval.every out."
             )
         model = recipe.model
         if not start.is_dir() and model.start is not None:
@@ -128,8 +130,8 @@ class Parts:
         except (TypeError, ValueError) as error:
             raise RecipeError(f"train: in {recipe.source}: {error}") from error
         is_built = recipe.data.builder is not None
-        check_parameters(self.functions, trainer.dataset)
         check_prompts(trainer, trainer.dataset, "data.builder" if is_built else "data.prompts")
+        check_parameters(self.functions, trainer.dataset)
         if self.data.held_out is not None:
             held_out = trainer.prompts(self.data.held_out)
             check_prompts(trainer, held_out, "data.builder" if is_built else "data.eval")
