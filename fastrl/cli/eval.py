@@ -18,7 +18,8 @@ OF_TRAINING = (
 _DESCRIPTION = """\
 Rewards, entropy and KL of a model on prompts. Rewards and prompts are those of RECIPE (data.eval,
 or else data.prompts), of the run that MODEL is, or --rewards and --data. Completions are sampled
-as RECIPE says, or else as in the training of MODEL.
+as RECIPE says, or else as in the training of MODEL. Weights of rewards that follow a schedule, and
+running statistics, are those of a start of a run.
 
 An interval is mean ± 1.96 standard errors over prompts, each with the mean of its completions.
 """

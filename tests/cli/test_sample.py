@@ -150,9 +150,12 @@ def test_an_evaluation_samples_as_in_training_too(stopping, tmp_path):
     assert json.loads((tmp_path / "found.json").read_text())["ended"] == 0
 
 
-def test_the_start_of_a_run_is_sampled_as_its_recipe_says(tmp_path):
+def test_the_start_of_a_run_is_sampled_as_its_recipe_says(tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text(RECIPE)
     (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "config.json").write_text("{}")
+    assert sample.main([str(tmp_path), "--prompt", "a"]) == 2
+    assert f"which has none yet. Pass {tmp_path}/start" in capsys.readouterr().err
     assert trained_with(str(tmp_path / "start"))["max_new_tokens"] == 4
     assert trained_with("no/such-model") == trained_with(str(tmp_path)) == {}
 
