@@ -47,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="in place of the recipe's: --set train.learning_rate=1e-5; KEY= takes it out; "
-        "as often as you like",
+        help="in place of the recipe's: --set train.learning_rate=1e-5; KEY= takes it "
+        "out, a table too; as often as you like",
     )
     result.add_argument(
         "--resume",
