@@ -174,6 +174,7 @@ def test_the_column_and_the_precision_are_those_of_training(run, tmp_path, capsy
     options = ["--data", str(tmp_path / "p.jsonl"), "--json", str(tmp_path / "found.json")]
     (tmp_path / "p.jsonl").write_text('{"question": "ab"}\n')
     assert evaluation.main([*evaluated, *options]) == 0
+    assert evaluation.main([str(run), str(tmp_path / "run" / "recipe.toml"), *options]) == 0
 
     full = sampled(capsys, run, "--prompt", "ab")[0]["logprobs"]
     half = sampled(capsys, run, "--prompt", "ab", "--precision", "bfloat16")[0]["logprobs"]
