@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastrl.rewards._calling import accepted, as_float, is_async, parameters_of
+from fastrl.rewards._calling import accepted, as_float, is_async, own_arguments, parameters_of
 from fastrl.rewards.metric import MetricReward
 from fastrl.rewards.token_pieces import TokenPieces
 
@@ -94,7 +94,8 @@ class PotentialShaping:
             is_target = [[True] * len(ids) for ids in completion_ids]
         given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         given["is_target"] = is_target
-        rewards = self.reward_function(**accepted({**given, **columns}, self._parameters))
+        own = own_arguments(accepted({**given, **columns}, self._parameters))
+        rewards = self.reward_function(**own)
         rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
         if len(rewards) != len(completion_ids):
             raise ValueError(

@@ -269,6 +269,8 @@ def test_bad_input_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
     (tmp_path / "raising.py").write_text(
         "class C:\n  def __init__(self):\n    raise RuntimeError('no GPU here')\n"
         "def needs(completions, answer):\n  return answer\n"
+        "from fastrl.rewards import WeightedSum\n"
+        "def both():\n  return WeightedSum({'a': WeightedSum([needs])}, name='both')\n"
     )
     monkeypatch.chdir(tmp_path)
     for options, message in {
@@ -292,6 +294,10 @@ def test_bad_input_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
          "rewards.weights=[1]"): f"RuntimeError: no GPU here ({tmp_path}/raising.py, line 3)",
         (str(recipe), "--set", "rewards.functions=['raising.py:needs']", "--set",
          "rewards.weights=[1]"): "with the column 'answer', which reward function needs needs, got",
+        (str(recipe), "--set", "rewards.functions=[{use='raising.py:both'}]", "--set",
+         "rewards.weights=[1]"): "which reward function both/a/needs needs, got columns",
+        (str(recipe), "--set", "over_optimization={gold='raising.py:needs', alpha=0.5}"):
+         "with the column 'answer', which reward function needs needs, got",
         (str(recipe), "--resume", "x"): "without --output",
         ("--set", "a.b=1"): "a RECIPE.toml, or --resume FOLDER, got neither",
     }.items():  # fmt: skip

@@ -81,7 +81,7 @@ class Composition:
         self._op = type(self).__name__
         self.parts = _named(self._op, parts)
         self._remembered: dict[str, Any] = {}  # what has a state beside the parts, by name
-        leaves = dict(self._leaves())
+        leaves = dict(self.leaves())
         self._leaf_names = list(leaves)
         self._parameters = [parameters_of(leaf) for leaf in leaves.values()]
         self._caller = Caller(list(leaves.values()), timeout=None)
@@ -156,11 +156,11 @@ class Composition:
         """The composition's rewards from those of its parts."""
         raise NotImplementedError
 
-    def _leaves(self) -> Iterator[tuple[str, Part]]:
+    def leaves(self) -> Iterator[tuple[str, Part]]:
         """The functions to call, in the order of `_evaluated`."""
         for name, part in self.parts.items():
             if isinstance(part, Composition):
-                yield from ((f"{name}/{path}", leaf) for path, leaf in part._leaves())
+                yield from ((f"{name}/{path}", leaf) for path, leaf in part.leaves())
             else:
                 yield name, part
 
