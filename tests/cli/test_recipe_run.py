@@ -326,6 +326,17 @@ def test_code_of_a_recipe_that_exits_has_not_finished_the_run(recipe, tmp_path, 
     assert "expected the recipe's code to return, got sys.exit(0)" in capsys.readouterr().err
 
 
+def test_a_reader_of_the_output_that_goes_is_said(recipe, tmp_path, capsys, monkeypatch):
+    """As in `fastrl train ... | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main(["train", str(recipe), "--output", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("train: expected standard output to have a reader, got none")
+
+
 def test_help_explains_recipes_and_the_demo(capsys):
     assert cli.main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
