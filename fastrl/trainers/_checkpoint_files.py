@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.trainers import _tree
+from fastrl.trainers.health import weighs_importance
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
@@ -83,6 +84,7 @@ def check_description(trainer: "Trainer", description: dict[str, Any], folder: P
         )
     # Versions before took any value where nothing reads the field.
     free = {*FREE_FIELDS, *trainer.config.unread}
+    free |= set() if weighs_importance(trainer) else {"importance_cap"}
     saved, current = (
         {
             "trainer": of["trainer"],

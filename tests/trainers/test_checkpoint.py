@@ -251,7 +251,7 @@ def test_what_nothing_reads_is_not_compared(make_trainer, damaged):
     """Versions before took any value there, which none can be given now."""
     path = damaged / "trainer.json"
     description = json.loads(path.read_text())
-    description["config"] |= {"clip_high": 0.5, "baseline_decay": 0.5}
+    description["config"] |= {"clip_high": 0.5, "baseline_decay": 0.5, "importance_cap": 9.0}
     path.write_text(json.dumps(description))
     assert make_trainer().resume(damaged).step == 1
     description["config"]["temperature"] = 0.5
