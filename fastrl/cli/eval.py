@@ -18,7 +18,8 @@ OF_TRAINING = (
 _DESCRIPTION = """\
 Rewards, entropy and KL of a model on prompts. Rewards and prompts are those of RECIPE (data.eval,
 or else data.prompts), of the run that MODEL is, or --rewards and --data. Completions are sampled
-as RECIPE says, or else as in the training of MODEL.
+as RECIPE says, or else as in the training of MODEL. Weights of rewards that follow a schedule, and
+running statistics, are those of a start of a run.
 
 An interval is mean ± 1.96 standard errors over prompts, each with the mean of its completions.
 """
@@ -94,7 +95,7 @@ def _eval(options: argparse.Namespace) -> int:
     entries, weights = _rewards(options, recipe)
     config, temperature = _config(options, recipe, weights)
     data = None if recipe is None else load_data(recipe)
-    prompts = _prompts(options, data)
+    prompts = _prompts(options, recipe, data)
     how = {"tokenizer": options.tokenizer, "dtype": options.dtype, "device": options.device}
     policy, tokenizer = open_model(options.model, **how)
     functions = load_reward_functions(entries, provided(tokenizer, data))
@@ -166,16 +167,17 @@ def _rewards(options: argparse.Namespace, recipe: Any) -> tuple[list[Any], list[
     return recipe.rewards.functions, recipe.rewards.weights
 
 
-def _prompts(options: argparse.Namespace, data: Any) -> Any:
+def _prompts(options: argparse.Namespace, recipe: Any, data: Any) -> Any:
     from fastrl.cli.recipes.prompts import load_prompts
     from fastrl.cli.recipes.sampled_as import column_of
     from fastrl.cli.recipes.toml import RecipeError
 
     if options.data is not None:
+        own = column_of(options.model) if recipe is None else recipe.data.column
         return load_prompts(
             options.data,
             key="--data",
-            column=options.column or column_of(options.model),
+            column=options.column or own,
             limit=options.limit,
             split=options.split or "train",
         )

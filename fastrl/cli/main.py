@@ -1,6 +1,6 @@
 """`fastrl <command> ...`: finds the command's module and hands it the rest."""
 
-import importlib
+import importlib.util
 import os
 import sys
 
@@ -44,10 +44,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _without(error: ImportError, command: str) -> int:
-    """Say which extra has the package that is missing; raise the error if none has."""
+    """Say which extra has the package that is missing; raise the error if none has, or if what is
+    missing is something in a package that is there, as in one of another version."""
     from fastrl.cli.info import OPTIONAL
 
-    package = (error.name or "").partition(".")[0].replace("_", "-")
+    module = (error.name or "").partition(".")[0]
+    package = module.replace("_", "-")
+    if module and importlib.util.find_spec(module) is not None:
+        raise error
     extra = next((extra for extra, packages in OPTIONAL.items() if package in packages), None)
     if extra is not None:
         message = f'expected the package {package}, got none. pip install "fastrl[{extra}]"'

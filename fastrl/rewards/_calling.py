@@ -1,9 +1,10 @@
-"""Calls of reward functions: their names and arguments, async ones beside each other, and none
-waited for too long."""
+"""Calls of reward functions: their names, arguments and numbers, async ones beside each other, and
+none waited for too long."""
 
 import asyncio
 import functools
 import inspect
+import math
 import threading
 import time
 import weakref
@@ -180,6 +181,34 @@ def accepted(arguments: dict[str, Any], names: set[str] | None) -> dict[str, Any
     if names is None:
         return dict(arguments)
     return {name: value for name, value in arguments.items() if name in names}
+
+
+def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With lists and dicts of its own: what a function changes is another's too, or the dataset's.
+
+    Tensors, arrays and other objects in columns are not copied, nor are lists and dicts of a class
+    of their own: they would come back without it.
+    """
+    return {name: _copied(value) for name, value in arguments.items()}
+
+
+def _copied(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _copied(each) for key, each in value.items()}
+    if type(value) is not list:
+        return value
+    is_plain = bool(value) and isinstance(value[0], int)  # token ids: many, and nothing in them
+    return value.copy() if is_plain else [_copied(each) for each in value]
+
+
+def as_float(entry: Any) -> Any:
+    """As given, but for a whole number: infinite where no float can be it, so masked, counted."""
+    if not isinstance(entry, int):
+        return entry
+    try:
+        return float(entry)
+    except OverflowError:
+        return math.inf if entry > 0 else -math.inf
 
 
 def distinct_names(functions: Sequence[Callable[..., Any]]) -> list[str]:

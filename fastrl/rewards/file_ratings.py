@@ -23,7 +23,7 @@ class FileRatings:
         scale: the lowest and the highest rating, whole numbers.
         name: what metrics call it; "<name>/unrated" counts completions without a rating.
     Raises:
-        ValueError: a line is not as it should be, or a rating is out of the scale.
+        ValueError: a line is not as it should be, a rating is out of the scale, or there is none.
         OSError: a file cannot be read.
     """
 
@@ -41,6 +41,11 @@ class FileRatings:
         rows = _rated_rows(ratings) if completions is None else _joined(ratings, completions)
         for prompt, completion, rating in rows:
             given.setdefault((prompt, completion), []).append(rating)
+        if not given:
+            raise ValueError(
+                f"FileRatings: expected at least one rating in {ratings}, got none. Rate some of "
+                "the completions first."
+            )
         self._rewards = {
             texts: scaled(numbers, self.scale, "FileRatings", f"{texts[1][:40]!r} in {ratings}")
             for texts, numbers in given.items()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastrl.rewards._calling import accepted, is_async, parameters_of
+from fastrl.rewards._calling import accepted, as_float, is_async, own_arguments, parameters_of
 from fastrl.rewards.metric import MetricReward
 from fastrl.rewards.token_pieces import TokenPieces
 
@@ -94,7 +94,8 @@ class PotentialShaping:
             is_target = [[True] * len(ids) for ids in completion_ids]
         given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         given["is_target"] = is_target
-        rewards = self.reward_function(**accepted({**given, **columns}, self._parameters))
+        own = own_arguments(accepted({**given, **columns}, self._parameters))
+        rewards = self.reward_function(**own)
         rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
         if len(rewards) != len(completion_ids):
             raise ValueError(
@@ -165,11 +166,11 @@ class PotentialShaping:
     def _shaped(self, reward: Any, phi: list[float], own: list[int], index: int) -> Any:
         """One completion's rewards; own: the ids that the policy wrote, by index."""
         count = len(phi) - 1
-        reward = reward.tolist() if hasattr(reward, "tolist") else reward
+        reward = as_float(reward.tolist() if hasattr(reward, "tolist") else reward)
         if reward is None or not own:  # without ids there is no step that could be shaped
             return reward
         row = reward
-        if isinstance(reward, int | float):
+        if isinstance(reward, float):
             row = [0.0] * count
             row[own[-1]] = reward
         if len(row) != count:
@@ -185,5 +186,5 @@ class PotentialShaping:
             )
         shaped = list(row)
         for i, before, after in zip(own, phi, phi[1:], strict=False):
-            shaped[i] = row[i] + self.gamma * after - before
+            shaped[i] = as_float(row[i]) + self.gamma * after - before
         return shaped

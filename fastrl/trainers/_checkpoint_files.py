@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.trainers import _tree
+from fastrl.trainers.health import weighs_importance
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
@@ -81,12 +82,15 @@ def check_description(trainer: "Trainer", description: dict[str, Any], folder: P
             f"resume: expected {folder / DESCRIPTION} of format {FORMAT!r}, got "
             f"{description.get('format')!r}. Resume from another checkpoint."
         )
+    # Versions before took any value where nothing reads the field.
+    free = {*FREE_FIELDS, *trainer.config.unread}
+    free |= set() if weighs_importance(trainer) else {"importance_cap"}
     saved, current = (
         {
             "trainer": of["trainer"],
             **_leaves(of["model"], "model"),
             "dataset size": of["dataset_size"],
-            **{f"config {k}": v for k, v in of["config"].items() if k not in FREE_FIELDS},
+            **{f"config {k}": v for k, v in of["config"].items() if k not in free},
         }
         for of in (description, own)
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.rewards._calling import as_float
 from fastrl.rollout import Rollout
 
 
@@ -67,7 +68,7 @@ class CompletionTokens:
                 f"rewards, one for each completion, got {got}. Return one entry for each "
                 "completion."
             )
-        entries = [_number(e.tolist() if hasattr(e, "tolist") else e) for e in result]
+        entries = [as_float(e.tolist() if hasattr(e, "tolist") else e) for e in result]
         rewards: list[float] = []
         sums: list[float] = []
         for index, entry in enumerate(entries):
@@ -98,23 +99,13 @@ class CompletionTokens:
                 "Count the EOS and the tokens of tools too, or return one float."
             )
         try:
-            return [float(_number(value)) for value in compress(entry, is_target)]
+            return [float(as_float(value)) for value in compress(entry, is_target)]
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"Trainer: expected reward function {name} to give numbers for the tokens of "
                 f"completion {index}, got {error}. Return floats; None stands only for a whole "
                 "completion."
             ) from error
-
-
-def _number(entry: Any) -> Any:
-    """As given, but for a whole number that no float can be: infinite, so masked and counted."""
-    if not isinstance(entry, int):
-        return entry
-    try:
-        return float(entry)
-    except OverflowError:
-        return math.inf if entry > 0 else -math.inf
 
 
 def _sum(row: list[float]) -> float:

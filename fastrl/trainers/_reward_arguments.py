@@ -44,23 +44,6 @@ class RewardLog:
         return {column: list(values) for column, values in list(self._values.items())}
 
 
-def own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """With lists and dicts of its own: what a function changes is another's too, or the dataset's.
-
-    Tensors, arrays and other objects in columns are not copied.
-    """
-    return {name: _copied(value) for name, value in arguments.items()}
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    if not isinstance(value, list):
-        return value
-    is_plain = bool(value) and isinstance(value[0], int)  # token ids: many, and nothing in them
-    return value.copy() if is_plain else [_copied(each) for each in value]
-
-
 def check_columns(examples: list[Example]) -> dict[str, None]:
     """The names of their columns; ValueError where one has the name of another argument."""
     names = dict.fromkeys(name for example in examples for name in example.columns)

@@ -72,6 +72,8 @@ class TrainerConfig:
 
     ALGORITHMS: ClassVar[tuple[str, ...]] = ()
 
+    unread: ClassVar[tuple[str, ...]] = ()  # fields that nothing reads beside the values of others
+
     algorithm: str = ""
     prompts_per_step: int = 8
     completions_per_prompt: int = 8
@@ -198,6 +200,7 @@ class TrainerConfig:
     def _check_used(self, is_used: bool, where: str, *names: str, default: Any = None) -> None:
         """Fields that nothing reads `where` stay at their default there; that stands in `to_dict`,
         and is no error."""
+        object.__setattr__(self, "unread", (*self.unread, *(() if is_used else names)))
         for name in () if is_used else names:
             own = type(self).__dataclass_fields__[name].default if default is None else default
             if getattr(self, name) != own:

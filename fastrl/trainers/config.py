@@ -155,16 +155,15 @@ class ActorCriticConfig(TrainerConfig):
             self._check_range("value_clip", 0.0, math.inf, above=True)
         if self.dual_clip is not None:
             self._check_range("dual_clip", 1.0, math.inf, above=True)
-        for name in ("dual_clip", "value_clip"):
-            if getattr(self, name) is not None and not is_ppo:
-                self._fail(f"no {name} with algorithm {self.algorithm!r}", getattr(self, name))
+            if not is_ppo:
+                self._fail(f"no dual_clip with algorithm {self.algorithm!r}", self.dual_clip)
         self._check_bool("whiten_advantages")
         self._check_int("replay_size", 0)
         self._check_int("replay_per_step", 1)
         if self.replay_size and not is_vtrace:
             self._fail('replay_size 0 without algorithm "vtrace"', self.replay_size)
         self._check_ratio(is_ppo)
-        self._check_used(is_ppo, 'without algorithm "ppo"', "clip_low", "clip_high")
+        self._check_used(is_ppo, 'without algorithm "ppo"', "clip_low", "clip_high", "value_clip")
         self._check_used(is_vtrace, 'without algorithm "vtrace"', "rho_clip", "c_clip")
         has_lambda = self.advantage != "returns"
         self._check_used(has_lambda, 'with advantage "returns"', "gae_lambda")

@@ -132,11 +132,16 @@ def check_trainable(trainer: "Trainer") -> None:
                 check_saveable(policy)
 
 
+def weighs_importance(trainer: "Trainer") -> bool:
+    """Whether some tokens are not the policy's own of this step."""
+    return trainer.rollout_function is not None or getattr(trainer.config, "replay_size", 0) > 0
+
+
 def check_importance(trainer: "Trainer") -> None:
-    """Raise a ValueError where a cap is set and every token is the policy's own of this step."""
+    """Raise a ValueError where a cap is set and there is nothing to weigh."""
     config = trainer.config
-    own, replays = type(config).importance_cap, getattr(config, "replay_size", 0) > 0
-    if trainer.rollout_function is None and not replays and config.importance_cap != own:
+    own = type(config).importance_cap
+    if not weighs_importance(trainer) and config.importance_cap != own:
         raise ValueError(
             f"{type(trainer).__name__}: expected importance_cap {own} without rollout_function and "
             f"replay, got {config.importance_cap!r}. Leave it out for the default."

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrl.rollout import completion_seeds
+from fastrl.trainers._random_state import keeping_random_state, seed_generators
 
 _DIGESTED = 100
 _ORDER = 1  # a stream of random numbers apart from those of the completions
@@ -147,10 +148,13 @@ class PromptDataset:
         """Of the prompts of at most 100 entries, evenly from all: a resume tells others by it."""
         count = min(len(self), _DIGESTED)
         found = hashlib.sha256()
-        for index in range(count):
-            entry = self._entry(index * len(self) // count)
-            prompt = entry.get("prompt") if isinstance(entry, Mapping) else entry
-            found.update(json.dumps(prompt, sort_keys=True, default=_plain).encode())
+        with keeping_random_state():  # of a dataset that draws
+            seed_generators(0)
+            for index in range(count):
+                entry = self._entry(index * len(self) // count)
+                found.update(
+                    canonical(entry.get("prompt") if isinstance(entry, Mapping) else entry)
+                )
         return found.hexdigest()[:16]
 
     def _entry(self, index: int) -> Any:
@@ -254,9 +258,23 @@ class PromptDataset:
         return entry
 
 
+def canonical(value: Any) -> bytes:
+    """As JSON, for a digest: tensors and arrays as lists, others as the name of their kind."""
+    try:
+        text = json.dumps(value, sort_keys=True, default=_plain)
+    except TypeError:  # keys that JSON does not know, or that have no order
+        text = json.dumps(_with_text_keys(value), sort_keys=True, default=_plain)
+    return text.encode()
+
+
 def _plain(value: Any) -> Any:
-    """For JSON: tensors and arrays as lists, others as the name of their kind."""
     return value.tolist() if hasattr(value, "tolist") else type(value).__name__
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {repr(key): _with_text_keys(each) for key, each in value.items()}
+    return [_with_text_keys(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def is_chat(prompt: Any) -> bool:

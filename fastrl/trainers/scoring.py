@@ -15,12 +15,13 @@ from fastrl.rewards._calling import (
     Caller,
     accepted,
     distinct_names,
+    own_arguments,
     parameters_of,
     unwrapped,
 )
 from fastrl.rollout import Rollout
 from fastrl.trainers._given_rewards import CompletionTokens
-from fastrl.trainers._reward_arguments import RewardLog, own_arguments, reward_arguments
+from fastrl.trainers._reward_arguments import RewardLog, reward_arguments
 from fastrl.trainers.prompts import Example, PromptDataset
 
 RewardFunction = Callable[..., Any]
@@ -60,8 +61,9 @@ class RewardScorer:
     completion a list of bools, one per id: False where the policy did not write it;
     log_metric(name, number), log_extra(column, list), and trainer_state if the caller has one; a
     trainer's has global_step, max_steps and epoch as TRL's, and is_evaluation: True in
-    `Trainer.evaluate`. A function without **kwargs gets those arguments that it names, and each
-    lists and dicts of its own. It gives a list with one entry per completion:
+    `Trainer.evaluate`, but for that of `fastrl eval`. A function without **kwargs gets those
+    arguments that it names, and each lists and dicts of its own. It gives a list with one entry
+    per completion:
 
     - a float: the reward of the whole completion, which stands at its last target;
     - a list of floats, one per completion id, EOS and tokens that the policy did not write

@@ -60,12 +60,23 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch, capsys, 
         raise ImportError(message or "No module", name=missing)
 
     monkeypatch.setattr(info, "main", command)
+    monkeypatch.setitem(sys.modules, (missing or "").partition(".")[0], None)  # as if not there
     if message is None:
         with pytest.raises(ImportError):
             main.main(["info"])
     else:
         assert main.main(["info"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_a_package_lacks_is_not_the_package(monkeypatch):
+    def command(argv):
+        from torch import a_name_of_another_version  # noqa: F401
+
+    monkeypatch.setattr(info, "main", command)
+    monkeypatch.setitem(info.OPTIONAL, "hf", ("torch",))
+    with pytest.raises(ImportError, match="a_name_of_another_version"):
+        main.main(["info"])
 
 
 def test_version(capsys):

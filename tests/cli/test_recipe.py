@@ -77,6 +77,8 @@ def test_set_to_nothing_takes_a_key_out(recipe):
     assert read("train.learning_rate=", "train.learning_rate=3").train["learning_rate"] == 3
     assert read("data.limit=3", "data.limit= ").data.limit is None
     assert read('data.column=""').data.column == ""
+    tables = read("train.a2c.gae_lambda=0.5", "train.a2c=", "supervised.steps=3", "supervised=")
+    assert tables == read() and not read("train=").train
     for text, message in {"data.limits=": "data.limits", "algorithm=": "one of", "x=": "x"}.items():
         with pytest.raises(RecipeError, match=message):
             read(text)

@@ -69,6 +69,13 @@ def test_a_critic_is_shared_or_of_its_own(tmp_path):
     assert build(f"model.critic={tmp_path}", name="tiny_ppo").value_head.in_features == 32
 
 
+def test_an_older_name_of_a_models_key_is_one():
+    older = "{model_type='gemma3_text', hidden_size=8, intermediate_size=8, num_hidden_layers=2"
+    older += ", num_attention_heads=1, num_key_value_heads=1, head_dim=8, sliding_window_pattern=2}"
+    kinds = build(f"model.random={older}").model.config.layer_types
+    assert kinds == ["sliding_attention", "full_attention"]
+
+
 def test_models_that_cannot_be_built():
     for sets, message in {
         ("model.random.model_type=lama",): "got lama. Did you mean llama?",

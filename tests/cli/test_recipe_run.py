@@ -269,6 +269,8 @@ def test_bad_input_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
     (tmp_path / "raising.py").write_text(
         "class C:\n  def __init__(self):\n    raise RuntimeError('no GPU here')\n"
         "def needs(completions, answer):\n  return answer\n"
+        "from fastrl.rewards import WeightedSum\n"
+        "def both():\n  return WeightedSum({'a': WeightedSum([needs])}, name='both')\n"
     )
     monkeypatch.chdir(tmp_path)
     for options, message in {
@@ -292,6 +294,10 @@ def test_bad_input_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
          "rewards.weights=[1]"): f"RuntimeError: no GPU here ({tmp_path}/raising.py, line 3)",
         (str(recipe), "--set", "rewards.functions=['raising.py:needs']", "--set",
          "rewards.weights=[1]"): "with the column 'answer', which reward function needs needs, got",
+        (str(recipe), "--set", "rewards.functions=[{use='raising.py:both'}]", "--set",
+         "rewards.weights=[1]"): "which reward function both/a/needs needs, got columns",
+        (str(recipe), "--set", "over_optimization={gold='raising.py:needs', alpha=0.5}"):
+         "with the column 'answer', which reward function needs needs, got",
         (str(recipe), "--resume", "x"): "without --output",
         ("--set", "a.b=1"): "a RECIPE.toml, or --resume FOLDER, got neither",
     }.items():  # fmt: skip
@@ -318,6 +324,17 @@ def test_code_of_a_recipe_that_exits_has_not_finished_the_run(recipe, tmp_path, 
     options = [str(recipe), *sets, "rewards.weights=[1]", "--output", str(tmp_path / "run")]
     assert train.main(options) == 1
     assert "expected the recipe's code to return, got sys.exit(0)" in capsys.readouterr().err
+
+
+def test_a_reader_of_the_output_that_goes_is_said(recipe, tmp_path, capsys, monkeypatch):
+    """As in `fastrl train ... | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main(["train", str(recipe), "--output", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("train: expected standard output to have a reader, got none")
 
 
 def test_help_explains_recipes_and_the_demo(capsys):

@@ -150,9 +150,12 @@ def test_an_evaluation_samples_as_in_training_too(stopping, tmp_path):
     assert json.loads((tmp_path / "found.json").read_text())["ended"] == 0
 
 
-def test_the_start_of_a_run_is_sampled_as_its_recipe_says(tmp_path):
+def test_the_start_of_a_run_is_sampled_as_its_recipe_says(tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text(RECIPE)
     (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "config.json").write_text("{}")
+    assert sample.main([str(tmp_path), "--prompt", "a"]) == 2
+    assert f"which has none yet. Pass {tmp_path}/start" in capsys.readouterr().err
     assert trained_with(str(tmp_path / "start"))["max_new_tokens"] == 4
     assert trained_with("no/such-model") == trained_with(str(tmp_path)) == {}
 
@@ -171,6 +174,7 @@ def test_the_column_and_the_precision_are_those_of_training(run, tmp_path, capsy
     options = ["--data", str(tmp_path / "p.jsonl"), "--json", str(tmp_path / "found.json")]
     (tmp_path / "p.jsonl").write_text('{"question": "ab"}\n')
     assert evaluation.main([*evaluated, *options]) == 0
+    assert evaluation.main([str(run), str(tmp_path / "run" / "recipe.toml"), *options]) == 0
 
     full = sampled(capsys, run, "--prompt", "ab")[0]["logprobs"]
     half = sampled(capsys, run, "--prompt", "ab", "--precision", "bfloat16")[0]["logprobs"]

@@ -94,6 +94,17 @@ def test_lists_are_normalised_by_their_sum():
     assert rows == [[-1.5, 1, 1.5 - 6], [0], [-2, 1], 6]
 
 
+@pytest.mark.parametrize("over", ["batch", "group", "running"])
+def test_the_mean_of_lists_stands_where_the_policy_wrote(over):
+    """A trainer drops what stands at an environment's ids."""
+    call_of = NormalizedSum([giving([[1.0, 2.0], [3.0, 4.0, 0.0]])], over=over)
+    own = [[True, True], [False, True, True]]
+    rows = call_of(["a", "a"], ["x", "y"], [[1, 2], [1, 2, 3]], is_target=own)
+    deviation = 2.0 if over == "running" else math.sqrt(8)
+    assert close(rows[0], [-4 / deviation, 2 / deviation])
+    assert close(rows[1], [3 / deviation, -1 / deviation, 0])
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0])
 def test_the_mean_of_lists_moves_no_policy_gradient(gamma):
     """Over all completions of a policy that goes on (1) or ends (0), which alone decides on their

@@ -295,6 +295,9 @@ def test_ratings_of_a_file_are_found_by_text(tmp_path):
     assert reward(prompts=PROMPTS, completions=chats) == [-1.0, 0.25, None]
     with pytest.raises(ValueError, match="FileRatings: expected ratings from 1 to 4, got 5"):
         FileRatings(plain, scale=(1, 4))
+    append(tmp_path / "skipped.jsonl", {"prompt": "q", "completion": "three", "rating": None})
+    with pytest.raises(ValueError, match="at least one rating in .*skipped.jsonl, got none"):
+        FileRatings(tmp_path / "skipped.jsonl")
 
 
 def test_what_was_rated_live_is_a_file_too(tmp_path):

@@ -228,6 +228,37 @@ def test_other_prompts_of_the_same_number_are_said(make_trainer, tmp_path):
         other.resume(tmp_path / "run")
 
 
+def test_prompts_that_are_drawn_are_the_same(make_trainer, tmp_path):
+    class Drawn:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return [random.randrange(4), int(torch.randint(4, ()))]
+
+    first = make_trainer(dataset=Drawn())
+    random.seed(0)
+    expected = random.random()
+    random.seed(0)
+    first.save(tmp_path / "run")
+    assert random.random() == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(dataset=Drawn()).resume(tmp_path / "run")
+
+
+def test_what_nothing_reads_is_not_compared(make_trainer, damaged):
+    """Versions before took any value there, which none can be given now."""
+    path = damaged / "trainer.json"
+    description = json.loads(path.read_text())
+    description["config"] |= {"clip_high": 0.5, "baseline_decay": 0.5, "importance_cap": 9.0}
+    path.write_text(json.dumps(description))
+    assert make_trainer().resume(damaged).step == 1
+    description["config"]["temperature"] = 0.5
+    path.write_text(json.dumps(description))
+    assert_refused(make_trainer(), damaged, "expected config temperature 0.5")
+
+
 def test_another_format_is_refused(make_trainer, damaged):
     path = damaged / "trainer.json"
     path.write_text(path.read_text().replace("fastrl checkpoint 2", "fastrl checkpoint 1"))

@@ -8,7 +8,7 @@ import torch
 from fastrl.layout import pack_groups
 from fastrl.rollout import Rollout
 from fastrl.trainers import sampling
-from fastrl.trainers.prompts import PromptDataset, PromptOrder
+from fastrl.trainers.prompts import PromptDataset, PromptOrder, canonical
 from fastrl.trainers.scoring import RewardScorer
 
 WORDS = ["[PAD]", "[EOS]", "[BOS]", "<|user|>", "<|assistant|>", *(f"w{i}" for i in range(5, 20))]
@@ -280,3 +280,15 @@ def test_order_is_a_function_of_seed_and_epoch():
     again = PromptOrder(50, 0)
     assert [again(position) for position in (99, 0, 60)] == [forward[i] for i in (99, 0, 60)]
     assert [PromptOrder(50, 1)(position) for position in range(50)] != forward[:50]
+
+
+def test_what_is_digested_tells_contents_apart():
+    rows = [
+        {"prompt": "a", 1: 2, "b": {(1, 2): 3}},  # keys that JSON does not know, or cannot sort
+        {"prompt": "a", 1: 2, "b": {(1, 2): 4}},
+        {"prompt": torch.tensor([1, 2])},
+        {"prompt": torch.tensor([1, 3])},
+    ]
+    assert len({canonical(row) for row in rows}) == 4
+    assert canonical(rows[2]) == canonical({"prompt": [1, 2]}) == b'{"prompt": [1, 2]}'
+    assert canonical({"x": {1}}) == canonical({"x": {2}})

@@ -76,11 +76,18 @@ def test_functions_may_name_only_what_they_want():
         score(lambda completions, key: key)
 
 
-def test_what_a_function_changes_is_its_own():
+class Kind(dict):
+    """A dict that is more than one."""
+
+
+@pytest.mark.parametrize("together", [list, WeightedSum])
+def test_what_a_function_changes_is_its_own(together):
     dataset = [{"prompt": [1, 2], "notes": [{"b": ["c"]}, "d"]}, {"prompt": [3], "notes": None}]
+    dataset = [{**row, "kind": Kind(a=1)} for row in dataset]
     before, seen = copy.deepcopy(dataset), []
 
-    def changing(prompts, completions, completion_ids, notes):
+    def changing(prompts, completions, completion_ids, notes, kind):
+        assert [type(each) for each in kind] == [Kind] * 4
         seen.append(copy.deepcopy((prompts, completions, completion_ids, notes)))
         prompts[0].append(4)
         notes[0][0]["b"].clear()
@@ -88,7 +95,7 @@ def test_what_a_function_changes_is_its_own():
             changed.clear()
         return [1.0] * 4
 
-    assert score([changing, changing], dataset=dataset).totals.tolist() == [2.0] * 4
+    assert score(together([changing, changing]), dataset=dataset).totals.tolist() == [2.0] * 4
     assert dataset == before and seen[0] == seen[1]
     assert seen[0][0] == [[1, 2], [1, 2], [3], [3]] and seen[0][1] == seen[0][2] == IDS
 
@@ -241,8 +248,11 @@ def test_what_float32_cannot_hold_is_bad():
     assert scores.metrics["rewards/bad"] == 3
 
 
-def test_a_whole_number_that_no_float_can_hold_is_bad():
-    scores = score(giving([10**400, -(10**400), [10**400, 0], 1]))
+@pytest.mark.parametrize(
+    "of", [lambda f: f, lambda f: WeightedSum([f]), lambda f: PotentialShaping(f, lambda *_: 0.0)]
+)
+def test_a_whole_number_that_no_float_can_hold_is_bad(of):
+    scores = score(of(giving([10**400, -(10**400), [10**400, 0], 1])))
     assert scores.is_used.tolist() == [False, False, False, True]
     assert scores.metrics["rewards/bad"] == 3
 

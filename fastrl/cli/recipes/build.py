@@ -1,6 +1,6 @@
 """What a recipe describes: its rows, tokenizer, reward functions, and the trainer of them all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fastrl.cli.recipes.schema import Recipe
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.cli.recipes.trained_on import check_held_out
 from fastrl.rewards._calling import distinct_names, required_by
+from fastrl.rewards.composition._composition import Composition
 from fastrl.trainers import ActorCriticConfig, ActorCriticTrainer, PolicyGradientTrainer
 from fastrl.trainers._reward_arguments import GIVEN, check_columns
 from fastrl.trainers.prompts import PromptDataset
@@ -61,9 +62,11 @@ class Parts:
             need("tensorboard", "train")
         data = load_data(recipe)
         if data.held_out is None and recipe.eval.every:
+            is_built = recipe.data.builder is not None
+            place = "Let data.builder give held_out rows" if is_built else "Name them in data.eval"
             raise RecipeError(
                 f"train: expected held-out prompts with eval.every = {recipe.eval.every}, got "
-                "none. Name them in data.eval, or leave eval.every out."
+                f"none. {place}, or leave eval.every out."
             )
         model = recipe.model
         if not start.is_dir() and model.start is not None:
@@ -128,11 +131,12 @@ class Parts:
         except (TypeError, ValueError) as error:
             raise RecipeError(f"train: in {recipe.source}: {error}") from error
         is_built = recipe.data.builder is not None
-        check_parameters(self.functions, trainer.dataset)
         check_prompts(trainer, trainer.dataset, "data.builder" if is_built else "data.prompts")
+        check_parameters(self.functions, trainer.dataset)
         if self.data.held_out is not None:
             held_out = trainer.prompts(self.data.held_out)
             check_prompts(trainer, held_out, "data.builder" if is_built else "data.eval")
+            check_parameters([f for f in (self.gold, self.proxy) if f is not None], held_out)
         return trainer
 
     def _attach_monitor(self, trainer: Any) -> None:
@@ -183,15 +187,25 @@ def provided(tokenizer: Any, data: TaskData | None) -> Provided:
 
 
 def check_parameters(functions: Sequence[Any], dataset: PromptDataset) -> None:
-    """Raise a RecipeError where a function needs a column that the first prompt does not have."""
+    """Raise a RecipeError where a function, or one in a composition, needs a column that the first
+    prompt does not have."""
     columns = list(dataset[0].columns)
-    for function, name in zip(functions, distinct_names(functions), strict=True):
+    for function, name in _called(functions):
         for parameter in required_by(function):
             if parameter not in {*GIVEN, *columns}:
                 raise RecipeError(
                     f"train: expected prompts with the column {parameter!r}, which reward function "
                     f"{name} needs, got columns {columns}. Add it, or give the parameter a default."
                 )
+
+
+def _called(functions: Sequence[Any]) -> Iterator[tuple[Any, str]]:
+    """The functions by name; of a composition those that it is made of."""
+    for function, name in zip(functions, distinct_names(functions), strict=True):
+        if isinstance(function, Composition):
+            yield from ((leaf, f"{name}/{own}") for own, leaf in function.leaves())
+        else:
+            yield function, name
 
 
 def check_prompts(trainer: Any, dataset: PromptDataset, key: str) -> None:

@@ -64,7 +64,8 @@ def _check_algorithm(recipe: Recipe, where: Where) -> None:
     watching = recipe.over_optimization
     if watching.gold is None and watching != OverOptimization():
         key = "over_optimization.gold"
-        raise wrong(where(key), "with other keys of that table", "nothing", "It is the reward.")
+        remedy = 'It is the reward; "" watches nothing.'
+        raise wrong(where(key), "with other keys of that table", "nothing", remedy)
 
 
 def _check_model(recipe: Recipe, where: Where) -> None:

@@ -29,6 +29,11 @@ Exit status: 0 finished, or stopped by SIGTERM with everything saved; 130 the sa
 
 """
 
+_NO_READER = (
+    "train: expected standard output to have a reader, got none any more. The last checkpoint "
+    "stands: --resume the run."
+)
+
 
 def parser() -> argparse.ArgumentParser:
     """The options; --help says what a recipe is as well."""
@@ -47,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="in place of the recipe's: --set train.learning_rate=1e-5; KEY= takes it out; "
-        "as often as you like",
+        help="in place of the recipe's: --set train.learning_rate=1e-5; KEY= takes it "
+        "out, a table too; as often as you like",
     )
     result.add_argument(
         "--resume",
@@ -80,6 +85,8 @@ def main(argv: list[str]) -> int:
         with stop.listening():
             return _run(options, stop)
     except SystemExit as error:  # of a reward function or builder: the run is not finished
+        if isinstance(error.__context__, BrokenPipeError):  # rich's
+            return fail(_NO_READER, 1)
         return fail(f"train: expected the recipe's code to return, got sys.exit({error.code}).", 1)
     except (RecipeError, RunFolderError) as error:
         return fail(str(error))
@@ -96,8 +103,8 @@ def main(argv: list[str]) -> int:
         return fail(str(error), 1)
     except checkpoint.CheckpointError as error:
         return fail(str(error), 1)
-    except BrokenPipeError:  # of standard output
-        raise
+    except BrokenPipeError:
+        return fail(_NO_READER, 1)
     except OSError as error:  # a full disk, a folder that may not be written to
         return fail(f"train: expected to read and write the run's files, got {error}.", 1)
     except KeyboardInterrupt:  # the second one: the first waits for the step to end

@@ -5,7 +5,6 @@ other rows are another run, other code may be a repair, and is said.
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from fastrl.cli.recipes.data import TaskData
 from fastrl.cli.recipes.schema import Recipe
 from fastrl.cli.training.run_folder import RunFolderError
+from fastrl.trainers.prompts import canonical
 
 LEARNED = ("train", "supervised", "validation", "calibration")  # lists of TaskData
 MEASURED = "held_out"
@@ -79,8 +79,7 @@ def _digest_of_rows(rows: Any) -> str:
     indices = range(count) if is_read else (i * count // _MOST for i in range(_MOST))
     digest = hashlib.sha256(str(count).encode())
     for index in indices:
-        text = json.dumps(rows[index], sort_keys=True, default=lambda value: type(value).__name__)
-        digest.update(text.encode())
+        digest.update(canonical(rows[index]))
     return digest.hexdigest()[:16]
 
 

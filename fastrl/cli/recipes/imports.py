@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 import sysconfig
 import traceback
@@ -14,7 +15,9 @@ import fastrl
 from fastrl.cli.recipes.toml import RecipeError
 
 # Where frames of a traceback are Python's, an installed package's or fastrl's.
-_NOT_THEIRS = ("<frozen", *sysconfig.get_paths().values(), str(Path(fastrl.__file__).parent))
+_PACKAGES = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+_FOLDERS = (*_PACKAGES, Path(fastrl.__file__).parent)
+_NOT_THEIRS = ("<frozen", *(f"{folder}{os.sep}" for folder in _FOLDERS))
 
 
 def load_object(

@@ -40,9 +40,11 @@ def open_model(
             )
         folder = folder / CHECKPOINT
         if not checkpoint.exists(folder):
+            start = Path(name) / "start"
+            has_start = (start / "config.json").is_file()
             raise RecipeError(
                 f"train: expected a run with a checkpoint, got {name}, which has none yet. "
-                "Wait for its first one."
+                + (f"Pass {start}, its start." if has_start else "Wait for its first one.")
             )
     elif (folder / "results.json").is_file() or (folder / "warm_up").is_dir():
         raise RecipeError(

@@ -134,7 +134,7 @@ def _random(model: Model, tokenizer: Any) -> Any:
         )
     try:
         config = AutoConfig.for_model(kind, **{**of_tokenizer, **given})
-        _check_known(given, config, AutoConfig.for_model(kind))
+        _check_known(given, config)
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
     except RecipeError:
         raise
@@ -145,12 +145,17 @@ def _random(model: Model, tokenizer: Any) -> Any:
         ) from error
 
 
-def _check_known(given: dict[str, Any], config: Any, default: Any) -> None:
+def _check_known(given: dict[str, Any], config: Any) -> None:
     """Raise where transformers has put a key aside: its configs take any, and look at their own."""
+    default = type(config)()
     for key in given:
         # Older names of rope_parameters are read, and may stay as well.
         if hasattr(config, key) and not hasattr(default, key) and not key.startswith("rope"):
-            near = difflib.get_close_matches(key, vars(default), 1)
+            without = type(config)(**{k: v for k, v in given.items() if k != key}).to_dict()
+            both = type(config)(**given).to_dict()
+            if any(both.get(k) != v for k, v in without.items() if k != key):
+                continue  # an older name that is read too
+            near = difflib.get_close_matches(key, (k for k in vars(default) if k[0] != "_"), 1)
             raise RecipeError(
                 f"train: expected keys of model.random that a config of {config.model_type} has, "
                 f"got {key}. " + (f"Did you mean {near[0]}?" if near else "Take it out.")

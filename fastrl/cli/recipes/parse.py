@@ -23,6 +23,7 @@ CODE = ("rewards.functions[]", "data.builder") + (
     "over_optimization.proxy",
 )
 ALGORITHMS = tuple(name for config in CONFIGS for name in config.ALGORITHMS)
+TABLES = ("train", PREFERENCE, *SECTIONS, *(f"train.{name}" for name in ALGORITHMS))
 
 
 def read_recipe(path: Path, sets: Sequence[str] = ()) -> Recipe:
@@ -37,12 +38,17 @@ def read_recipe(path: Path, sets: Sequence[str] = ()) -> Recipe:
     for text in sets:
         parts, value = parse_set(text)
         key = ".".join(parts)
+        is_taken_out = text.partition("=")[2].strip() == ""
+        if is_taken_out and key in TABLES:
+            outer = document if len(parts) == 1 else document.get(parts[0], {})
+            outer.pop(parts[-1], None)
+            continue
         apply_set(document, parts, _resolved(key, value, Path.cwd()))
         if parts[0] == "train" and len(parts) == 2 and parts[1] not in ALGORITHMS:
             _forget(document["train"], parts[1])
         set_keys.append(key)
         taken_out.pop(key, None)
-        if text.partition("=")[2].strip() == "":
+        if is_taken_out:
             taken_out[key] = parts
 
     def where(key: str) -> str:

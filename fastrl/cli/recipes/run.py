@@ -212,7 +212,9 @@ class Run:
         show_result(self.console, self.folder.metrics, self.results, self.recipe)
         if self.results[AFTER].get("stopped"):
             self._say(f"\nStopped by [over_optimization] after step {self.trainer.step}.")
-        self._say(f"\nThe run and its checkpoint are in {self.folder.path}")
+        has_one = checkpoint.exists(self.folder.checkpoint)  # none of 0 steps
+        what = "The run and its checkpoint are" if has_one else "The run is"
+        self._say(f"\n{what} in {self.folder.path}")
         return 0
 
     def _train(self, stack: ExitStack) -> None:

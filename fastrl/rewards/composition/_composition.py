@@ -10,6 +10,7 @@ from fastrl.rewards._calling import (
     Caller,
     accepted,
     distinct_names,
+    own_arguments,
     parameters_of,
     unwrapped,
 )
@@ -27,7 +28,8 @@ class Batch:
     Attributes:
         prompts: of each completion.
         lengths: number of ids of each.
-        lasts: index of the last id that the policy wrote, of each; -1 where none is known.
+        firsts, lasts: index of the first and the last id that the policy wrote, of each; 0 and -1
+            where none is known.
         step: trainer_state.global_step, or None.
         log_metric: the trainer's, or None.
         path: names of the compositions from the outermost in, with / between.
@@ -35,6 +37,7 @@ class Batch:
 
     prompts: Sequence[Any]
     lengths: list[int]
+    firsts: list[int]
     lasts: list[int]
     step: float | None
     log_metric: Callable[[str, float], None] | None
@@ -50,11 +53,11 @@ class Composition:
     """A reward function made of others.
 
     Its parts are called as a trainer calls reward functions, each with those arguments that it
-    names, async ones beside each other: those of compositions inside it too. Each gives a number, a
-    list of one number per id, or None for a completion. Where a completion has both numbers and
-    lists, a number stands at the last id that the policy wrote, as a trainer's is_target says;
-    without is_target at the last one. A completion without lists gets a number. What lists have at
-    ids that the policy did not write counts here, and a trainer drops it.
+    names and lists of its own, async ones beside each other: those of compositions inside it too.
+    Each gives a number, a list of one number per id, or None for a completion. Where a completion
+    has both numbers and lists, a number stands at the last id that the policy wrote, as a trainer's
+    is_target says; without is_target at the last one. A completion without lists gets a number.
+    What lists have at ids that the policy did not write counts here, and a trainer drops it.
 
     None is no opinion: such a part is left out of that completion; where all are, so is the
     composition. NaN and infinity are handed on, so that the trainer masks the completion; no
@@ -78,7 +81,7 @@ class Composition:
         self._op = type(self).__name__
         self.parts = _named(self._op, parts)
         self._remembered: dict[str, Any] = {}  # what has a state beside the parts, by name
-        leaves = dict(self._leaves())
+        leaves = dict(self.leaves())
         self._leaf_names = list(leaves)
         self._parameters = [parameters_of(leaf) for leaf in leaves.values()]
         self._caller = Caller(list(leaves.values()), timeout=None)
@@ -104,10 +107,12 @@ class Composition:
             TypeError: an entry is neither a number, nor a list of numbers, nor None.
             RuntimeError: a part raised; the cause stands in `__cause__`.
         """
+        firsts, lasts = _ends(arguments.get("is_target"), len(completion_ids))
         batch = Batch(
             prompts=prompts,
             lengths=[len(ids) for ids in completion_ids],
-            lasts=_lasts(arguments.get("is_target"), len(completion_ids)),
+            firsts=firsts,
+            lasts=lasts,
             step=getattr(arguments.get("trainer_state"), "global_step", None),
             log_metric=arguments.get("log_metric"),
             path=self.__name__,
@@ -117,7 +122,8 @@ class Composition:
             "completions": completions,
             "completion_ids": completion_ids,
         }
-        calls = self._caller([accepted(arguments, names) for names in self._parameters])
+        own = [own_arguments(accepted(arguments, names)) for names in self._parameters]
+        calls = self._caller(own)
         # All of them checked before the first statistic changes.
         results = [
             checked(_result(call, self._op, name), batch.lengths, self._op, name)
@@ -150,11 +156,11 @@ class Composition:
         """The composition's rewards from those of its parts."""
         raise NotImplementedError
 
-    def _leaves(self) -> Iterator[tuple[str, Part]]:
+    def leaves(self) -> Iterator[tuple[str, Part]]:
         """The functions to call, in the order of `_evaluated`."""
         for name, part in self.parts.items():
             if isinstance(part, Composition):
-                yield from ((f"{name}/{path}", leaf) for path, leaf in part._leaves())
+                yield from ((f"{name}/{path}", leaf) for path, leaf in part.leaves())
             else:
                 yield name, part
 
@@ -186,10 +192,11 @@ def stateful(functions: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _lasts(is_target: Sequence[Sequence[bool]] | None, count: int) -> list[int]:
+def _ends(is_target: Sequence[Sequence[bool]] | None, count: int) -> tuple[list[int], list[int]]:
     if is_target is None:
-        return [-1] * count
-    return [max((i for i, own in enumerate(row) if own), default=-1) for row in is_target]
+        return [0] * count, [-1] * count
+    own = [[i for i, is_own in enumerate(row) if is_own] or [0, -1] for row in is_target]
+    return [ids[0] for ids in own], [ids[-1] for ids in own]
 
 
 def _named(op: str, parts: Parts) -> dict[str, Part]:

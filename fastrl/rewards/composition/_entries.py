@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fastrl.rewards._calling import as_float
+
 # A number: the reward of the whole completion. A list: one reward for each of its ids, at least
 # one. None: no opinion.
 Entry = float | list[float] | None
@@ -40,7 +42,7 @@ def _entry(entry: Any, length: int, expected: str, index: int) -> Entry:
     if entry is None:
         return None
     if isinstance(entry, int | float):
-        return float(entry)
+        return float(as_float(entry))
     if not _is_list(entry):
         raise TypeError(
             f"{expected} floats, lists of floats or None, got {type(entry).__name__} for "
@@ -53,7 +55,7 @@ def _entry(entry: Any, length: int, expected: str, index: int) -> Entry:
             "return one float."
         )
     try:
-        return [float(value) for value in entry] or 0.0
+        return [float(as_float(value)) for value in entry] or 0.0
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{expected} numbers for the tokens of completion {index}, got {error}. Return "

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastrl.rewards._moments import Moments, divided
+from fastrl.rewards.composition._composition import Batch
 from fastrl.rewards.composition._entries import Entry, usable_totals
 from fastrl.rewards.composition._state import check_keys
 
@@ -34,14 +35,14 @@ class Normalizer:
         self._op, self.over, self.decay = op, over, checked_decay(op, decay)
         self._running = {name: Moments() for name in parts} if over == "running" else {}
 
-    def __call__(self, part: str, entries: list[Entry], prompts: Sequence[Any]) -> list[Entry]:
+    def __call__(self, part: str, entries: list[Entry], batch: Batch) -> list[Entry]:
         """The entries of a part, normalised; updates its running statistics first."""
         if self.over == "group":
             found: list[Entry] = [None] * len(entries)
-            for group in groups_of(prompts):
+            for group in groups_of(batch.prompts):
                 moments = _moments([entries[i] for i in group])
                 for i in group:
-                    found[i] = _normalized(entries[i], moments, sample=True)
+                    found[i] = _normalized(entries[i], batch.firsts[i], moments, sample=True)
             return found
         if self.over == "batch":
             moments = _moments(entries)
@@ -49,7 +50,10 @@ class Normalizer:
             moments = self._running[part]
             moments.merge(*usable_totals(entries), self.decay)
         is_sample = self.over == "batch"
-        return [_normalized(entry, moments, sample=is_sample) for entry in entries]
+        return [
+            _normalized(entry, first, moments, sample=is_sample)
+            for entry, first in zip(entries, batch.firsts, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {name: moments.state_dict() for name, moments in self._running.items()}
@@ -89,13 +93,14 @@ def _moments(entries: list[Entry]) -> Moments:
     return moments
 
 
-def _normalized(entry: Entry, moments: Moments, *, sample: bool) -> Entry:
+def _normalized(entry: Entry, first: int, moments: Moments, *, sample: bool) -> Entry:
     if entry is None:
         return None
     deviation = moments.deviation(sample=sample)
     if isinstance(entry, list):
-        # At the first id, which each completion has: a share for each id would reward an early
-        # end, or a late one, as what is left to come then depends on how many ids there will be.
-        first, *rest = entry
-        return [divided(value, deviation) for value in (first - moments.mean, *rest)]
+        # At the policy's first id, which each completion has: a share for each id would reward an
+        # early end, or a late one, as what is left to come then depends on how many will be there.
+        row = list(entry)
+        row[first] -= moments.mean
+        return [divided(value, deviation) for value in row]
     return divided(entry - moments.mean, deviation)

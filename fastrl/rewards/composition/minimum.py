@@ -48,8 +48,7 @@ class Minimum(Composition):
     def _combined(self, given: dict[str, list[Entry]], batch: Batch) -> list[Entry]:
         if self._normalizer is not None:
             given = {
-                part: self._normalizer(part, entries, batch.prompts)
-                for part, entries in given.items()
+                part: self._normalizer(part, entries, batch) for part, entries in given.items()
             }
         found: list[Entry] = []
         worst = Counter[str]()

@@ -62,9 +62,9 @@ class NormalizedSum(WeightedSum):
 
     Where all totals are equal, or there is but one, the part adds 0: there is no epsilon in the
     denominator, and what differs by no more than rounding counts as equal. A part that gives
-    r_t for each id adds r_t / deviation for each and, at the first id, -mean / deviation: a
-    constant there moves no policy gradient, whatever gamma. In "running", a call without a finite
-    total of a part leaves its statistics as they are.
+    r_t for each id adds r_t / deviation for each and, at the first id that the policy wrote,
+    -mean / deviation: a constant there moves no policy gradient, whatever gamma. In "running", a
+    call without a finite total of a part leaves its statistics as they are.
 
     Weights then say what a part matters in deviations, whatever its scale. "group" is what TRL
     calls "normalize_then_sum", without its 1e-4. What else holds is in WeightedSum.
@@ -92,4 +92,4 @@ class NormalizedSum(WeightedSum):
         self._remembered["statistics"] = self._normalizer
 
     def _term(self, part: str, entries: list[Entry], batch: Batch) -> list[Entry]:
-        return self._normalizer(part, entries, batch.prompts)
+        return self._normalizer(part, entries, batch)
