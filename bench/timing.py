@@ -20,11 +20,11 @@ class Budget:
     least_rounds: int
     most_rounds: int
     turn_seconds: float = 0.004  # so many launches per turn that the clock's own error is small
-    patience_seconds: float = 0.0  # how long a case may wait for quiet moments
+    patience_seconds: float = 0.0  # how long a case may wait for quiet moments, and use them
 
 
-FULL = Budget(seconds=1.0, least_rounds=7, most_rounds=31, patience_seconds=10.0)
-QUICK = Budget(seconds=0.8, least_rounds=5, most_rounds=21, patience_seconds=1.5)
+FULL = Budget(seconds=1.0, least_rounds=7, most_rounds=31, patience_seconds=20.0)
+QUICK = Budget(seconds=0.6, least_rounds=4, most_rounds=15, patience_seconds=1.5)
 QUICK_GPU = Budget(seconds=0.4, least_rounds=3, most_rounds=15)  # many cases in nine minutes
 
 # What takes seconds a call would take minutes of the run, and its share of noise is small.
@@ -172,9 +172,11 @@ def take_turns(
         for r in range(total, 2 * total) if run_rounds is None else ():
             for contestant in (ours, *others):
                 if patience_seconds > 0 and contestant.lacks_quiet_turns(probe):
-                    patience_seconds -= probe.wait(patience_seconds)
+                    start = time.perf_counter()
+                    probe.wait(patience_seconds)
                     before = probe()
                     take_turn(contestant, r)
+                    patience_seconds -= time.perf_counter() - start
     for contestant in (ours, *others):
         contestant.keep_quiet_turns(probe)
 

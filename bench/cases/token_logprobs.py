@@ -37,7 +37,7 @@ TOKEN_LOGPROBS = [
         options=ENTROPY, quick=True, devices=CPU,
     ),
     Case(
-        "token_logprobs", (256, 151936), "the same in micro-batches: a smaller gradient buffer",
+        "token_logprobs", (128, 151936), "the same in micro-batches: a smaller gradient buffer",
         mode="both", in_place=True, quick=True, devices=CPU,
     ),
     Case(
