@@ -41,12 +41,11 @@ class Probe:
         """1 is as fast as this machine was at its best."""
         return seconds / self._best if self._on_cpu else 1.0
 
-    def wait(self, seconds: float) -> float:
-        """For a quiet moment, but no longer than that; returns the seconds that it took."""
+    def wait(self, seconds: float) -> None:
+        """For a quiet moment, but no longer than that."""
         start = time.perf_counter()
         while not self.is_quiet(self()) and time.perf_counter() - start < seconds:
             time.sleep(0.05)
-        return time.perf_counter() - start
 
     def _seconds(self) -> float:
         start = time.perf_counter()

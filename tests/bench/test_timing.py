@@ -32,7 +32,6 @@ class FakeProbe:
 
     def wait(self, seconds):
         self.waited += 1
-        return seconds / 4
 
 
 def test_contestants_take_turns_and_fewer_rounds_are_spread():
@@ -75,6 +74,9 @@ def test_who_has_too_few_quiet_turns_waits_for_some_but_not_for_ever():
     ours, probe = Contestant(lambda: None, rounds=4), FakeProbe(disturbed=range(1000))
     take_turns(ours, [], CPU, probe=probe)
     assert len(ours.times) == 4 and probe.waited == 0
+    ours = Contestant(lambda: time.sleep(0.02), rounds=6)  # patience pays for the turns as well
+    take_turns(ours, [], CPU, probe=FakeProbe(disturbed=range(1000)), patience_seconds=0.05)
+    assert 6 < len(ours.times) <= 8
 
 
 @pytest.fixture
