@@ -1,38 +1,53 @@
 """One GRPO update of a small Llama: each prompt once for all its completions, beside padded copies.
 
     python -m bench.grpo_update     # 4 layers, 4 prompts x 16 completions, 256 + 64 tokens, V 8192
-    python -m bench.grpo_update --device cuda --dtype bfloat16 --layers 16 --hidden 2048
+    python -m bench.grpo_update --one-billion --device cuda --dtype bfloat16
 
 Four do the same update, in turns. Three have a copy of every prompt for each of its completions,
 padded, through torch's attention: with log_softmax over all logits that the model gives; over those
 of the completions alone, as the better trainers do; and with `linear_token_loss`. The fourth is the
-packed batch through `fastrl.hf`. All start from the same weights; their gradients are compared.
+packed batch through `fastrl.hf`. All have the same weights; their gradients are compared.
 """
 
 import argparse
+import functools
+import json
 import math
-import random
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastrl
-from bench import memory
+from bench import memory, update_table
 from bench.environment import cpu_name
+from bench.llama_updates import PADDED, language_model, packed, padded, padded_rows, tokens
 from bench.peers import version_of
-from fastrl.layout import PackedBatch, pack_groups
+from bench.update_table import PACKED
+from fastrl.layout import pack_groups
 
 Update = Callable[[], Tensor]  # the loss, its gradients being in the model's parameters
-ALL_LOGITS, NEEDED_LOGITS, OUR_HEAD = PADDED = (
-    "padded copies, all logits",
-    "padded copies, no other logits",
-    "padded copies, our head",
-)
-PACKED = "fastrl, packed"
+# 1.14e9 weights. Copies of 4 rows have as many tokens at once as the packed batch has in all.
+ONE_BILLION: dict[str, Any] = {
+    "layers": 16, "hidden": 2048, "head_size": 128, "key_heads": 8, "vocab": 32000, "prompts": 1,
+    "completions": 16, "prompt_tokens": 4096, "tokens": 1024, "copies": 4,
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What one way took: peak MiB, and the largest difference of a parameter's gradient from the
+    packed one's, relative. reason: why it has no figures."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_mib: float | None = None
+    loss: float = math.nan
+    grad_difference: float = math.nan
+    reason: str = ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,146 +57,106 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt-tokens", type=int, default=256)
     p.add_argument("--tokens", type=int, default=64, help="of a completion")
     p.add_argument("--ragged", action="store_true", help="lengths from half of these up to them")
+    p.add_argument("--copies", type=int, help="padded rows at once (default: all)")
     p.add_argument("--vocab", type=int, default=8192)
     p.add_argument("--hidden", type=int, default=256)
     p.add_argument("--head-size", type=int, default=64)
     p.add_argument("--key-heads", type=int, help="default: as many as heads")
     p.add_argument("--layers", type=int, default=4)
+    p.add_argument("--one-billion", action="store_true", help="other defaults: 1.14e9 weights")
     p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--seconds", type=float, default=math.inf, help="begin no round after these")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--json", type=Path, help="the figures, as far as they are known, after each")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parser().parse_args(argv)
+    start = time.monotonic()
+    p = parser()
+    if p.parse_args(argv).one_billion:
+        p.set_defaults(**ONE_BILLION)
+    options = p.parse_args(argv)
     fastrl.hf.register()
     prompts, completions = tokens(options)
     batch = pack_groups(prompts, completions).to(options.device)
     advantages, old = (torch.randn(len(batch.target_ids), device=options.device) for _ in range(2))
     old = 0.1 * old - math.log(options.vocab)  # as of a fresh model: some ratios are clipped
-    updates = {
-        name: padded(name, options, prompts, completions, advantages, old) for name in PADDED
-    }
-    updates[PACKED] = packed(options, batch, advantages, old)
-    show(measure(updates, options), options)
+    ours, copies = (language_model(options, name) for name in ("fastrl", "sdpa"))
+    rows = padded_rows(options, prompts, completions, advantages, old)
+    updates = {PACKED: (ours, functools.partial(packed, ours, batch, advantages, old))}
+    updates |= {way: (copies, functools.partial(padded, copies, way, rows)) for way in PADDED}
+    record: dict[str, Any] = {}
+    for runs in measure(updates, options, start + options.seconds):
+        record = describe(options) | {"runs": {name: asdict(run) for name, run in runs.items()}}
+        if options.json:
+            half = options.json.with_suffix(".new")  # whoever kills this process finds a whole file
+            half.write_text(json.dumps(record))
+            half.replace(options.json)
+    print("\n".join(update_table.lines(record)))
 
 
-def tokens(options: argparse.Namespace) -> tuple[list[Tensor], list[list[Tensor]]]:
-    drawn, generator = random.Random(0), torch.Generator().manual_seed(0)
-
-    def some(most: int) -> Tensor:
-        length = drawn.randint(max(1, most // 2), most) if options.ragged else most
-        return torch.randint(options.vocab, (length,), generator=generator)
-
-    prompts = [some(options.prompt_tokens) for _ in range(options.prompts)]
-    return prompts, [[some(options.tokens) for _ in range(options.completions)] for _ in prompts]
-
-
-def language_model(options: argparse.Namespace, attention: str) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    heads = max(1, options.hidden // options.head_size)
-    config = LlamaConfig(
-        vocab_size=options.vocab, hidden_size=options.hidden, num_attention_heads=heads,
-        num_key_value_heads=options.key_heads or heads, num_hidden_layers=options.layers,
-        intermediate_size=4 * options.hidden, attn_implementation=attention, pad_token_id=0,
-        max_position_embeddings=options.prompt_tokens + options.tokens, use_cache=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(options.device, getattr(torch, options.dtype))
-    return model.train()
-
-
-def learn_by_our_head(
-    hidden: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: Tensor
-) -> Tensor:
-    def per_token(logprobs: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
-        losses = fastrl.ppo_loss(logprobs, old[rows], advantages[rows], reduction="none")
-        return losses / len(ids)
-
-    loss, _, _ = fastrl.linear_token_loss(hidden, weight, ids, per_token)
-    loss.backward()
-    return loss.detach()
-
-
-def packed(
-    options: argparse.Namespace, batch: PackedBatch, advantages: Tensor, old: Tensor
-) -> tuple[Any, Update]:
-    model = language_model(options, "fastrl")
-
-    def update() -> Tensor:
-        hidden = model.model(
-            batch.token_ids[None], position_ids=batch.layout.position_ids[None], layout=batch.layout
-        ).last_hidden_state[0]
-        rows, weight = hidden[batch.predict_index], model.lm_head.weight
-        return learn_by_our_head(rows, weight, batch.target_ids, old, advantages)
-
-    return model, update
-
-
-def padded(
-    name: str,
-    options: argparse.Namespace,
-    prompts: list[Tensor],
-    completions: list[list[Tensor]],
-    advantages: Tensor,
-    old: Tensor,
-) -> tuple[Any, Update]:
-    """Prompts padded on the left and completions on the right, as trainers do; where no row needs
-    padding there is no mask, and torch's attention may take its quickest way."""
-    model = language_model(options, "sdpa")
-    before, after = max(map(len, prompts)), max(len(c) for group in completions for c in group)
-    rows = [(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
-    ids = torch.zeros(len(rows), before + after, dtype=torch.int64)
-    exists = torch.zeros_like(ids)
-    for row, (prompt, completion) in enumerate(rows):
-        at = slice(before - len(prompt), before + len(completion))
-        ids[row, at], exists[row, at] = torch.cat([prompt, completion]), 1
-    ids, exists = ids.to(options.device), exists.to(options.device)
-    is_target = exists[:, before:].bool()
-    given: dict[str, Any] = {"attention_mask": exists} if not bool(exists.all()) else {}
-    if given:
-        given["position_ids"] = (exists.cumsum(1) - 1).clamp(min=0)
-
-    def update() -> Tensor:
-        targets = ids[:, before:]
-        if name == OUR_HEAD:
-            hidden = model.model(ids, **given).last_hidden_state[:, before - 1 : -1][is_target]
-            weight = model.lm_head.weight
-            return learn_by_our_head(hidden, weight, targets[is_target], old, advantages)
-        kept = after + 1 if name == NEEDED_LOGITS else 0  # 0: all
-        logits = model(ids, logits_to_keep=kept, **given).logits[:, -after - 1 : -1]
-        every = logits.float().log_softmax(-1)
-        logprobs = every.gather(-1, targets[..., None])[..., 0][is_target]
-        loss = fastrl.ppo_loss(logprobs, old, advantages)
-        loss.backward()
-        return loss.detach()
-
-    return model, update
-
-
-def measure(updates: dict[str, tuple[Any, Update]], options: argparse.Namespace) -> dict[str, Any]:
-    """Of each: seconds of its rounds, peak MiB, its loss and its gradients from the first call."""
+def measure(
+    updates: dict[str, tuple[Any, Update]], options: argparse.Namespace, deadline: float
+) -> Iterator[dict[str, Run]]:
+    """What is known, after each call: the first of each, the packed one before the others, then
+    rounds. A way that the memory has no room for is not asked again."""
     device = torch.device(options.device)
-    found: dict[str, Any] = {}
-    for name, (model, update) in updates.items():
-        loss = float(update())
-        grads = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
-        peak = memory.peak_extra_mib(update, device) if memory.can_measure(device) else None
-        found[name] = {"seconds": [], "loss": loss, "grads": grads, "peak": peak}
-    for _ in range(options.rounds):
+    runs = {name: Run() for name in updates}
+    expected: list[Tensor] = []
+    for turn in range(1 + options.rounds):
+        began = time.monotonic()
         for name, (model, update) in updates.items():
+            run = runs[name]
+            if run.reason:
+                continue
+            try:
+                if turn:
+                    run.seconds.append(_seconds(update, device))
+                else:
+                    grads = _first(run, model, update, device)
+                    expected = grads if name == PACKED else expected
+                    run.grad_difference = difference(grads, expected)
+                    del grads
+            except torch.OutOfMemoryError:
+                run.reason = "out of memory"
             model.zero_grad()
-            start = now(options.device)
-            update()
-            found[name]["seconds"].append(now(options.device) - start)
-    return found
+            if turn == 0:
+                memory.release(device)
+            yield runs
+        if turn and 2 * time.monotonic() - began > deadline:  # as long as the last one took
+            return
 
 
-def now(device: str) -> float:
-    if device != "cpu":
+def _first(run: Run, model: Any, update: Update, device: torch.device) -> list[Tensor]:
+    """The gradients; loss and peak memory are entered. Off a GPU the memory is a second call's:
+    what the first one loads is part of the process, and not of the update."""
+    losses: list[Tensor] = []
+
+    def call() -> None:
+        losses.append(update())
+
+    if device.type == "cuda":
+        run.peak_mib = memory.peak_extra_mib(call, device)
+    else:
+        call()
+    run.loss = float(losses[0])
+    grads = [p.grad for p in model.parameters()]
+    if device.type != "cuda" and memory.can_measure(device):
+        model.zero_grad()
+        run.peak_mib = memory.peak_extra_mib(update, device)
+    return grads
+
+
+def _seconds(update: Update, device: torch.device) -> float:
+    start = now(device)
+    update()
+    return now(device) - start
+
+
+def now(device: torch.device) -> float:
+    if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
 
@@ -192,29 +167,14 @@ def difference(grads: list[Tensor], others: list[Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)
 
 
-def show(found: dict[str, Any], options: argparse.Namespace) -> None:
-    where = cpu_name() if options.device == "cpu" else torch.cuda.get_device_name()
-    lengths = "up to " if options.ragged else ""
-    print(
-        f"GRPO update of a Llama of {options.layers} layers, hidden {options.hidden}, "
-        f"V {options.vocab}, {options.dtype}: {options.prompts} prompts x {options.completions} "
-        f"completions, {lengths}{options.prompt_tokens} + {options.tokens} tokens\n"
-        f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {version_of('transformers')}; median of {options.rounds} rounds, in turns\n"
-    )
-    print(f"{'':32}{'s':>9}{'/ packed':>10}{'peak MiB':>10}{'/ packed':>10}{'loss':>12}{'grad':>9}")
-    ours = found[PACKED]
-    mine = statistics.median(ours["seconds"])
-    for name, run in found.items():
-        seconds, peak = statistics.median(run["seconds"]), run["peak"]
-        memories = f"{'?':>10}{'?':>10}"
-        if peak is not None:
-            memories = f"{peak:10.0f}{peak / max(ours['peak'], 1e-9):9.2f}x"
-        print(
-            f"{name:32}{seconds:9.3f}{seconds / mine:9.2f}x{memories}{run['loss']:12.7f}"
-            f"{difference(run['grads'], ours['grads']):9.1e}"
-        )
-    print("\ngrad: largest difference of a parameter's gradient from the packed one, relative")
+def describe(options: argparse.Namespace) -> dict[str, Any]:
+    is_cpu = options.device == "cpu"
+    given = {k: v for k, v in vars(options).items() if k not in ("json", "seconds")}
+    return {
+        "options": given, "where": cpu_name() if is_cpu else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "transformers": version_of("transformers"),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

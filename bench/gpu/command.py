@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0; 1 if a part failed; 2 if nothing could be run.",
     )
     p.add_argument("--out", type=Path, help="OUT=: default bench/results/<gpu>")
-    p.add_argument("--only", default="", help="ONLY=: of build, tests and the ops, with commas")
+    p.add_argument(
+        "--only", default="", help="ONLY=: of build, tests, the ops and update, with commas"
+    )
     p.add_argument("--commit", default="", help="COMMIT=: the stamp (default: git's own)")
     p.add_argument("--wheels", type=Path, help="WHEELS=: a folder of packages to use beside these")
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help=argparse.SUPPRESS)
@@ -112,6 +114,8 @@ def _gather(
     rows = [{k: v for k, v in asdict(o).items() if k != "tail"} for o in runner.outcomes]
     found = merge(environment, [files.results(part.name) for part in parts])
     found.environment |= {"commit": environment["commit"], "parts": rows}
+    if files.update.exists():
+        found.environment["update"] = json.loads(files.update.read_text())
     results.save(found, files.merged)
     results.save(found, out / "results.json")
     pictures = sorted(files.pictures.glob("*.png"))[:_MOST_PICTURES]

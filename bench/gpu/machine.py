@@ -75,7 +75,7 @@ def facts(device: str) -> dict[str, Any]:
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         environment |= {"driver": _driver(), "nvcc": _nvcc_release(), "triton": _version("triton")}
-    wanted = ("pytest", "pytest-xdist", "pytest-timeout", "matplotlib")
+    wanted = ("pytest", "pytest-xdist", "pytest-timeout", "matplotlib", "transformers")
     packages = {name: _version(name) is not None for name in wanted}
     found = select([], quick=True, device=device)
     # An op without a size that fills a GPU has nothing to show there yet.

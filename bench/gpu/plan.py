@@ -14,6 +14,8 @@ TOTAL = 520.0
 WHEELS, CHECK, BUILD, TESTS, PICTURES = 30.0, 80.0, 120.0, 150.0, 30.0
 TEST = 50  # of one test, its kernels' compilation included; a hang costs its worker no more
 
+_UPDATE = "update"
+_UPDATE_WEIGHT = 14.0  # four ways to do it take some 6 s a round, and transformers 15 s to import
 _HEAVY = {"attention": 3.0}  # FlexAttention, forward and backward, is compiled for each case
 # As many cases as a start is worth: Python, torch, the GPU's context, the first kernels.
 _START = 1.5
@@ -57,6 +59,10 @@ class Files:
     def packages(self) -> Path:
         return self.folder / "packages"
 
+    @property
+    def update(self) -> Path:
+        return self.folder / "update.json"
+
     def results(self, op: str) -> Path:
         return self.folder / f"bench-{op}.json"
 
@@ -72,13 +78,13 @@ def check_part(device: str, files: Files) -> Part:
 
 
 def plan(only: list[str], machine: dict[str, Any], files: Files) -> list[Part]:
-    """Build, tests, a bench for each op, pictures; of them what `only` names.
+    """Build, tests, a bench for each op, a model's update, pictures; of them what `only` names.
 
     Raises:
         Refused: `only` names something else.
     """
     ops = machine["ops"]
-    known = ["build", "tests", *ops]
+    known = ["build", "tests", *ops, _UPDATE]
     unknown = [name for name in only if name not in known]
     if unknown:
         raise Refused(
@@ -96,6 +102,8 @@ def plan(only: list[str], machine: dict[str, Any], files: Files) -> list[Part]:
         bench = [*python, "fastrl", "bench", op, "--device", machine["environment"]["device"]]
         command = [*bench, "--quick", "--seconds", SECONDS, "--json", str(files.results(op))]
         parts.append(Part(op, command, weight=_START + ops[op] * _HEAVY.get(op, 1.0)))
+    if not only or _UPDATE in only:
+        parts.append(_update_part(machine, files))
     if chosen:
         parts.append(_pictures_part(machine, files))
     return parts
@@ -143,6 +151,16 @@ def gpu_test_files(folder: Path = ROOT / "tests") -> list[Path]:
 
     files = sorted(folder.rglob("test_*.py"))
     return [p for p in files if names_it(p) or names_it(p.with_name("conftest.py"))]
+
+
+def _update_part(machine: dict[str, Any], files: Files) -> Part:
+    if not machine["packages"]["transformers"]:
+        return Part(_UPDATE, [], verdict=(SKIPPED, "transformers is not installed"))
+    device = machine["environment"]["device"]
+    command = [sys.executable, "-m", "bench.grpo_update", "--device", device]
+    command += ["--one-billion", "--dtype", "bfloat16"] if device == "cuda" else []
+    command += ["--seconds", SECONDS, "--json", str(files.update)]
+    return Part(_UPDATE, command, weight=_UPDATE_WEIGHT)
 
 
 def _pictures_part(machine: dict[str, Any], files: Files) -> Part:

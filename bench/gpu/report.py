@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import table
+from bench import table, update_table
 from bench.gpu.parts import OK, Outcome
 from bench.results import CaseResult, Results
 
@@ -81,6 +81,7 @@ def text(
         _parts(outcomes),
         _tests(tests),
         _results(found, outcomes),
+        _update(found),
         [f"![{path.stem}]({path.name})" for path in pictures],
         _logs(outcomes),
     ]
@@ -89,7 +90,8 @@ def text(
 
 def digest(found: Results, outcomes: list[Outcome], tests: Tests | None) -> str:
     """What to read first: for a terminal of which only the end may be seen."""
-    blocks = [_tests(tests)[:_MOST_LISTED], list(map(_one_line, found.cases)), _parts(outcomes)]
+    cases = list(map(_one_line, found.cases))
+    blocks = [_tests(tests)[:_MOST_LISTED], cases, _update(found), _parts(outcomes)]
     return "\n\n".join("\n".join(line[:_MOST_OF_A_MESSAGE] for line in b) for b in blocks if b)
 
 
@@ -165,6 +167,15 @@ def _table(found: Results, op: str) -> list[str]:
     cases = [case for case in found.cases if case.op == op]
     sections = list(table.sections(Results(found.environment, found.quick, cases)))
     return table.plain_lines(table.HEADER, sections)
+
+
+def _update(found: Results) -> list[str]:
+    record = found.environment.get("update")
+    return (
+        []
+        if record is None
+        else ["## An update of a model", "", *_fenced(update_table.lines(record))]
+    )
 
 
 def _fenced(lines: Iterable[str]) -> list[str]:

@@ -26,10 +26,26 @@ MACHINE = {
     "capability": "9.0",
     "packages": {
         "pytest": True, "pytest-xdist": True, "pytest-timeout": True, "matplotlib": True,
+        "transformers": True,
     },
     "gpu_is_shared": True,
     "ops": {"gae": 1, "token_logprobs": 3},
     "lacking": [],
+}  # fmt: skip
+
+
+RECORD = {
+    "options": {
+        "layers": 2, "hidden": 16, "vocab": 97, "dtype": "bfloat16", "prompts": 1, "tokens": 5,
+        "completions": 3, "prompt_tokens": 8, "ragged": False, "copies": 2,
+    },
+    "where": "A GPU", "threads": 1, "torch": "2.11.0", "transformers": "5.17.0",
+    "runs": {
+        "fastrl, packed": {
+            "seconds": [0.25], "peak_mib": 3.0, "loss": 0.5, "grad_difference": 0.0, "reason": "",
+        },
+        "padded copies, all logits": {"reason": "out of memory"},
+    },
 }  # fmt: skip
 
 
@@ -194,12 +210,16 @@ def test_an_interrupt_loses_nothing_either(files, tmp_path):
         bench("gae", files, "kill -INT $PPID; sleep 60", tmp_path), shell("true", name="pictures"),
     ]  # fmt: skip
     done = runner(files)
+    files.update.write_text(json.dumps(RECORD))
     try:
         assert command.run(done, parts, MACHINE["environment"], files, tmp_path / "out") == 1
     finally:
         signal.signal(signal.SIGINT, before)
     assert statuses(done) == {"gae": "interrupted", "pictures": "not reached"}
-    assert len(results.load(tmp_path / "out" / "results.json").cases) == 1
+    found = results.load(tmp_path / "out" / "results.json")
+    assert len(found.cases) == 1 and found.environment["update"] == RECORD
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "padded copies, all logits         out of memory" in text and "0.250     1.00x" in text
 
 
 def planned(only, files, **changes):
@@ -208,8 +228,9 @@ def planned(only, files, **changes):
 
 def test_only(files):
     assert [p.name for p in planned([], files)] == [
-        "build", "tests", "gae", "token_logprobs", "pictures",
+        "build", "tests", "gae", "token_logprobs", "update", "pictures",
     ]  # fmt: skip
+    assert [p.name for p in planned(["update"], files)] == ["build", "update"]
     assert [p.weight for p in planned([], files)[2:4]] == [2.5, 4.5]
     assert [p.name for p in planned(["build"], files)] == ["build"]
     assert [p.name for p in planned(["tests"], files)] == ["build", "tests"]
@@ -221,12 +242,12 @@ def test_only(files):
         planned(["build", "gea"], files)
 
 
-def test_a_machine_without_pytest_or_matplotlib(files, tmp_path):
+def test_a_machine_without_pytest_matplotlib_or_transformers(files, tmp_path):
     parts = planned([], files, packages=dict.fromkeys(MACHINE["packages"], False))
     done = runner(files)
-    for part in (parts[1], parts[-1]):
+    for part in (parts[1], *parts[-2:]):
         done.run(part)
-    assert statuses(done) == {"tests": "failed", "pictures": "skipped"}
+    assert statuses(done) == {"tests": "failed", "update": "skipped", "pictures": "skipped"}
     text = report.text(results_of("gae"), done.outcomes, None, [])
     assert "pytest is not installed; put its wheel into WHEELS=folder" in text
     assert "| pictures | skipped | 0 | 0 | matplotlib is not installed |" in text
