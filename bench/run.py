@@ -53,7 +53,8 @@ class Bench:
             seconds: what the case should take. We are measured however long it takes; peers enter,
                 in order, until most of it is gone.
         """
-        stop = None if seconds is None else time.monotonic() + _ENTERING * seconds
+        start = time.monotonic()
+        stop = None if seconds is None else start + _ENTERING * seconds
         # Else a second shape would be compiled as a dynamic one. Between peers it would throw away
         # what is to be timed.
         torch.compiler.reset()
@@ -91,7 +92,10 @@ class Bench:
                 field.enter_peer(peer)
         if field.contestants:
             try:
-                self._take_turns(case, workload, field, result, run_rounds)
+                patience = self.budget.patience_seconds
+                if seconds is not None:
+                    patience = min(patience, max(0.0, start + seconds - time.monotonic()))
+                self._take_turns(case, workload, field, result, patience, run_rounds)
             except Exception as error:  # of any contestant: this case is lost, the others are not
                 traceback.print_exc()
                 result.wrong = f"{case.op}: while being timed, {type(error).__name__}: {error}"
@@ -104,6 +108,7 @@ class Bench:
         workload: Workload,
         field: Field,
         result: CaseResult,
+        patience: float,
         run_rounds: RunRounds | None,
     ) -> None:
         ceilings: dict[str, Copy | Product] = {"copy": self._copy}
@@ -115,7 +120,7 @@ class Bench:
         with torch.set_grad_enabled(case.mode != "forward"):
             take_turns(
                 first, [*others, *turns.values()], self.device, probe=self._probe,
-                patience_seconds=self.budget.patience_seconds, run_rounds=run_rounds,
+                patience_seconds=patience, run_rounds=run_rounds,
             )  # fmt: skip
         seconds = {name: statistics.median(c.kept) for name, c in turns.items()}
         result.copy_gb_s = self._copy.bytes / seconds["copy"] / 1e9

@@ -76,9 +76,14 @@ _LARGE = [
         devices=CUDA, dtype=BF16, mode="both", targets=(_beats(_FLASH, 1.15), _beats(_FLEX, 1)),
     ),
     Case(
-        "attention", (1, 32, 8, 14329, 14329, 128), "ragged completions: a training step",
-        devices=CUDA, dtype=BF16, mode="both", layout="2048 + 16 x 256..1280",
-        targets=(_beats(_FLEX, 1.2),),
+        "attention", (1, 48, 48, 32765, 32765, 128), "ragged rows, nothing shared, nothing padded",
+        devices=CUDA, dtype=BF16, mode="both", layout="8 x 2048..6144",
+        targets=(_beats(_FLEX, 1),),
+    ),
+    Case(
+        "attention", (1, 32, 8, 20473, 20473, 128), "ragged completions: a training step",
+        devices=CUDA, dtype=BF16, mode="both", layout="4096 + 16 x 512..1536",
+        targets=(_beats(_COPIES, 2.8), _beats(_FLEX, 1.2)),
     ),
     Case(
         "attention", (1, 32, 8, 20480, 20480, 128), "a group of 16 on a long prompt: scoring",

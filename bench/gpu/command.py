@@ -142,6 +142,7 @@ def merge(environment: dict[str, Any], paths: list[Path]) -> Results:
             continue
         if not found.cases:
             found.environment |= one.environment
+        found.quick &= one.quick
         found.cases += one.cases
     return found
 

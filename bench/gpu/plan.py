@@ -100,7 +100,8 @@ def plan(only: list[str], machine: dict[str, Any], files: Files) -> list[Part]:
         parts.append(_tests_part(chosen, machine, files))
     for op in chosen:
         bench = [*python, "fastrl", "bench", op, "--device", machine["environment"]["device"]]
-        command = [*bench, "--quick", "--seconds", SECONDS, "--json", str(files.results(op))]
+        command = [*bench, *([] if only else ["--quick"]), "--seconds", SECONDS]
+        command += ["--json", str(files.results(op))]
         parts.append(Part(op, command, weight=_START + ops[op] * _HEAVY.get(op, 1.0)))
     if not only or _UPDATE in only:
         parts.append(_update_part(machine, files))

@@ -112,29 +112,33 @@ def _flex(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
 
 
 def _copies(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
-    """What trainers do without layouts: the prompt once for each of its completions, which must
-    be of one length. Gathering the copies is timed: their gradients must be added up, too."""
+    """What trainers do without layouts: the prompt once for each of its completions, which end in
+    padding where they differ in length. Making the copies is timed: their gradients must be added
+    up, too."""
     layout = arguments.get("layout")
     if layout is None or "window" in case.options or "softcap" in case.options:
         raise Unavailable("is for shared prompts alone")
     prompt, lengths = _depth_one(layout)
-    if len(set(lengths)) != 1:
-        raise Unavailable("would need padding: the completions differ in length")
-    index = torch.stack(
-        [
-            torch.cat([torch.arange(prompt), torch.arange(n) + prompt + i * n])
-            for i, n in enumerate(lengths)
-        ]
-    ).to(arguments["query"].device)  # [C, prompt + n]
-    attend = torch.nn.functional.scaled_dot_product_attention
+    rows, longest = len(lengths), max(lengths)
     query, key, value = (arguments[k] for k in ("query", "key", "value"))
-    gqa = query.shape[1] != key.shape[1]
+    is_token = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    # What stands in the padding is seen by no token before it; its own results are left out.
+    padded = (is_token.flatten().cumsum(0) - 1 + prompt).to(query.device)
+    tokens = is_token.flatten().nonzero()[:, 0].to(query.device)
+    is_ragged = not bool(is_token.all())
+
+    def copies(x: Tensor) -> Tensor:  # [1, H, N, D] -> [C, H, prompt + longest, D]
+        own = x[0].index_select(1, padded) if is_ragged else x[0, :, prompt:]
+        each = own.unflatten(1, (rows, longest)).transpose(0, 1)
+        return torch.cat([x[:, :, :prompt].expand(rows, -1, -1, -1), each], dim=2)
 
     def run() -> Outputs:
-        # [1, H, N, D] -> [C, H, prompt + n, D]
-        q, k, v = (x[0][:, index].transpose(0, 1) for x in (query, key, value))
-        out = attend(q, k, v, is_causal=True, enable_gqa=gqa)
+        gqa = query.shape[1] != key.shape[1]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            copies(query), copies(key), copies(value), is_causal=True, enable_gqa=gqa
+        )
         own = out[:, :, prompt:].transpose(0, 1).flatten(1, 2)
+        own = own.index_select(1, tokens) if is_ragged else own
         return (torch.cat([out[0, :, :prompt], own], dim=1)[None],)
 
     return run

@@ -12,21 +12,26 @@ from bench.workloads.pieces import BLOCK, SEED, in_blocks, size_in_bytes
 from fastrl import reference
 from fastrl.layout import PackedLayout
 
-_GROUP = re.compile(r"(\d+) \+ (\d+) x (\d+)(?:\.\.(\d+))?")
+_GROUP = re.compile(r"(?:(\d+) \+ )?(\d+) x (\d+)(?:\.\.(\d+))?")
 
 
 def layout_of(text: str) -> PackedLayout:
     """ "512 + 16 x 128": a prompt of 512 tokens with 16 completions of 128; "300 + 8 x 16..240":
-    with 8 whose lengths rise evenly; several groups with commas between them."""
+    with 8 whose lengths rise evenly; without a prompt, rows that share nothing; several groups with
+    commas between them."""
     lengths, prefix = [], []
     for group in text.split(", "):
         found = _GROUP.fullmatch(group)
         assert found, group
-        prompt, count, low = (int(x) for x in found.groups()[:3])
+        count, low = int(found[2]), int(found[3])
         high = int(found[4] or low)
         steps = max(count - 1, 1)
-        prefix += [-1] + [len(lengths)] * count
-        lengths += [prompt, *(low + (high - low) * i // steps for i in range(count))]
+        if found[1]:
+            prefix += [-1] + [len(lengths)] * count
+            lengths.append(int(found[1]))
+        else:
+            prefix += [-1] * count
+        lengths += [low + (high - low) * i // steps for i in range(count)]
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     return PackedLayout(bounds, torch.tensor(prefix, dtype=torch.int32))
 

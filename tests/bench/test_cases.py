@@ -25,6 +25,8 @@ ATTENTION = [
     Case("attention", (1, 2, 2, 21, 21, 8), "softcap", options={"softcap": 5.0}),
     Case("attention", (3, 4, 2, 1, 64, 16), "decoding", inputs=("key_end",)),
     Case("attention", (1, 4, 2, 44, 44, 16), "group", mode="both", layout="20 + 3 x 8"),
+    Case("attention", (1, 4, 2, 27, 27, 16), "ragged group", mode="both", layout="12 + 3 x 2..8"),
+    Case("attention", (1, 4, 2, 18, 18, 16), "rows of their own", layout="3 x 4..8"),
     Case("attention", (1, 4, 2, 54, 54, 16), "ragged", layout="12 + 3 x 2..8, 9 + 2 x 4..14"),
 ]
 
@@ -79,9 +81,9 @@ def test_pairs_are_counted_as_the_mask_shows_them(case):
 
 
 def test_layouts_are_read_from_their_text():
-    layout = layout_of("20 + 3 x 8, 5 + 2 x 1..4")
-    assert layout.cu_seqlens.diff().tolist() == [20, 8, 8, 8, 5, 1, 4]
-    assert layout.prefix.tolist() == [-1, 0, 0, 0, -1, 4, 4]
+    layout = layout_of("20 + 3 x 8, 2 x 6..7, 5 + 2 x 1..4")
+    assert layout.cu_seqlens.diff().tolist() == [20, 8, 8, 8, 6, 7, 5, 1, 4]
+    assert layout.prefix.tolist() == [-1, 0, 0, 0, -1, -1, -1, 6, 6]
 
 
 def peer_errors(case):
@@ -143,7 +145,7 @@ def test_the_other_attentions_compute_the_case_or_say_why_not(case, uncompiled):
     softcap = "softcap" in case.options
     assert ("torch SDPA, math" in runs) is (not softcap)
     assert ("torch SDPA, flash" in runs) is (not softcap)
-    assert ("torch SDPA, a copy of the prompt each" in runs) == (case.reason == "group")
+    assert ("torch SDPA, a copy of the prompt each" in runs) == case.reason.endswith("group")
     assert found["torch SDPA, cuDNN"] in ("runs on a GPU alone", "has no softcap")
 
 

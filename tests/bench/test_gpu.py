@@ -237,6 +237,7 @@ def test_only(files):
     parts = planned(["gae"], files)
     assert [p.name for p in parts] == ["build", "tests", "gae", "pictures"]
     assert parts[1].command[parts[1].command.index("-k") + 1] == "gae"
+    assert "--quick" in planned([], files)[2].command and "--quick" not in parts[2].command
     assert "-k" not in planned(["gae", "tests"], files)[1].command
     with pytest.raises(plan.Refused, match="expected ONLY in build, tests, gae, .*, got gea. Name"):
         planned(["build", "gea"], files)
