@@ -113,7 +113,7 @@ def _flex(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
 
 def _copies(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
     """What trainers do without layouts: the prompt once for each of its completions, which end in
-    padding where they differ in length. Making the copies is timed: their gradients must be added
+    padding where they differ in length; through flash, which needs no mask for that. Making the copies is timed: their gradients must be added
     up, too."""
     layout = arguments.get("layout")
     if layout is None or "window" in case.options or "softcap" in case.options:
@@ -126,6 +126,7 @@ def _copies(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
     padded = (is_token.flatten().cumsum(0) - 1 + prompt).to(query.device)
     tokens = is_token.flatten().nonzero()[:, 0].to(query.device)
     is_ragged = not bool(is_token.all())
+    kernel = importlib.import_module("torch.nn.attention")
 
     def copies(x: Tensor) -> Tensor:  # [1, H, N, D] -> [C, H, prompt + longest, D]
         own = x[0].index_select(1, padded) if is_ragged else x[0, :, prompt:]
@@ -134,9 +135,10 @@ def _copies(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
 
     def run() -> Outputs:
         gqa = query.shape[1] != key.shape[1]
-        out = torch.nn.functional.scaled_dot_product_attention(
-            copies(query), copies(key), copies(value), is_causal=True, enable_gqa=gqa
-        )
+        with kernel.sdpa_kernel(kernel.SDPBackend.FLASH_ATTENTION):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                copies(query), copies(key), copies(value), is_causal=True, enable_gqa=gqa
+            )
         own = out[:, :, prompt:].transpose(0, 1).flatten(1, 2)
         own = own.index_select(1, tokens) if is_ragged else own
         return (torch.cat([out[0, :, :prompt], own], dim=1)[None],)
