@@ -9,6 +9,9 @@ BF16 = torch.bfloat16
 GRADIENT_MIB = 1024 * 151936 * 4 / 2**20
 MEMORY_SLACK_MIB = 2.0  # what the system's own count of resident pages is off by
 ENTROPY = {"return_entropy": True}
+_TRL, _LIGER, _COMPILED = (
+    Target(peer, "ratio", at_least=1, device="cuda") for peer in ("TRL *", "Liger *", "torch.comp*")
+)
 
 TOKEN_LOGPROBS = [
     Case(
@@ -75,12 +78,17 @@ TOKEN_LOGPROBS = [
     Case(
         "token_logprobs", (8192, 151936), "vocabulary 152k, a GPU's batch: scoring, with entropy",
         dtype=BF16, options=ENTROPY, devices=CUDA, quick=True,
-        targets=(Target("fastrl", "share_of_ceiling", at_least=0.9, device="cuda"),),
+        targets=(
+            Target("fastrl", "share_of_ceiling", at_least=0.9, device="cuda"),
+            _TRL, _LIGER, _COMPILED,
+        ),
     ),
     Case(
         "token_logprobs", (8192, 151936), "the same: a training step", dtype=BF16, mode="both",
         options=ENTROPY, in_place=True, devices=CUDA, quick=True,
-        targets=(Target("fastrl", "share_of_ceiling", at_least=0.85, device="cuda"),),
+        targets=(
+            Target("fastrl", "share_of_ceiling", at_least=0.85, device="cuda"), _TRL, _COMPILED,
+        ),
     ),
     Case(
         "token_logprobs", (8191, 50257), "odd rows and vocabulary: nothing is aligned",
