@@ -113,8 +113,8 @@ def _flex(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
 
 def _copies(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
     """What trainers do without layouts: the prompt once for each of its completions, which end in
-    padding where they differ in length; through flash, which needs no mask for that. Making the copies is timed: their gradients must be added
-    up, too."""
+    padding where they differ in length; through flash, which needs no mask for that. Making the
+    copies is timed: their gradients must be added up, too."""
     layout = arguments.get("layout")
     if layout is None or "window" in case.options or "softcap" in case.options:
         raise Unavailable("is for shared prompts alone")
