@@ -41,6 +41,20 @@ def check_bounds(bounds: Tensor, num_segments: int) -> None:
         )
 
 
+def check_completions(completions: Tensor, count: int) -> None:
+    check_tensor("PackedBatch.take", "completions", completions)
+    if completions.dtype != torch.bool:
+        raise TypeError(
+            f"PackedBatch.take: expected completions bool, got {completions.dtype}. "
+            "Pass True for each one that stays."
+        )
+    if completions.shape != (count,):
+        raise ValueError(
+            f"PackedBatch.take: expected completions [C] = ({count},), got "
+            f"{tuple(completions.shape)}. Pass True or False for each of them."
+        )
+
+
 def subtree_ends(parents: Tensor) -> Tensor:
     """[S] int64: the first segment after each that does not continue it, at any depth.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrl._paths import ranges
+from fastrl._paths import offsets, ranges
 from fastrl.layout import PackedBatch
 from fastrl.models.protocol import Head
 
@@ -139,11 +139,8 @@ class LSTMLanguageModel(nn.Module):
             hidden: [M, D]; row m has seen all that comes before target m.
         """
         layout, device = batch.layout, batch.token_ids.device
-        starts, parents, lengths = (
-            layout._host_bounds[:-1],
-            layout._host_prefix,
-            _lengths_read(batch),
-        )
+        starts, parents = layout._host_bounds[:-1], layout._host_prefix
+        lengths = _lengths_read(batch)
         depth = _depths(parents)
         place = torch.empty_like(starts)  # of each segment's state among those of its depth
         row = torch.empty(layout.num_tokens, dtype=torch.int64)  # of each token that is read
@@ -156,9 +153,8 @@ class LSTMLanguageModel(nn.Module):
                 above = place[parents[segments]].to(device)
                 state = state[0][:, above], state[1][:, above]
             tokens = ranges(starts[segments], lengths[segments])
-            ends = torch.nn.functional.pad(lengths[segments].cumsum(0), (1, 0))
             token_ids = batch.token_ids[tokens.to(device)]
-            here, state = self.packed_hidden_states(token_ids, ends, state)
+            here, state = self.packed_hidden_states(token_ids, offsets(lengths[segments]), state)
             row[tokens] = torch.arange(num_read, num_read + len(tokens))
             hidden.append(here)
             num_read += len(tokens)

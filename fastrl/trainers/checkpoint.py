@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from fastrl.models import storage
+from fastrl.models.tensor_file import import_safetensors, write_tensors
 from fastrl.trainers import _checkpoint_files as files
 from fastrl.trainers import _tree
 from fastrl.trainers._checkpoint_files import CheckpointError, beside, standing
 from fastrl.trainers._resume import moments, reference_tensors, resume, state_tree
-from fastrl.trainers._tensor_file import import_safetensors, write_tensors
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
