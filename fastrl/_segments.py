@@ -104,6 +104,14 @@ def last_tokens_before(bounds: Tensor, parents: Tensor) -> Tensor:
     return bounds[above + 1] - 1
 
 
+def depths(parents: Tensor) -> list[int]:
+    """[S]: how many segments each one continues, at any distance. Parents stand before children."""
+    found: list[int] = []
+    for parent in parents.tolist():
+        found.append(found[parent] + 1 if parent >= 0 else 0)
+    return found
+
+
 def depth_first_order(parents: list[int]) -> list[int]:
     """All segments, each followed by those that continue it, siblings in the given order."""
     children: dict[int, list[int]] = {}

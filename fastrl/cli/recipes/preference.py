@@ -10,23 +10,21 @@ trained on, so the folds' models have read those as texts.
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from fastrl.cli.recipes.build import Parts
+from fastrl.cli.recipes.folder import RecipeFolder
 from fastrl.cli.recipes.schema import FOLDS
 from fastrl.cli.recipes.start import write_whole
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.cli.training.interruption import StopRequest
 from fastrl.trainers.loggers import JsonLines, ProgressBar
 
-if TYPE_CHECKING:
-    from fastrl.cli.recipes.run import RecipeFolder
-
 
 def train_preference(
-    parts: Parts, folder: "RecipeFolder", stop: StopRequest, console: Console
+    parts: Parts, folder: RecipeFolder, stop: StopRequest, console: Console
 ) -> None:
     """Train, calibrate, cross-validate and write what came of it.
 
@@ -50,7 +48,7 @@ def train_preference(
 
 
 def _trained(
-    parts: Parts, folder: "RecipeFolder", stop: StopRequest, console: Console
+    parts: Parts, folder: RecipeFolder, stop: StopRequest, console: Console
 ) -> dict[str, Any]:
     """The documents of results.json; the model is in its place then."""
     from fastrl.rewards.preference import (
@@ -98,9 +96,7 @@ def _trained(
     return results
 
 
-def _cross_validated(
-    parts: Parts, folder: "RecipeFolder", config: Any, folds: int
-) -> dict[str, Any]:
+def _cross_validated(parts: Parts, folder: RecipeFolder, config: Any, folds: int) -> dict[str, Any]:
     """Of each fold, and of all pairs by models that have not seen their prompts."""
     from fastrl.rewards.preference import cross_validate
 

@@ -2,24 +2,22 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from fastrl.cli.recipes import trained_on
 from fastrl.cli.recipes.build import Parts
+from fastrl.cli.recipes.folder import RecipeFolder
 from fastrl.cli.recipes.models import load_tokenizer
 from fastrl.cli.recipes.supervised import SupervisedTraining
 from fastrl.cli.training.interruption import Interrupted, StopRequest
 from fastrl.models.storage import save_model
 from fastrl.trainers.loggers import JsonLines, ProgressBar
 
-if TYPE_CHECKING:
-    from fastrl.cli.recipes.run import RecipeFolder
-
 
 def prepare_start(
-    parts: Parts, policy: Any, folder: "RecipeFolder", stop: StopRequest, console: Console
+    parts: Parts, policy: Any, folder: RecipeFolder, stop: StopRequest, console: Console
 ) -> bool:
     """What comes before the algorithm; True where there is another policy to begin with then.
 
@@ -52,7 +50,7 @@ def prepare_start(
 
 
 def _train(
-    parts: Parts, policy: Any, folder: "RecipeFolder", stop: StopRequest, console: Console
+    parts: Parts, policy: Any, folder: RecipeFolder, stop: StopRequest, console: Console
 ) -> None:
     recipe, data = parts.recipe, parts.data
     settings = recipe.supervised
@@ -88,7 +86,7 @@ def _train(
         training.train(on_step)
 
 
-def _write_start(folder: "RecipeFolder", policy: Any, parts: Parts) -> None:
+def _write_start(folder: RecipeFolder, policy: Any, parts: Parts) -> None:
     def write(place: Path) -> None:
         save_model(policy, place)
         parts.tokenizer.save_pretrained(place)
