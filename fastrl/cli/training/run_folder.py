@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from fastrl._disk import sync
 from fastrl.trainers.loggers import finite, json_line
 
 Folder = TypeVar("Folder", bound="RunFolder")
@@ -38,11 +39,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself
-    finally:
-        os.close(descriptor)
+    sync(path.parent)  # the rename itself
 
 
 class RunFolder:
