@@ -105,7 +105,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastrl.cli.recipes.toml import RecipeError, flat
+from fastrl.cli.recipes.toml import RecipeError, flattened
 from fastrl.trainers import ActorCriticConfig, PolicyGradientConfig
 
 CONFIGS: tuple[Any, ...] = (PolicyGradientConfig, ActorCriticConfig)
@@ -266,7 +266,7 @@ class Recipe:
 
     def differences(self, other: "Recipe") -> list[str]:
         """Keys that make this another run than `other`."""
-        mine, theirs = (flat(recipe.to_dict()) for recipe in (self, other))
+        mine, theirs = (flattened(recipe.to_dict()) for recipe in (self, other))
         return [
             key
             for key in sorted(mine.keys() | theirs.keys())

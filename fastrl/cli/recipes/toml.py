@@ -120,12 +120,12 @@ def _value(value: Any) -> str:
     raise TypeError(f"write_toml: expected TOML's types, got {type(value).__name__}.")
 
 
-def flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of a document by keys with dots in them; tuples become lists."""
     found: dict[str, Any] = {}
     for key, value in document.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
+            found |= flattened(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = list(value) if isinstance(value, tuple) else value
     return found

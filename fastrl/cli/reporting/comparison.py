@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fastrl.cli.recipes.toml import flat
+from fastrl.cli.recipes.toml import flattened
 from fastrl.cli.reporting.charts import letter, style
 from fastrl.cli.reporting.evaluations import gain_of
 from fastrl.cli.reporting.facts import INTERVAL_NOTE, interval, model_of, steps_of, time_of
@@ -61,7 +61,7 @@ def _comparison_row(runs: Sequence[RunData], index: int) -> str:
 
 def _differences(runs: Sequence[RunData]) -> str:
     """The recipes' keys that not all runs have alike."""
-    flat = [flat(run.recipe or run.config) for run in runs]
+    flat = [flattened(run.recipe or run.config) for run in runs]
     keys = dict.fromkeys(key for document in flat for key in document)
     different = [key for key in keys if any(d.get(key) != flat[0].get(key) for d in flat)]
     if not different:
