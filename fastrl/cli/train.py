@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # these need the extra packages, whose absence main reports first
     from rich.console import Console
     from tokenizers import Tokenizer
-    from torch import device as Device
 
     from fastrl.cli.training.corpus import Splits
     from fastrl.cli.training.interruption import StopRequest
@@ -44,6 +43,7 @@ def main(argv: list[str]) -> int:
         return command.main(argv)
     import tyro
 
+    from fastrl.cli.recipes.toml import RecipeError
     from fastrl.cli.training.corpus import CorpusError
     from fastrl.cli.training.interruption import StopRequest
     from fastrl.cli.training.run_folder import RunFolderError
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
             return _train(settings, stop)
     except SystemExit as error:  # of tyro: --help, or an option that it does not know
         return error.code if isinstance(error.code, int) else 2
-    except (CorpusError, RunFolderError, SettingsError) as error:
+    except (CorpusError, RecipeError, RunFolderError, SettingsError) as error:
         return _fail(str(error))
     except FloatingPointError as error:
         return _fail(str(error), status=1)
@@ -134,13 +134,14 @@ def _prepared_run(
 
     import fastrl.ops
     import fastrl.reference
+    from fastrl.cli.recipes.models import find_device
     from fastrl.cli.training.run_folder import MetricsLog, RunFolder
     from fastrl.cli.training.stages import Run
     from fastrl.cli.training.text_data import prepare
     from fastrl.rewards import ContinuationReward
 
     torch.set_num_threads(settings.threads)
-    device = _device(settings.device)
+    device = find_device(settings.device, "--device")
     if settings.resume is not None:
         folder = RunFolder.open(settings.resume)
         stack.enter_context(folder.lock())
@@ -251,22 +252,6 @@ def _read_tokenizer(folder: "RunFolder") -> "Tokenizer | None":
 
 def _default_folder() -> Path:
     return Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-
-
-def _device(name: str) -> "Device":
-    import torch
-
-    from fastrl.cli.training.settings import SettingsError
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise SettingsError(
-            f"train: expected --device auto, cpu or an available cuda, got {name}. "
-            "Leave it out to take what there is."
-        )
-    return torch.device(name)
 
 
 def _fail(message: str, status: int = 2) -> int:
