@@ -9,7 +9,6 @@ import json
 import signal
 import sys
 from contextlib import ExitStack
-from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +89,7 @@ def _is_of_recipe(argv: list[str]) -> bool:
 def _train(settings: "TrainSettings", stop: "StopRequest") -> int:
     from rich.console import Console
 
+    from fastrl.cli.console import say
     from fastrl.cli.training.interruption import Interrupted
     from fastrl.cli.training.learning_curve import learning_curve
     from fastrl.cli.training.report import show_report
@@ -102,11 +102,7 @@ def _train(settings: "TrainSettings", stop: "StopRequest") -> int:
         folder = run.folder
         try:
             if STEP_TIMING in run.results:
-                console.print(
-                    f"The run in {folder.path} is finished; this is its result.",
-                    markup=False,
-                    soft_wrap=True,
-                )
+                say(console, f"The run in {folder.path} is finished; this is its result.")
             else:
                 run.go_on()
         except Interrupted as error:
@@ -118,11 +114,7 @@ def _train(settings: "TrainSettings", stop: "StopRequest") -> int:
             return 0 if error.signal_number == signal.SIGTERM else 128 + error.signal_number
         write_atomically(folder.curve, learning_curve(run.log.records, run.results))
         show_report(console, run.results, run.data)
-        console.print(
-            f"\nThe run, its learning curve and its checkpoints are in {folder.path}",
-            markup=False,
-            soft_wrap=True,
-        )
+        say(console, f"\nThe run, its learning curve and its checkpoints are in {folder.path}")
     return 0
 
 
@@ -134,8 +126,9 @@ def _prepared_run(
 
     import fastrl.ops
     import fastrl.reference
+    from fastrl.cli.console import say
     from fastrl.cli.recipes.models import find_device
-    from fastrl.cli.training.run_folder import MetricsLog, RunFolder
+    from fastrl.cli.training.run_folder import MetricsLog, RunFolder, path_of_now
     from fastrl.cli.training.stages import Run
     from fastrl.cli.training.text_data import prepare
     from fastrl.rewards import ContinuationReward
@@ -156,18 +149,17 @@ def _prepared_run(
     tokenizer = tokenizer or _train_tokenizer(splits, settings)
     data = prepare(splits, tokenizer, settings)
     if settings.resume is None:  # nothing is written before the input is known to be good
-        folder = RunFolder.create(settings.output or _default_folder())
+        folder = RunFolder.create(settings.output or path_of_now())
         stack.enter_context(folder.lock())
         folder.write_json(folder.config, {"settings": settings.to_json(), "corpus": facts})
     if not folder.tokenizer.exists():
         folder.write_json(folder.tokenizer, json.loads(tokenizer.to_str()))
 
-    console.print(
+    say(
+        console,
         f"{splits.name}: {facts['characters']['train']:,} characters to train on, "
         f"{facts['characters']['held_out']:,} held out; {tokenizer.get_vocab_size()} tokens; "
         f"run folder {folder.path}",
-        markup=False,
-        soft_wrap=True,
     )
     reward = ContinuationReward(
         data.token_bytes,
@@ -248,10 +240,6 @@ def _read_tokenizer(folder: "RunFolder") -> "Tokenizer | None":
             f"train: expected {folder.tokenizer} as this run wrote it, got {error}. Delete the "
             "file to have it made again, and resume again."
         ) from error
-
-
-def _default_folder() -> Path:
-    return Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def _fail(message: str, status: int = 2) -> int:

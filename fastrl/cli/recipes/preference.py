@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fastrl.cli.console import say
 from fastrl.cli.recipes.build import Parts
 from fastrl.cli.recipes.folder import RecipeFolder
 from fastrl.cli.recipes.schema import FOLDS
@@ -44,7 +45,7 @@ def train_preference(
             raise RecipeError(f"train: in {parts.recipe.source}: {error}") from error
         folder.write_json(folder.results, results)
     _show(results, console)
-    console.print(f"\nThe model is in {folder.path / 'model'}", markup=False, soft_wrap=True)
+    say(console, f"\nThe model is in {folder.path / 'model'}")
 
 
 def _trained(
@@ -62,11 +63,10 @@ def _trained(
     config = recipe.config()
     data = parts.data
     fitted, chosen, held_out = data.train, data.calibration, data.held_out
-    console.print(
+    say(
+        console,
         f"preference: {len(fitted)} pairs, {len(chosen)} to calibrate on, "
         f"{len(held_out)} held out; run folder {folder.path}",
-        markup=False,
-        soft_wrap=True,
     )
     folder.write_json(folder.trainer_config, config.to_dict())
     model = PreferenceModel(parts.policy(), parts.tokenizer)
@@ -133,10 +133,9 @@ def _show(results: dict[str, Any], console: Console) -> None:
         if name in results:
             found = results[name]
             low, high = found["eval/accuracy_low"], found["eval/accuracy_high"]
-            console.print(
+            say(
+                console,
                 f"{name}: accuracy {found['eval/accuracy']:.3f} (95 % interval {low:.3f} to "
                 f"{high:.3f}), log-loss {found['eval/log_loss']:.3f} nats, calibration error "
                 f"{found['eval/ece']:.3f}",
-                markup=False,
-                soft_wrap=True,
             )

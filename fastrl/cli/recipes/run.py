@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from fastrl.cli.console import say
 from fastrl.cli.recipes.build import MONITOR, Parts
 from fastrl.cli.recipes.built_in import find_recipe
 from fastrl.cli.recipes.contents import check_contents, contents_of
@@ -26,7 +26,7 @@ from fastrl.cli.recipes.toml import RecipeError
 from fastrl.cli.recipes.versions import FILE as VERSIONS
 from fastrl.cli.recipes.versions import note_versions, read_starts
 from fastrl.cli.training.interruption import Interrupted, StopRequest
-from fastrl.cli.training.run_folder import RunFolderError
+from fastrl.cli.training.run_folder import RunFolderError, path_of_now
 from fastrl.trainers import checkpoint
 from fastrl.trainers._checkpoint_files import beside
 from fastrl.trainers.loggers import JsonLines, ProgressBar, SampleTable, TensorBoard
@@ -39,7 +39,7 @@ EVALUATION_SEED = 12345  # the same at every step, so that differences are paire
 def start(name: str, sets: Sequence[str], output: Path | None, stop: StopRequest) -> int:
     """A new run; nothing is written before its recipe, data and model are known to be good."""
     recipe = read_recipe(find_recipe(name), sets)
-    path = output or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    path = output or path_of_now()
     RecipeFolder.check_new(path)
     with stop.at_once():
         parts, learner = _built(recipe, RecipeFolder(path))
@@ -288,7 +288,7 @@ class Run:
         return samples
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        say(self.console, text)
 
 
 def _figures(result: dict[str, Any]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fastrl.cli.console import say
 from fastrl.cli.recipes import trained_on
 from fastrl.cli.recipes.build import Parts
 from fastrl.cli.recipes.folder import RecipeFolder
@@ -59,11 +60,10 @@ def _train(
     )
     if folder.supervised_state.exists():
         training.resume(folder.supervised_state)
-    console.print(
+    say(
+        console,
         f"supervised: {len(data.supervised)} rows, {len(data.validation)} to validate on; "
         f"run folder {folder.path}",
-        markup=False,
-        soft_wrap=True,
     )
     step = training.step
     with (

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from fastrl.cli.intervals import INTERVAL_NOTE
 from fastrl.cli.recipes.toml import flattened
 from fastrl.cli.reporting.charts import letter, style
 from fastrl.cli.reporting.evaluations import gain_of
-from fastrl.cli.reporting.facts import INTERVAL_NOTE, interval, model_of, steps_of, time_of
+from fastrl.cli.reporting.facts import interval, model_of, steps_of, time_of
 from fastrl.cli.reporting.head import problems
 from fastrl.cli.reporting.numbers import duration, escape, number
 from fastrl.cli.reporting.run_data import RunData

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -22,6 +23,11 @@ Folder = TypeVar("Folder", bound="RunFolder")
 
 class RunFolderError(ValueError):
     """The folder cannot be used as asked; the message says why and what to do."""
+
+
+def path_of_now() -> Path:
+    """Where a run goes that is not told where."""
+    return Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
