@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.recipe_tables import markdown, samples, write_between_marks
+from fastrl.cli.recipes.built_in import find_recipe
 from fastrl.cli.recipes.parse import read_recipe
-from fastrl.cli.recipes.schema import Recipe, find_recipe
+from fastrl.cli.recipes.schema import Recipe
 
 RECIPES = ("translation", "summarisation", "dialogue", "continuation", "preference")
 WHEN = ("before", "after")

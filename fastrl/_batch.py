@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from fastrl._notation import counted
-from fastrl._paths import LeafPaths
+from fastrl._paths import LeafPaths, offsets
 from fastrl._segments import (
+    check_completions,
     check_segments,
-    check_tensor,
     check_token_ids,
     depth_first_order,
     unpacked,
 )
-from fastrl._split import bins_of_trees
+from fastrl._split import bins_of_trees, members
 from fastrl._transfer import on_device
 from fastrl.layout import PackedLayout
 
@@ -54,8 +54,7 @@ class PackedBatch:
         is_completion = (layout.prefix >= 0) | (counts > 0)
         self._host_is_target, self._host_segment_order = is_target, segment_order
         self._host_completion_segments = is_completion.nonzero().squeeze(-1)
-        ends = counts[is_completion].cumsum(0)
-        self._host_completion_bounds = torch.nn.functional.pad(ends, (1, 0))  # [C + 1] int64
+        self._host_completion_bounds = offsets(counts[is_completion])
 
         self._host_predict_index = layout.predecessor[target_index]
 
@@ -96,37 +95,21 @@ class PackedBatch:
         parents = prefix.tolist() if isinstance(prefix, Tensor) else [int(p) for p in prefix]
         check_segments(token_ids, parents, loss_mask)
         order = depth_first_order(parents)
-        rank = [-1] * (len(order) + 1)  # rank[-1] stays -1, of what roots continue
-        for k, s in enumerate(order):
-            rank[s] = k
-        new_parents = [rank[parents[s]] for s in order]
+        rank = {-1: -1} | {s: k for k, s in enumerate(order)}
         segments = [token_ids[s] for s in order]
-        masks = None if loss_mask is None else [loss_mask[s] for s in order]
-        return cls._of(segments, new_parents, masks, order)
-
-    @classmethod
-    def _of(
-        cls,
-        segments: Sequence[Tensor],
-        parents: list[int],
-        loss_mask: Sequence[Tensor] | None,
-        order: list[int],
-    ) -> "PackedBatch":
-        tokens = _joined(segments, torch.int64)
-        lengths = _on_host([segment.numel() for segment in segments])
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        layout = PackedLayout(bounds.int(), _on_host(parents).int())
+        bounds = offsets(_on_host([segment.numel() for segment in segments]))
+        layout = PackedLayout(bounds.int(), _on_host([rank[parents[s]] for s in order]).int())
         has_predecessor = layout.predecessor >= 0
         if loss_mask is None:
             is_target = (layout.prefix >= 0)[layout.segment_ids] & has_predecessor
         else:
-            is_target = _joined(loss_mask, torch.bool).cpu()
+            is_target = _joined([loss_mask[s] for s in order], torch.bool).cpu()
             if bool((is_target & ~has_predecessor).any()):
                 raise ValueError(
                     "from_segments: expected loss_mask False at the first token of a root, got "
                     "True. No token predicts it: begin the root with a token that is no target."
                 )
-        return cls(tokens, layout, is_target, _on_host(order))
+        return cls(_joined(segments, torch.int64), layout, is_target, _on_host(order))
 
     def paths(self) -> LeafPaths:
         """`PackedLayout.paths` of the M targets alone: index counts among them, [P] goes to [M].
@@ -216,18 +199,7 @@ class PackedBatch:
         Raises:
             ValueError: another shape.  TypeError: not bool.
         """
-        count = len(self._host_completion_segments)
-        check_tensor("PackedBatch.take", "completions", completions)
-        if completions.dtype != torch.bool:
-            raise TypeError(
-                f"PackedBatch.take: expected completions bool, got {completions.dtype}. "
-                "Pass True for each one that stays."
-            )
-        if completions.shape != (count,):
-            raise ValueError(
-                f"PackedBatch.take: expected completions [C] = ({count},), got "
-                f"{tuple(completions.shape)}. Pass True or False for each of them."
-            )
+        check_completions(completions, len(self._host_completion_segments))
         parents = self.layout._host_prefix.tolist()
         place = [-1] * len(parents)  # of each segment: micro-batch 0, or none
         for segment in self._host_completion_segments[completions.cpu()].tolist():
@@ -265,29 +237,21 @@ def _micro_batches(batch: PackedBatch, of_segment: Tensor, count: int) -> list[M
     """As many as count; of_segment [S] is the number of the one that holds a segment, or -1."""
     bounds, prefix = batch.layout._host_bounds, batch.layout._host_prefix
     lengths = bounds.diff()
-
-    def members(micro: Tensor) -> tuple[Tensor, ...]:
-        """Which items each micro-batch holds, from the micro-batch of each item."""
-        held = (micro >= 0).nonzero().squeeze(-1)
-        sizes = torch.bincount(micro[held], minlength=count).tolist()
-        return held[micro[held].argsort(stable=True)].split(sizes) if count else ()
-
     is_target, device = batch._host_is_target, batch.token_ids.device
     of_token = of_segment.repeat_interleave(lengths)
     place = torch.empty_like(prefix)  # of each segment, within its micro-batch
     micro_batches = []
     for segments, tokens, targets, completions in zip(
-        members(of_segment),
-        members(of_token),
-        members(of_token[is_target]),
-        members(of_segment[batch._host_completion_segments]),
+        members(of_segment, count),
+        members(of_token, count),
+        members(of_token[is_target], count),
+        members(of_segment[batch._host_completion_segments], count),
         strict=True,
     ):
         place[segments] = torch.arange(len(segments), device="cpu")
         parents = prefix[segments]
         parents = torch.where(parents >= 0, place[parents], -1)
-        ends = torch.nn.functional.pad(lengths[segments].cumsum(0), (1, 0))
-        layout = PackedLayout(ends.int(), parents.int())
+        layout = PackedLayout(offsets(lengths[segments]).int(), parents.int())
         sources = on_device([tokens, targets, completions], device)
         order = batch._host_segment_order[segments]
         micro = MicroBatch(batch.token_ids[sources[0]], layout, is_target[tokens], order)
@@ -335,4 +299,4 @@ def pack_groups(prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor
                 f"pack_groups: expected prompts[{g}] of at least one token, got 0. "
                 "Begin it with the tokenizer's BOS token."
             )
-    return PackedBatch._of(segments, parents, None, list(range(len(segments))))
+    return PackedBatch.from_segments(segments, parents)

@@ -34,7 +34,7 @@ class LeafPaths:
         is_leaf = subtree_end == segment + 1
         self.leaves = is_leaf.nonzero().squeeze(-1)
         # Depth first, the leaves below a segment are consecutive, and a path's segments rise.
-        leaves_before = _offsets(is_leaf.long())  # [S + 1]
+        leaves_before = offsets(is_leaf.long())  # [S + 1]
         first_leaf = leaves_before[:-1]
         self._copies = leaves_before[subtree_end] - first_leaf  # [S], at least 1 each
         # A visit is a segment on the path to a leaf, [Q] of them; here by segment, then by leaf.
@@ -43,7 +43,7 @@ class LeafPaths:
         by_leaf = leaf.argsort(stable=True)
 
         lengths_on_paths = lengths[segment[by_leaf]]
-        starts = _offsets(lengths_on_paths)  # [Q + 1], where each visit begins among the P
+        starts = offsets(lengths_on_paths)  # [Q + 1], where each visit begins among the P
         num_items = int(starts[-1])
         if num_items > torch.iinfo(torch.int32).max:
             raise ValueError(
@@ -51,8 +51,8 @@ class LeafPaths:
                 "Pack fewer trees at a time: each path repeats what its leaf shares."
             )
         visits = torch.bincount(leaf, minlength=len(self.leaves))  # of each leaf's path
-        self.cu_seqlens = starts[_offsets(visits)].int()
-        self._lengths, self._first_item = lengths, _offsets(lengths)[:-1]
+        self.cu_seqlens = starts[offsets(visits)].int()
+        self._lengths, self._first_item = lengths, offsets(lengths)[:-1]
         self.index = ranges(self._first_item[segment[by_leaf]], lengths_on_paths)
         self._visit_start = torch.empty_like(by_leaf)  # by segment, then by leaf
         self._visit_start[by_leaf] = starts[:-1]
@@ -86,7 +86,7 @@ class LeafPaths:
         segment = segment.repeat_interleave(self._lengths)  # [N]
         offset = torch.arange(len(segment), device=self.index.device) - self._first_item[segment]
         copies = self._copies[segment]
-        visits = ranges(_offsets(self._copies)[segment], copies)  # [P]
+        visits = ranges(offsets(self._copies)[segment], copies)  # [P]
         return self._visit_start[visits] + offset.repeat_interleave(copies), copies
 
     def __repr__(self) -> str:
@@ -96,7 +96,7 @@ class LeafPaths:
         )
 
 
-def _offsets(lengths: Tensor) -> Tensor:
+def offsets(lengths: Tensor) -> Tensor:
     """[n + 1] from [n]: where each of n runs begins, and the end of the last."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
@@ -104,5 +104,5 @@ def _offsets(lengths: Tensor) -> Tensor:
 def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     """The numbers of each range one after another: starts[i], starts[i] + 1, ..., lengths[i] of
     them."""
-    shift = (starts - _offsets(lengths)[:-1]).repeat_interleave(lengths)
+    shift = (starts - offsets(lengths)[:-1]).repeat_interleave(lengths)
     return torch.arange(len(shift), device=shift.device) + shift

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastrl._notation import counted, layout_text
 from fastrl._schedule import attention_parts
+from fastrl._segments import depths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ def draw_mask(bounds: Tensor, prefix: Tensor, until: Tensor, axes: "Axes | None"
     if axes is None:
         axes = pyplot.subplots(figsize=(7, 7), layout="constrained")[1]
     num_tokens = int(bounds[-1])
-    depth = _depths(prefix)
+    depth = depths(prefix)
     parts = attention_parts(bounds[:-1], bounds[1:], until)
     # A part's keys are one segment, which is not empty: the one that ends where they do.
     segment_of_part = torch.searchsorted(bounds[1:], parts[:, 3].long())
@@ -50,13 +51,6 @@ def draw_mask(bounds: Tensor, prefix: Tensor, until: Tensor, axes: "Axes | None"
     _label_segments(axes, bounds)
     _label_axes(axes, bounds, prefix, depth)
     return axes
-
-
-def _depths(prefix: Tensor) -> list[int]:
-    depth: list[int] = []
-    for parent in prefix.tolist():
-        depth.append(depth[parent] + 1 if parent >= 0 else 0)
-    return depth
 
 
 def _polygon(part: list[int], has_steps: bool) -> list[tuple[float, float]]:

@@ -41,6 +41,20 @@ def check_bounds(bounds: Tensor, num_segments: int) -> None:
         )
 
 
+def check_completions(completions: Tensor, count: int) -> None:
+    check_tensor("PackedBatch.take", "completions", completions)
+    if completions.dtype != torch.bool:
+        raise TypeError(
+            f"PackedBatch.take: expected completions bool, got {completions.dtype}. "
+            "Pass True for each one that stays."
+        )
+    if completions.shape != (count,):
+        raise ValueError(
+            f"PackedBatch.take: expected completions [C] = ({count},), got "
+            f"{tuple(completions.shape)}. Pass True or False for each of them."
+        )
+
+
 def subtree_ends(parents: Tensor) -> Tensor:
     """[S] int64: the first segment after each that does not continue it, at any depth.
 
@@ -88,6 +102,14 @@ def last_tokens_before(bounds: Tensor, parents: Tensor) -> Tensor:
     while bool((skips := (above >= 0) & is_empty[above]).any()):
         above = torch.where(skips, above[above], above)  # whose own step may have grown: doubling
     return bounds[above + 1] - 1
+
+
+def depths(parents: Tensor) -> list[int]:
+    """[S]: how many segments each one continues, at any distance. Parents stand before children."""
+    found: list[int] = []
+    for parent in parents.tolist():
+        found.append(found[parent] + 1 if parent >= 0 else 0)
+    return found
 
 
 def depth_first_order(parents: list[int]) -> list[int]:

@@ -28,6 +28,13 @@ def bins_of_trees(bounds: Tensor, is_root: Tensor, max_tokens: int) -> list[int]
     return balanced_bins(sizes, max_tokens)
 
 
+def members(bins: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Which items each of count bins holds, rising, from the bin of each item, or -1."""
+    held = (bins >= 0).nonzero().squeeze(-1)
+    sizes = torch.bincount(bins[held], minlength=count).tolist()
+    return held[bins[held].argsort(stable=True)].split(sizes) if count else ()
+
+
 def balanced_bins(sizes: list[int], capacity: int) -> list[int]:
     """The bin of each item: numbers from 0, by the first item in each. The same in every run.
 

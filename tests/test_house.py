@@ -21,13 +21,14 @@ LAYERS = [
     {"rollout", "_sampling", "rewards", "models", "hf"},
     {"ops"},
     {"kernels", "_C", "reference"},
-    {"layout", "_batch", "_notation", "_paths", "_picture", "_schedule", "_segments", "_split"}
-    | {"_tiles", "_transfer", "_vocabulary"},
+    {"layout", "_batch", "_disk", "_notation", "_paths", "_picture", "_schedule", "_segments"}
+    | {"_split", "_tiles", "_transfer", "_vocabulary"},
 ]
 ALONE = {
     "reference": {"torch", "fastrl"},
     "layout": {"torch", "fastrl"},
     "_batch": {"torch", "fastrl"},
+    "_disk": set(),
     "_notation": {"torch"},
     "_paths": {"torch"},
     "_picture": {"torch", "fastrl", "matplotlib"},

@@ -143,9 +143,9 @@ def _check(options: argparse.Namespace) -> None:
 
 def _recipe(options: argparse.Namespace) -> Any:
     """The recipe that is named, or that of the run that MODEL is; else None."""
+    from fastrl.cli.recipes.built_in import find_recipe
     from fastrl.cli.recipes.loading import RECIPE
     from fastrl.cli.recipes.parse import read_recipe
-    from fastrl.cli.recipes.schema import find_recipe
     from fastrl.cli.recipes.toml import RecipeError
 
     if options.recipe is not None:

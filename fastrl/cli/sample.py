@@ -152,6 +152,7 @@ def _show(found: list[dict[str, Any]], options: argparse.Namespace, how: dict[st
     from rich.console import Console
     from rich.markup import escape
 
+    from fastrl.cli.console import say
     from fastrl.trainers.prompts import is_chat
 
     console = Console(highlight=False, file=sys.stdout)
@@ -166,7 +167,7 @@ def _show(found: list[dict[str, Any]], options: argparse.Namespace, how: dict[st
             f"{tokens} tokens, {end}[/dim]",
             soft_wrap=True,
         )
-        console.print(entry["completion"], markup=False, soft_wrap=True)
+        say(console, entry["completion"])
     temperature, stops = how["temperature"], ", ".join(map(repr, how["stop_strings"]))
     scale = (
         "of greedy sampling at temperature 1"

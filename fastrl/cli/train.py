@@ -9,7 +9,6 @@ import json
 import signal
 import sys
 from contextlib import ExitStack
-from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # these need the extra packages, whose absence main reports first
     from rich.console import Console
     from tokenizers import Tokenizer
-    from torch import device as Device
 
     from fastrl.cli.training.corpus import Splits
     from fastrl.cli.training.interruption import StopRequest
@@ -44,6 +42,7 @@ def main(argv: list[str]) -> int:
         return command.main(argv)
     import tyro
 
+    from fastrl.cli.recipes.toml import RecipeError
     from fastrl.cli.training.corpus import CorpusError
     from fastrl.cli.training.interruption import StopRequest
     from fastrl.cli.training.run_folder import RunFolderError
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
             return _train(settings, stop)
     except SystemExit as error:  # of tyro: --help, or an option that it does not know
         return error.code if isinstance(error.code, int) else 2
-    except (CorpusError, RunFolderError, SettingsError) as error:
+    except (CorpusError, RecipeError, RunFolderError, SettingsError) as error:
         return _fail(str(error))
     except FloatingPointError as error:
         return _fail(str(error), status=1)
@@ -90,6 +89,7 @@ def _is_of_recipe(argv: list[str]) -> bool:
 def _train(settings: "TrainSettings", stop: "StopRequest") -> int:
     from rich.console import Console
 
+    from fastrl.cli.console import say
     from fastrl.cli.training.interruption import Interrupted
     from fastrl.cli.training.learning_curve import learning_curve
     from fastrl.cli.training.report import show_report
@@ -102,11 +102,7 @@ def _train(settings: "TrainSettings", stop: "StopRequest") -> int:
         folder = run.folder
         try:
             if STEP_TIMING in run.results:
-                console.print(
-                    f"The run in {folder.path} is finished; this is its result.",
-                    markup=False,
-                    soft_wrap=True,
-                )
+                say(console, f"The run in {folder.path} is finished; this is its result.")
             else:
                 run.go_on()
         except Interrupted as error:
@@ -118,11 +114,7 @@ def _train(settings: "TrainSettings", stop: "StopRequest") -> int:
             return 0 if error.signal_number == signal.SIGTERM else 128 + error.signal_number
         write_atomically(folder.curve, learning_curve(run.log.records, run.results))
         show_report(console, run.results, run.data)
-        console.print(
-            f"\nThe run, its learning curve and its checkpoints are in {folder.path}",
-            markup=False,
-            soft_wrap=True,
-        )
+        say(console, f"\nThe run, its learning curve and its checkpoints are in {folder.path}")
     return 0
 
 
@@ -134,13 +126,15 @@ def _prepared_run(
 
     import fastrl.ops
     import fastrl.reference
-    from fastrl.cli.training.run_folder import MetricsLog, RunFolder
+    from fastrl.cli.console import say
+    from fastrl.cli.recipes.models import find_device
+    from fastrl.cli.training.run_folder import MetricsLog, RunFolder, path_of_now
     from fastrl.cli.training.stages import Run
     from fastrl.cli.training.text_data import prepare
     from fastrl.rewards import ContinuationReward
 
     torch.set_num_threads(settings.threads)
-    device = _device(settings.device)
+    device = find_device(settings.device, "--device")
     if settings.resume is not None:
         folder = RunFolder.open(settings.resume)
         stack.enter_context(folder.lock())
@@ -155,18 +149,17 @@ def _prepared_run(
     tokenizer = tokenizer or _train_tokenizer(splits, settings)
     data = prepare(splits, tokenizer, settings)
     if settings.resume is None:  # nothing is written before the input is known to be good
-        folder = RunFolder.create(settings.output or _default_folder())
+        folder = RunFolder.create(settings.output or path_of_now())
         stack.enter_context(folder.lock())
         folder.write_json(folder.config, {"settings": settings.to_json(), "corpus": facts})
     if not folder.tokenizer.exists():
         folder.write_json(folder.tokenizer, json.loads(tokenizer.to_str()))
 
-    console.print(
+    say(
+        console,
         f"{splits.name}: {facts['characters']['train']:,} characters to train on, "
         f"{facts['characters']['held_out']:,} held out; {tokenizer.get_vocab_size()} tokens; "
         f"run folder {folder.path}",
-        markup=False,
-        soft_wrap=True,
     )
     reward = ContinuationReward(
         data.token_bytes,
@@ -247,26 +240,6 @@ def _read_tokenizer(folder: "RunFolder") -> "Tokenizer | None":
             f"train: expected {folder.tokenizer} as this run wrote it, got {error}. Delete the "
             "file to have it made again, and resume again."
         ) from error
-
-
-def _default_folder() -> Path:
-    return Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-
-
-def _device(name: str) -> "Device":
-    import torch
-
-    from fastrl.cli.training.settings import SettingsError
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise SettingsError(
-            f"train: expected --device auto, cpu or an available cuda, got {name}. "
-            "Leave it out to take what there is."
-        )
-    return torch.device(name)
 
 
 def _fail(message: str, status: int = 2) -> int:

@@ -31,6 +31,11 @@ def below(m, m_new, rest, count, weighted, scale):
     )
 
 
+def block_for(vocab: int, blocks: tuple[dict[str, int], ...]) -> dict[str, int]:
+    """Configuration of a kernel that walks a row: of the vocabulary's size alone."""
+    return blocks[0] if vocab <= blocks[0]["BLOCK_V"] else blocks[1]
+
+
 def rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
     """x [..., V], dense along V, as (x, inner_size, stride_outer, stride_inner); a copy only where
     its leading axes do not fold into two."""

@@ -220,17 +220,16 @@ def _decode_attention_merge_kernel(
 
 
 def _launch_chunks(
-    query: Tensor, key: Tensor, value: Tensor, *, own_size: int, is_prefix: bool,
-    softcap: float | None, **shared: Any,
-) -> None:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, *, is_prefix: bool, **shared: Any
+) -> None:
     batch, query_heads, queries, _ = query.shape
     source_rows, key_heads, num_keys, _ = key.shape
     if key.numel() == 0:
         return
     group, chunk = query_heads // key_heads, PREFIX_CHUNK if is_prefix else OWN_CHUNK
     # Of a prefix always the largest block: how many rows share it must not change a bit.
-    few_or_many = 64 if is_prefix else group * queries
-    config = config_for(query.element_size(), few_or_many, shared["BLOCK_D"])
+    sharing = 64 if is_prefix else group * queries
+    config = config_for(query.element_size(), sharing, shared["BLOCK_D"])
     tiles_per_row = triton.cdiv(group * queries, config["BLOCK_M"])
     tiles = batch * tiles_per_row
     if is_prefix:
@@ -243,9 +242,8 @@ def _launch_chunks(
     }
     _decode_attention_chunk_kernel[(tiles * num_chunks * key_heads,)](
         query_ptr=query, key_ptr=key, value_ptr=value, Hkv=key_heads, S=num_keys,
-        own_size=own_size, num_tiles=tiles, tiles_per_row=tiles_per_row, num_chunks=num_chunks,
-        softcap=1.0 if softcap is None else softcap, G=group, CHUNK=chunk, PREFIX=is_prefix,
-        SOFTCAP=softcap is not None, STAGES=config["num_stages"],
+        num_tiles=tiles, tiles_per_row=tiles_per_row, num_chunks=num_chunks, G=group, CHUNK=chunk,
+        PREFIX=is_prefix, STAGES=config["num_stages"],
         ALIGNED=all(stride % 16 == 0 for stride in strides.values()), **strides, **shared, **config,
     )  # fmt: skip
 
@@ -270,9 +268,7 @@ def decode_attention(
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0:
         return output, lse
-    prefixes, num_shared = (
-        (0, 0) if prefix_key is None else (prefix_key.size(0), prefix_key.size(2))
-    )
+    prefixes, num_shared = (0, 0) if prefix_key is None else prefix_key.shape[::2]
     shared_chunks = triton.cdiv(num_shared, PREFIX_CHUNK)
     num_chunks = shared_chunks + triton.cdiv(key.shape[2], OWN_CHUNK)
     sums = query.new_empty((num_chunks, lse.numel(), width), dtype=torch.float32)
@@ -286,15 +282,15 @@ def decode_attention(
         prefix_end_ptr=prefix_end, prefix_cu_rows_ptr=prefix_cu_rows, P=prefixes,
         SEARCH=0 if prefixes <= 1 else _SEARCH,
     )  # fmt: skip
-    of_no_prefix = dict(prefix_end_ptr=None, prefix_cu_rows_ptr=None, P=0, SEARCH=0)
-    caches = [(key, value, False, {"first_chunk": shared_chunks, **of_no_prefix})]
+    common = dict(
+        own_size=key.shape[2], scale=scale, softcap=1.0 if softcap is None else softcap,
+        SOFTCAP=softcap is not None, **of_rows,
+    )  # fmt: skip
     if prefix_key is not None and prefix_value is not None:
-        caches.insert(0, (prefix_key, prefix_value, True, {"first_chunk": 0, **of_prefixes}))
-    for k, v, is_prefix, further in caches:
-        _launch_chunks(
-            query, k, v, own_size=key.shape[2], is_prefix=is_prefix, softcap=softcap, scale=scale,
-            **further, **of_rows,
-        )  # fmt: skip
+        further = dict(first_chunk=0, **of_prefixes)
+        _launch_chunks(query, prefix_key, prefix_value, is_prefix=True, **further, **common)
+    none = dict(prefix_end_ptr=None, prefix_cu_rows_ptr=None, P=0, SEARCH=0)
+    _launch_chunks(query, key, value, is_prefix=False, first_chunk=shared_chunks, **none, **common)
     _decode_attention_merge_kernel[(lse.numel(),)](
         output_ptr=output, lse_ptr=lse, Hq=query_heads, S=key.shape[2], Sp=num_shared,
         first_own_chunk=shared_chunks, PREFIX=shared_chunks > 0, OWN_CHUNK=OWN_CHUNK,

@@ -3,7 +3,7 @@
     token  = min {j : sum_{i <= j, i kept} w_i > u sum_{i kept} w_i},   w_i = exp((x_i - m) / T)
     kept   = {j : x_j > lowest, or x_j = lowest and j <= last_id}
 
-The kernels of token_logprobs read the logits and leave (max, rest, count) of each stretch of CHUNK
+The pass of token_logprobs reads the logits and leaves (max, rest, count) of each stretch of CHUNK
 columns: enough to tell in which stretch u falls, which is then walked again, and enough for the
 log-probability, so that it is that of token_logprobs to the bit. u is one number of Philox-4x32-10.
 
@@ -23,14 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._rows import finite, row_start, rows_of
+from fastrl.kernels._row_states import CHUNK, merge, partial_states
+from fastrl.kernels._rows import row_start, rows_of
 from fastrl.kernels._truncation import ONE, is_kept, truncate, weight
-from fastrl.kernels.token_logprobs import (
-    CHUNK,
-    MERGE,
-    _partial_states,
-    _token_logprobs_merge_kernel,
-)
 
 # Not measured on a GPU yet. Compiled for sm_90: no spills. One program works on a row, with 4
 # columns a thread: to truncate it holds 7 sums of 64 bits for each of them.
@@ -113,7 +108,7 @@ def _sample_tokens_kernel(
     token_ids_ptr, lowest_ptr, last_id_ptr,  # [N] each
     V: tl.int32, num_chunks: tl.int32, inner_size, stride_outer: tl.int64, stride_inner: tl.int64,
     scale, step_low: tl.int32, step_high: tl.int32, top_k: tl.int32, top_p,
-    greedy: tl.int32,     BLOCK_V: tl.constexpr, TRUNCATE: tl.constexpr, ALIGNED: tl.constexpr,
+    greedy: tl.int32, BLOCK_V: tl.constexpr, TRUNCATE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program per row: which ids are kept, and which one is drawn."""
     n = tl.program_id(0).to(tl.int64)
@@ -217,8 +212,8 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """token_ids int64, logprobs float32, lowest float32, last_id int64: [...] each.
 
-    step is the two's complement of a number in [0, 2^64). Without truncation
-    lowest is -inf and last_id -1; in a row without a distribution lowest is NaN: nothing is kept.
+    step is the two's complement of a number in [0, 2^64). Without truncation lowest is -inf and
+    last_id -1; in a row without a distribution lowest is NaN: nothing is kept.
     """
     V, N = logits.shape[-1], seeds.numel()
     seeds = seeds.contiguous()
@@ -228,8 +223,8 @@ def sample_tokens(
     if N == 0:
         return token_ids, logprobs, lowest, last_id
     scaled_by = temperature if temperature > 0 else 1.0
-    of_logprobs = _partial_states(logits, token_ids, scaled_by, -1, False)
-    shared = {k: v for k, v in of_logprobs.items() if k not in ("ignore_index", "ENTROPY")}
+    partials = partial_states(logits, token_ids, scaled_by, -1, False)
+    shared = {k: v for k, v in partials.items() if k not in ("ignore_index", "ENTROPY")}
     aligned = (shared["stride_outer"] | shared["stride_inner"] | V) % 16 == 0
     top_k = V if top_k is None else min(top_k, V)
     top_p = 1.0 if top_p is None else float(top_p)
@@ -240,11 +235,7 @@ def sample_tokens(
         greedy=int(temperature == 0), TRUNCATE=truncates,
         ALIGNED=aligned, **shared, **(TRUNCATE_AND_DRAW if truncates else DRAW),
     )  # fmt: skip
-    row_max, log_total = torch.empty_like(logprobs), torch.empty_like(logprobs)
-    _token_logprobs_merge_kernel[(triton.cdiv(N, MERGE["BLOCK_N"]),)](
-        logprobs_ptr=logprobs, entropy_ptr=logprobs, row_max_ptr=row_max, log_total_ptr=log_total,
-        N=N, inverse_temperature=finite(1.0 / scaled_by), **of_logprobs, **MERGE,
-    )  # fmt: skip
+    merge(partials, logprobs, logprobs, scaled_by)
     return token_ids, logprobs, lowest, last_id
 
 

@@ -1,6 +1,5 @@
 """Policies from what people have: models, names, folders. Public in storage.py."""
 
-import copy
 import json
 import tempfile
 from collections.abc import Iterator
@@ -9,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastrl.layout import PackedBatch
-from fastrl.models.hugging_face import HuggingFacePolicy, evaluating
+from fastrl.models.hugging_face import HuggingFacePolicy
 from fastrl.models.lstm import LSTMLanguageModel
-from fastrl.models.protocol import Decoder, Head, PolicyModel
+from fastrl.models.protocol import PolicyModel
+from fastrl.models.tensor_file import TensorFile, first_difference, kinds, write_tensors
 from fastrl.ops._checks import fail, wrong_type
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -51,73 +50,6 @@ def _is_of_transformers(model: nn.Module) -> bool:
     return any(cls.__module__.partition(".")[0] == "transformers" for cls in type(model).__mro__)
 
 
-def reference_policy(policy: Any) -> PolicyModel:
-    """The policy as it is now, frozen and in evaluation mode: what training may not stray from.
-
-    With a PEFT adapter it is the model without the adapter, and shares its weights; of another
-    policy it is a copy.
-    """
-    if isinstance(policy, HuggingFacePolicy) and policy.adapter is not None:
-        return _WithoutAdapter(policy)
-    return copy.deepcopy(policy).requires_grad_(False).eval()
-
-
-class _WithoutAdapter:
-    """A policy with its adapter off for as long as it computes."""
-
-    def __init__(self, policy: HuggingFacePolicy) -> None:
-        self._policy = policy
-        self.vocab_size, self.hidden_dim = policy.vocab_size, policy.hidden_dim
-        self.num_positions = policy.num_positions
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self._policy.config
-
-    @property
-    def head(self) -> Head:
-        head = self._policy.head
-        bias = None if head.bias is None else head.bias.detach()
-        return Head(head.weight.detach(), bias, head.softcap, head.scale)
-
-    def hidden_states(self, token_ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        with self.computing():
-            return self._policy.hidden_states(token_ids, state)
-
-    def packed_hidden(self, batch: PackedBatch) -> Tensor:
-        with self.computing():
-            return self._policy.packed_hidden(batch)
-
-    def decoder(self, max_rows: int, max_new_tokens: int) -> Decoder:
-        return _DecoderWithoutAdapter(self, self._policy.decoder(max_rows, max_new_tokens))
-
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        adapter: Any = self._policy.adapter
-        # PEFT's context makes all weights of the adapter trainable when it ends.
-        trained = [(x, x.requires_grad) for x in adapter.parameters()]
-        try:
-            with torch.no_grad(), evaluating(adapter), adapter.disable_adapter():
-                yield
-        finally:
-            for weight, is_trained in trained:
-                weight.requires_grad_(is_trained)
-
-
-class _DecoderWithoutAdapter:
-    def __init__(self, policy: _WithoutAdapter, decoder: Decoder) -> None:
-        self._policy, self._decoder = policy, decoder
-        self.open, self.keep = decoder.open, decoder.keep
-
-    def read(self, prompts: list[Tensor]) -> Tensor:
-        with self._policy.computing():
-            return self._decoder.read(prompts)
-
-    def step(self, token_ids: Tensor) -> Tensor:
-        with self._policy.computing():
-            return self._decoder.step(token_ids)
-
-
 def check_saveable(policy: Any) -> None:
     """Raise what `save_policy` would, before there is anything to lose."""
     if isinstance(policy, HuggingFacePolicy):
@@ -141,7 +73,7 @@ def save_policy(policy: Any, folder: Path) -> None:
     if isinstance(policy, LSTMLanguageModel):
         document = json.dumps(policy.config, indent=2) + "\n"
         (folder / _CONFIG).write_text(document, encoding="utf-8")
-        write_tensors(policy.state_dict(), folder / _WEIGHTS)
+        write_tensors(folder / _WEIGHTS, policy.state_dict())
     else:
         # A training run has a progress bar of its own.
         with _without_progress_bars(), _on_any_rank(policy.causal):
@@ -271,38 +203,26 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     path = folder / _ADAPTER_WEIGHTS
     if not path.exists():  # in the format of long ago
         return loaded
-    saved = _safetensors().torch.load_file(path)
+    saved = TensorFile(path)
     for name, weight in get_peft_model_state_dict(loaded, save_embedding_layers=False).items():
-        if name not in saved or not torch.equal(saved[name].to(weight), weight):
-            got = "other numbers" if name in saved else "nothing"
+        if name not in saved.names or not torch.equal(saved.read(name).to(weight), weight):
+            got = "other numbers" if name in saved.names else "nothing"
             remedy = "Leave its layer out of target_modules, or take another version of PEFT."
             raise fail("load_model", f"PEFT to load {name} of {path}", got, remedy)
     return loaded
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    # A copy each: weights may share memory, which the format does not know.
-    copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-    _safetensors().torch.save_file(copies, path, metadata={"format": "pt"})
-
-
 def load_tensors(model: nn.Module, path: Path) -> None:
     """A module's weights, which must be those of the file, in shape and dtype."""
-    safetensors = _safetensors()
     try:
-        got = safetensors.torch.load_file(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        file = TensorFile(path)
+    except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | got.keys()):
-        wanted, found = (
-            f"{x[name].dtype} {tuple(x[name].shape)}" if name in x else "nothing"
-            for x in (expected, got)
-        )
-        if wanted != found:
-            remedy = "Load the folder that the model was saved to."
-            raise fail("load_model", f"{name} {wanted} in {path}", found, remedy)
-    model.load_state_dict(got)
+    if difference := first_difference(kinds(model.state_dict()), file.kinds()):
+        name, wanted, got = difference
+        remedy = "Load the folder that the model was saved to."
+        raise fail("load_model", f"{name} {wanted} in {path}", got, remedy)
+    model.load_state_dict({name: file.read(name) for name in file.names})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -317,14 +237,3 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _unreadable(path: Path, why: object) -> ValueError:
     return fail("load_model", f"{path} of a saved model", why, "Pass a folder of save_model.")
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            'Saved models need safetensors. Install it with: pip install "fastrl[train]"'
-        ) from error
-    return safetensors

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrl._paths import ranges
+from fastrl._paths import offsets, ranges
+from fastrl._segments import depths
 from fastrl._transfer import on_device
 from fastrl.layout import PackedBatch
 from fastrl.models.protocol import Head
@@ -122,14 +123,14 @@ class LSTMLanguageModel(nn.Module):
 
         orders = time_major, torch.argsort(time_major), by_length, rank
         time_major, packed, by_length, rank = on_device(orders, token_ids.device)
-        state = self._select(state, by_length)
+        state = _selected(state, by_length)
         running = int(batch_sizes[0])  # empty sequences stand last and never run
         inputs = PackedSequence(self._embed(token_ids[time_major]), batch_sizes)
         output, final = self.lstm(inputs, tuple(x[:, :running].contiguous() for x in state))
         final = tuple(
             torch.cat([f, x[:, running:]], dim=1) for f, x in zip(final, state, strict=True)
         )
-        return output.data[packed], self._select(final, rank)
+        return output.data[packed], _selected(final, rank)
 
     def packed_hidden(self, batch: PackedBatch) -> Tensor:
         """The hidden states that predict a packed batch's targets; each token is read once.
@@ -140,12 +141,9 @@ class LSTMLanguageModel(nn.Module):
             hidden: [M, D]; row m has seen all that comes before target m.
         """
         layout, device = batch.layout, batch.token_ids.device
-        starts, parents, lengths = (
-            layout._host_bounds[:-1],
-            layout._host_prefix,
-            _lengths_read(batch),
-        )
-        depth = _depths(parents)
+        starts, parents = layout._host_bounds[:-1], layout._host_prefix
+        lengths = _lengths_read(batch)
+        depth = torch.tensor(depths(parents), dtype=torch.int64)
         place = torch.empty_like(starts)  # of each segment's state among those of its depth
         row = torch.empty(layout.num_tokens, dtype=torch.int64)  # of each token that is read
         hidden, num_read, state = [self.lm_head.weight.new_zeros(0, self.hidden_dim)], 0, None
@@ -157,8 +155,9 @@ class LSTMLanguageModel(nn.Module):
             if state is not None:
                 # Indexing, not index_select: its backward is a sum in a fixed order everywhere.
                 state = state[0][:, above], state[1][:, above]
-            ends = torch.nn.functional.pad(lengths[segments].cumsum(0), (1, 0))
-            here, state = self.packed_hidden_states(batch.token_ids[read], ends, state)
+            here, state = self.packed_hidden_states(
+                batch.token_ids[read], offsets(lengths[segments]), state
+            )
             row[tokens] = torch.arange(num_read, num_read + len(tokens))
             hidden.append(here)
             num_read += len(tokens)
@@ -168,9 +167,6 @@ class LSTMLanguageModel(nn.Module):
     def decoder(self, max_rows: int, max_new_tokens: int) -> "LSTMDecoder":
         """See `fastrl.models.PolicyModel`; nothing here is as large as the limits allow."""
         return LSTMDecoder(self)
-
-    def _select(self, state: State, rows: Tensor) -> State:
-        return state[0].index_select(1, rows), state[1].index_select(1, rows)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if token_ids.dtype != torch.int64:
@@ -221,7 +217,7 @@ class LSTMDecoder:
         self._num_forgotten = prompts[0]
         passed_by = [prompt - self._num_forgotten for prompt in prompts]
         (numbers,) = on_device([torch.tensor(passed_by)], self._rows[0].device)
-        self._rows = _joined(self._rows, self.model._select(self._prompts, numbers))
+        self._rows = _joined(self._rows, _selected(self._prompts, numbers))
 
     def step(self, token_ids: Tensor) -> Tensor:
         embedded = self.model._embed(token_ids.unsqueeze(1))
@@ -229,19 +225,15 @@ class LSTMDecoder:
         return hidden.squeeze(1)
 
     def keep(self, rows: Tensor) -> None:
-        self._rows = self.model._select(self._rows, rows)
+        self._rows = _selected(self._rows, rows)
+
+
+def _selected(state: State, rows: Tensor) -> State:
+    return state[0].index_select(1, rows), state[1].index_select(1, rows)
 
 
 def _joined(one: State, other: State) -> State:
     return torch.cat([one[0], other[0]], 1), torch.cat([one[1], other[1]], 1)
-
-
-def _depths(parents: Tensor) -> Tensor:
-    """[S]: how many segments each one continues."""
-    depths: list[int] = []
-    for parent in parents.tolist():  # which stand before their children
-        depths.append(depths[parent] + 1 if parent >= 0 else 0)
-    return torch.tensor(depths, dtype=torch.int64)
 
 
 def _lengths_read(batch: PackedBatch) -> Tensor:

@@ -16,11 +16,11 @@ from fastrl.models._policies import (
     check_saveable,
     load_policy,
     load_tensors,
-    reference_policy,
     save_policy,
-    write_tensors,
 )
+from fastrl.models._reference import reference_policy
 from fastrl.models.actor_critic import ActorCritic
+from fastrl.models.tensor_file import write_tensors
 
 __all__ = ["as_policy", "check_saveable", "load_model", "reference_policy", "save_model"]
 
@@ -39,7 +39,6 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     Raises:
         TypeError: another model.
         ValueError: several PEFT adapters.
-        ImportError: safetensors is not installed.
     """
     folder = Path(folder)
     is_actor_critic = isinstance(model, ActorCritic)
@@ -47,7 +46,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     (folder / _VALUE_HEAD).unlink(missing_ok=True)
     shutil.rmtree(folder / _CRITIC, ignore_errors=True)
     if isinstance(model, ActorCritic):
-        write_tensors(model.value_head.state_dict(), folder / _VALUE_HEAD)
+        write_tensors(folder / _VALUE_HEAD, model.value_head.state_dict())
         if model.critic is not None:
             save_policy(model.critic, folder / _CRITIC)
 
@@ -57,6 +56,7 @@ def load_model(folder: str | Path) -> nn.Module:
 
     Raises:
         ValueError: not such a folder, or cut short.
+        ImportError: safetensors is not installed.
     """
     folder = Path(folder)
     policy = load_policy(folder)

@@ -180,9 +180,9 @@ def _function(name: str, backward: Callable[..., Any], setup_context: Callable[.
     return type(name, (torch.autograd.Function,), methods)
 
 
-def register_torch(function: Callable[..., Any], *devices: str) -> None:
-    """A function of PyTorch and other ops as the implementation of the op of its name, on these
-    devices or on all. Autocast ends at the op: what its inputs are cast to is decided before."""
+def register_torch(function: Callable[..., Any]) -> None:
+    """A function of PyTorch and other ops as the implementation of the op of its name. Autocast
+    ends at the op: what its inputs are cast to is decided before."""
 
     def call(*args: Any) -> Any:
         kind = next(x.device.type for x in args if isinstance(x, torch.Tensor))
@@ -191,8 +191,7 @@ def register_torch(function: Callable[..., Any], *devices: str) -> None:
             return function(*args)
 
     if module is not None:
-        kinds = devices or ("cpu", "cuda")
-        library.register_kernel(f"fastrl::{function.__name__}", kinds, call)
+        library.register_kernel(f"fastrl::{function.__name__}", ("cpu", "cuda"), call)
 
 
 def register_triton(kernels: str, *names: str) -> None:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fastrl.ops._binary import IMPLEMENTATIONS
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS_TO_32 = (torch.float32, torch.bfloat16, torch.float16)  # of ops without float64
 
 
 def fail(op: str, expected: str, got: object, remedy: str) -> ValueError:
@@ -126,6 +127,16 @@ def contents_are_known(*tensors: Tensor) -> bool:
         and not torch._C._functorch.is_batchedtensor(t)
         for t in tensors
     )
+
+
+def entry_outside(x: Tensor, low: int, high: int) -> int | None:
+    """An entry of x that is not in [low, high]; None where there is none, or none to be seen."""
+    if not contents_are_known(x) or x.numel() == 0:  # a size may be unknown as well
+        return None
+    # A few numbers are looked at faster one by one, many by torch.
+    numbers = x.reshape(-1).tolist() if x.numel() <= 64 else [int(y) for y in x.aminmax()]
+    least, most = min(numbers), max(numbers)
+    return least if least < low else most if most > high else None
 
 
 def cu_seqlens(

@@ -184,6 +184,11 @@ def empty_like_rows(rewards: Tensor, dtype: torch.dtype) -> Tensor:
     return rewards.new_empty(rewards.shape, dtype=dtype)
 
 
+def empty_returns(rewards: Tensor, *options: Any) -> Tensor:
+    """Of an estimator with one result."""
+    return empty_like_rows(rewards, result_dtype((rewards, *options)))
+
+
 def per_row_shape(like: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     return like.shape[:-1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastrl import reference
 from fastrl.layout import PackedLayout
 from fastrl.ops import _binary, _checks
+from fastrl.ops._autocast import autocast
 from fastrl.ops._typed import typed_as
 
 _fwd = _binary.op("attention_fwd", differentiable=3)
@@ -80,13 +81,14 @@ def attention(
     Reference: Dao et al. 2022, arXiv:2205.14135; for shared prompts Juravsky et al. 2024,
         arXiv:2402.05099.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     _check(query, key, value)
     _check_visible(query, key, layout, causal, key_start, key_end)
     _check_numbers(layout, causal, scale, window, softcap)
     _checks.implemented("attention", query)
     width = query.shape[-1]
     numbers = (width**-0.5 if scale is None else float(scale), window, softcap)
+    key_start, key_end = (None if x is None else x.contiguous() for x in (key_start, key_end))
     if layout is None and _is_decoding(query, key, value, causal):
         keys = (key_start, key_end, None, None, None, None)
         tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -119,15 +121,6 @@ def _needs_residue(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def _has_gradient(*tensors: Tensor) -> bool:
     return any(map(_binary.may_require_grad, tensors))
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As for torch's own attention; float64 stays what it is."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _check(query: Any, key: Any, value: Any) -> None:
@@ -197,11 +190,8 @@ def _check_visible(
             raise _checks.fail(
                 op, f"{name} [B] = ({query.shape[0]},)", _checks.shape(x), "Pass one per row."
             )
-        if x.numel() and _checks.contents_are_known(x):
-            low, high = (int(y) for y in x.aminmax())
-            if low < 0 or high > key.shape[2]:
-                wrong = low if low < 0 else high
-                raise _checks.fail(op, f"{name} in [0, S = {key.shape[2]}]", wrong, "Clamp it.")
+        if (stray := _checks.entry_outside(x, 0, key.shape[2])) is not None:
+            raise _checks.fail(op, f"{name} in [0, S = {key.shape[2]}]", stray, "Clamp it.")
 
 
 def _check_numbers(

@@ -10,7 +10,6 @@ from fastrl.ops import _binary, _checks
 from fastrl.ops._typed import typed_as
 
 _OP = "decode_attention"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _decode = _binary.op(_OP)
 _step = _binary.op("decode_attention_step")
@@ -141,7 +140,7 @@ def _check(
     prefix_value: Tensor | None,
 ) -> None:
     """A step of sampling with few rows is mostly this: what is usual is seen at a glance."""
-    dtypes = _checks.FLOATS if isinstance(query, Tensor) and query.is_cpu else _DTYPES
+    dtypes = _checks.FLOATS if isinstance(query, Tensor) and query.is_cpu else _checks.FLOATS_TO_32
     _checks.tensor(_OP, "query", query, dtypes, f"Use fastrl.reference.{_OP}, or cast it.")
     _checks.implemented(_OP, query)
     if query.dim() != 4 or query.shape[-1] == 0:
@@ -244,14 +243,9 @@ def _check_ends(name: str, x: Any, query: Tensor, count: int, most: int, per: st
     _checks.same_device(_OP, name, x, "query", query)
     if x.shape != (count,):
         raise _checks.fail(_OP, f"{name} ({count},)", _checks.shape(x), f"Pass one per {per}.")
-    if count and _checks.contents_are_known(x):
-        # A few numbers are looked at faster one by one, many by torch.
-        numbers = x.tolist() if count <= 64 else [int(bound) for bound in x.aminmax()]
-        low, high = min(numbers), max(numbers)
-        if low < 0 or high > most:
-            got = low if low < 0 else high
-            remedy = f"{name} counts the keys of its {'cache' if per == 'row' else 'prefix'}."
-            raise _checks.fail(_OP, f"{name} in [0, {most}]", got, remedy)
+    if (got := _checks.entry_outside(x, 0, most)) is not None:
+        remedy = f"{name} counts the keys of its {'cache' if per == 'row' else 'prefix'}."
+        raise _checks.fail(_OP, f"{name} in [0, {most}]", got, remedy)
 
 
 def _check_cu_rows(x: Any, query: Tensor, prefixes: int) -> None:

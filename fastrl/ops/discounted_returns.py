@@ -31,10 +31,6 @@ def discounted_returns(
 discounted_returns.__doc__ = reference.discounted_returns.__doc__
 
 
-def _fake(rewards: Tensor, *options: Any) -> Tensor:
-    return _returns.empty_like_rows(rewards, _returns.result_dtype((rewards, *options)))
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _returns_grad.Path.save(ctx, inputs, 1)
 
@@ -43,5 +39,5 @@ def _backward(ctx: Any, grad_returns: Tensor | None) -> Any:
     return _returns_grad.td_backward(ctx, grad_returns, own=False, only_at_cuts=True)
 
 
-_binary.register_fake("discounted_returns", _fake)
+_binary.register_fake("discounted_returns", _returns.empty_returns)
 _binary.register_autograd("discounted_returns", _backward, setup_context=_setup_context)

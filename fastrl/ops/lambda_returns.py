@@ -33,10 +33,6 @@ def lambda_returns(
 lambda_returns.__doc__ = reference.lambda_returns.__doc__
 
 
-def _fake(rewards: Tensor, *options: Any) -> Tensor:
-    return _returns.empty_like_rows(rewards, _returns.result_dtype((rewards, *options)))
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _returns_grad.Path.save(ctx, inputs, 2)
 
@@ -45,5 +41,5 @@ def _backward(ctx: Any, grad_returns: Tensor | None) -> Any:
     return _returns_grad.td_backward(ctx, grad_returns)
 
 
-_binary.register_fake("lambda_returns", _fake)
+_binary.register_fake("lambda_returns", _returns.empty_returns)
 _binary.register_autograd("lambda_returns", _backward, setup_context=_setup_context)

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from fastrl import _vocabulary, reference
 from fastrl.ops import _binary, _checks, _linear_slices, _sharded
+from fastrl.ops._autocast import autocast
 from fastrl.ops._typed import typed_as
 from fastrl.ops.token_logprobs import check_ids
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _fwd = _binary.op("linear_token_logprobs_fwd")
 _bwd = _binary.op("linear_token_logprobs_bwd")
@@ -100,15 +99,6 @@ def linear_token_logprobs(
     return (logprobs, entropy.reshape(leading)) if return_entropy else logprobs
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast as autocast casts what goes into a product."""
-    kind = next(x.device.type for x in tensors if x is not None)
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if x is None else x.to(dtype) for x in tensors)
-
-
 def check_head(
     op: str,
     hidden: Any,
@@ -121,8 +111,8 @@ def check_head(
     least_vocab: int = 1,
 ) -> None:
     remedy = f"Use fastrl.reference.{op} for float64; cast other dtypes."
-    _checks.tensor(op, "hidden", hidden, _DTYPES, remedy)
-    _checks.tensor(op, "weight", weight, _DTYPES, remedy)
+    _checks.tensor(op, "hidden", hidden, _checks.FLOATS_TO_32, remedy)
+    _checks.tensor(op, "weight", weight, _checks.FLOATS_TO_32, remedy)
     for name, x in (("hidden", hidden), ("weight", weight)):
         _checks.undistributed(op, name, x)
     _checks.tensor(op, "token_ids", token_ids, (torch.int64,), "Use token_ids.long().")
@@ -142,7 +132,7 @@ def check_head(
     _checks.same_device(op, "weight", weight, "hidden", hidden)
     _checks.same_device(op, "token_ids", token_ids, "hidden", hidden)
     if bias is not None:
-        _checks.tensor(op, "bias", bias, _DTYPES, remedy)
+        _checks.tensor(op, "bias", bias, _checks.FLOATS_TO_32, remedy)
         if bias.shape != weight.shape[:1]:
             raise _checks.fail(
                 op, f"bias [{weight.shape[0]}]", _checks.shape(bias), "Pass one number per token."

@@ -35,10 +35,6 @@ def n_step_returns(
 n_step_returns.__doc__ = reference.n_step_returns.__doc__
 
 
-def _fake(rewards: Tensor, *options: Any) -> Tensor:
-    return _returns.empty_like_rows(rewards, _returns.result_dtype((rewards, *options)))
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _returns_grad.Path.save(ctx, inputs, 2)
 
@@ -56,12 +52,10 @@ def _backward(ctx: Any, grad_returns: Tensor | None) -> Any:
 
 
 def _bwd_fake(grad: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return (
-        _returns.empty_like_rows(grad, grad.dtype),
-        _returns.empty_like_rows(grad, grad.dtype),
-    )
+    grad_rewards, grad_next = (_returns.empty_like_rows(grad, grad.dtype) for _ in range(2))
+    return grad_rewards, grad_next
 
 
-_binary.register_fake("n_step_returns", _fake)
+_binary.register_fake("n_step_returns", _returns.empty_returns)
 _binary.register_fake("n_step_returns_bwd", _bwd_fake)
 _binary.register_autograd("n_step_returns", _backward, setup_context=_setup_context)

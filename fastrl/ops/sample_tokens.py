@@ -8,8 +8,6 @@ from fastrl.ops import _binary, _checks
 from fastrl.ops._typed import typed_as
 from fastrl.ops.token_logprobs import token_logprobs
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 _sample = _binary.op("sample_tokens", differentiable=0)
 _kept_ids = _binary.op("kept_ids", differentiable=0)
 
@@ -75,7 +73,7 @@ def _check(
 ) -> None:
     op = "sample_tokens"
     remedy = "Use fastrl.reference.sample_tokens for float64; cast other dtypes."
-    _checks.tensor(op, "logits", logits, _DTYPES, remedy)
+    _checks.tensor(op, "logits", logits, _checks.FLOATS_TO_32, remedy)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise _checks.fail(op, "logits [..., V], V >= 1", _checks.shape(logits), "Pass logits.")
     _checks.number(op, "temperature", temperature, 0.0, 1e30, "0 is greedy.")

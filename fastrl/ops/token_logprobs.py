@@ -11,8 +11,6 @@ from fastrl.ops import _binary, _checks, _sharded
 from fastrl.ops._kept_logprobs import kept_logprobs
 from fastrl.ops._typed import typed_as
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 _fwd = _binary.op("token_logprobs_fwd", differentiable=1)
 _bwd = _binary.op("token_logprobs_bwd")
 _bwd_inplace = _binary.op("token_logprobs_bwd_")
@@ -124,7 +122,7 @@ def _check(
 ) -> None:
     op = "token_logprobs"
     remedy = "Use fastrl.reference.token_logprobs for float64; cast other dtypes."
-    _checks.tensor(op, "logits", logits, _DTYPES, remedy)
+    _checks.tensor(op, "logits", logits, _checks.FLOATS_TO_32, remedy)
     _checks.undistributed(op, "logits", logits)
     _checks.tensor(op, "token_ids", token_ids, (torch.int64,), "Use token_ids.long().")
     if logits.dim() == 0 or (logits.shape[-1] == 0 and group is None):
@@ -148,10 +146,7 @@ def _check(
 
 
 def check_ids(op: str, token_ids: Tensor, vocab: int, ignore_index: int) -> None:
-    if not _checks.contents_are_known(token_ids) or token_ids.numel() == 0:
-        return
-    low, high = (int(x) for x in token_ids.aminmax())
-    if low >= 0 and high < vocab:
+    if _checks.entry_outside(token_ids, 0, vocab - 1) is None:
         return
     wrong = ((token_ids < 0) | (token_ids >= vocab)) & (token_ids != ignore_index)
     if bool(wrong.any()):
@@ -180,15 +175,8 @@ def _check_kept(op: str, kept: Any, logits: Tensor, vocab: int | None) -> None:
         raise _checks.fail(
             op, f"kept cu_seqlens [{rows + 1}]", _checks.shape(bounds), "Pass one set per row."
         )
-    if vocab is not None and _checks.contents_are_known(ids) and ids.numel():
-        low, high = (int(x) for x in ids.aminmax())
-        if low < 0 or high >= vocab:
-            raise _checks.fail(
-                op,
-                f"kept ids in [0, {vocab})",
-                low if low < 0 else high,
-                "Pass ids of the vocabulary.",
-            )
+    if vocab is not None and (got := _checks.entry_outside(ids, 0, vocab - 1)) is not None:
+        raise _checks.fail(op, f"kept ids in [0, {vocab})", got, "Pass ids of the vocabulary.")
 
 
 def _fwd_fake(

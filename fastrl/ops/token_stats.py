@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastrl.ops import _binary, _linear_slices
-from fastrl.ops.linear_token_logprobs import autocast, check_head
+from fastrl.ops._autocast import autocast
+from fastrl.ops.linear_token_logprobs import check_head
 from fastrl.ops.token_logprobs import check_ids
 from fastrl.reference.token_stats import TokenStats
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastrl.rewards._judgements import Answers, RecordFile, now
+from fastrl.rewards._judgements import Answers, now
+from fastrl.rewards._record_file import RecordFile
 from fastrl.rewards._terminal import Keys, Screen
 
 ANSWERED, UNDO, LATE = "answered", "undo", "late"

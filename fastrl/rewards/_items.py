@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrl.rewards._judgements import Record, content_id, read_records
+from fastrl.rewards._judgements import content_id
+from fastrl.rewards._record_file import Record, read_records
 from fastrl.rewards._texts import prompt_text, text_of
 
 

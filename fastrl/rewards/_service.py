@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastrl.rewards._answer_cache import AnswerCache
+from fastrl.rewards._arguments import check_whole
 from fastrl.rewards._requests import JSONClient
 from fastrl.rewards._transport import RequestError
 
@@ -48,11 +49,8 @@ class Asker:
                 f'{client.owner}: expected errors "none" or "raise", got {errors!r}. Pass "none" '
                 "to go on without the rewards of requests that failed."
             )
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(
-                f"{client.owner}: expected batch_size to be an integer >= 1, got {batch_size!r}. "
-                "Pass how many completions go into a request."
-            )
+        remedy = "Pass how many completions go into a request."
+        check_whole(client.owner, "batch_size", batch_size, 1, remedy)
         self.client, self.cache, self.name, self.batch_size = client, cache, name, batch_size
         self._raises, self._to_body, self._read = errors == "raise", to_body, read
 

@@ -9,7 +9,6 @@ import sys
 import time
 import unicodedata
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, TextIO
 
 SIDE_BY_SIDE = 80  # columns of a terminal that has room for two texts
@@ -72,12 +71,7 @@ class Keys:
     def __enter__(self) -> "Keys":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._take_keys(False)
 
     def _take_keys(self, one_by_one: bool) -> None:

@@ -6,6 +6,7 @@ import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fastrl.rewards._arguments import check_whole
 from fastrl.rewards._secret import check_key_variable
 
 _OUR_HEADERS = {"content-type", "content-length", "connection", "host", "transfer-encoding"}
@@ -104,12 +105,7 @@ def parts_of(owner: str, url: str) -> urllib.parse.SplitResult:
 def check_transport(owner: str, transport: Transport) -> None:
     """Raises ValueError where it cannot be used."""
     for name, least in (("concurrency", 1), ("retries", 0), ("max_bytes", 1)):
-        value = getattr(transport, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(
-                f"{owner}: expected {name} to be an integer >= {least}, got {value!r}. "
-                f"Pass {least} or more."
-            )
+        check_whole(owner, name, getattr(transport, name), least)
     for name in ("timeout", "backoff", "max_wait", "deadline"):
         value = getattr(transport, name)
         if name == "deadline" and value is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastrl.rewards._answer_cache import AnswerCache, digest
+from fastrl.rewards._arguments import check_whole
 from fastrl.rewards._judge_texts import (
     TEMPLATE,
     check_template,
@@ -217,10 +218,7 @@ def _check(rubric: str, samples: int, temperature: float | None) -> None:
         raise ValueError(
             f"ChatJudge: expected rubric of text, got {rubric!r}. Say what makes a completion good."
         )
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-        raise ValueError(
-            f"ChatJudge: expected samples to be an integer >= 1, got {samples!r}. Pass 1 or more."
-        )
+    check_whole("ChatJudge", "samples", samples, 1)
     if samples > 1 and temperature == 0:
         raise ValueError(
             f"ChatJudge: expected temperature above 0 with samples = {samples}, got 0. Pass a "

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.rewards._items import read_completions
-from fastrl.rewards._judgements import ratings_of, read_answers, read_records
+from fastrl.rewards._judgements import ratings_of, read_answers
+from fastrl.rewards._record_file import read_records
 from fastrl.rewards._scale import checked_scale, scaled
 from fastrl.rewards._texts import prompt_text, text_of
 

@@ -8,13 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.rewards._asking import Interview, Leave, rating_question
-from fastrl.rewards._judgements import (
-    Answers,
-    Record,
-    RecordFile,
-    Tail,
-    content_id,
-)
+from fastrl.rewards._judgements import Answers, content_id
+from fastrl.rewards._record_file import Record, RecordFile, Tail
 from fastrl.rewards._scale import checked_scale, scaled
 from fastrl.rewards._terminal import Keys, Screen
 from fastrl.rewards._texts import prompt_text, text_of

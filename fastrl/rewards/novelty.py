@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastrl.rewards._annealing import annealed, check_coefficient
+from fastrl.rewards._arguments import check_whole
 
 State = str | bytes | int | Sequence[int]
 
@@ -164,12 +165,8 @@ def _hash(state: State) -> int:
 
 
 def _check(n: int, decay: float, max_states: int) -> None:
-    for name, value, least in (("n", n, 0), ("max_states", max_states, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(
-                f"CountNovelty: expected {name} to be an integer >= {least}, got {value!r}. "
-                f"Pass {least} or more."
-            )
+    check_whole("CountNovelty", "n", n, 0)
+    check_whole("CountNovelty", "max_states", max_states, 1)
     if not 0 < decay <= 1:
         raise ValueError(
             f"CountNovelty: expected decay in (0, 1], got {decay!r}. Pass 1 to forget nothing."

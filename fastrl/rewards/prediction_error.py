@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl.rewards._annealing import annealed, check_coefficient
+from fastrl.rewards._arguments import check_whole
 from fastrl.rewards._moments import Moments
 
 Features = Callable[[Sequence[int]], Tensor]
@@ -231,12 +232,7 @@ def _check_input(
 
 def _check_sizes(sizes: Mapping[str, int], learning_rate: float) -> None:
     for name, value in sizes.items():
-        least = 0 if name == "passes" else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(
-                f"PredictionError: expected {name} to be an integer >= {least}, got {value!r}. "
-                f"Pass {least} or more."
-            )
+        check_whole("PredictionError", name, value, 0 if name == "passes" else 1)
     if not 0 < learning_rate < math.inf:
         raise ValueError(
             f"PredictionError: expected learning_rate above 0, got {learning_rate!r}. Pass 0 "

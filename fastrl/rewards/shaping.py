@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastrl.rewards._calling import accepted, as_float, is_async, own_arguments, parameters_of
+from fastrl.rewards._states import load_states, stateful, states
 from fastrl.rewards.metric import MetricReward
 from fastrl.rewards.token_pieces import TokenPieces
 
@@ -112,7 +113,7 @@ class PotentialShaping:
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the reward function and of the potential, of those that have one."""
-        return {name: part.state_dict() for name, part in self._stateful().items()}
+        return states(self._parts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give them the states that `state_dict` had.
@@ -120,22 +121,17 @@ class PotentialShaping:
         Raises:
             ValueError: those with a state are others.
         """
-        parts = self._stateful()
+        parts = stateful(self._parts)
         if parts.keys() != state.keys():
             raise ValueError(
                 f"PotentialShaping: expected states of {sorted(parts)}, got {sorted(state)}. "
                 "Build it as it was when the state was saved."
             )
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        load_states(self._parts, state)
 
-    def _stateful(self) -> dict[str, Any]:
-        parts = {"reward_function": self.reward_function, "potential": self.potential}
-        return {
-            name: part
-            for name, part in parts.items()
-            if hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
-        }
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {"reward_function": self.reward_function, "potential": self.potential}
 
     def _potentials(
         self,

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from fastrl.rewards._states import load_states, stateful, states
+
 Record = dict[str, float]
 Part = Callable[[Record], None]
 
@@ -49,7 +51,7 @@ class Attachments:
 
     def state_dict(self) -> dict[str, Any]:
         """By name, the states of the parts that have state_dict and load_state_dict."""
-        return {name: part.state_dict() for name, part in self._stateful().items()}
+        return states(self._parts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give the parts the states that `state_dict` had.
@@ -57,18 +59,10 @@ class Attachments:
         Raises:
             ValueError: the parts with a state have other names.
         """
-        parts = self._stateful()
+        parts = stateful(self._parts)
         if state.keys() != parts.keys():
             raise ValueError(
                 f"attach: expected the parts {sorted(state)} of the checkpoint, got "
                 f"{sorted(parts)}. Attach the same parts under the same names before resuming."
             )
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-
-    def _stateful(self) -> dict[str, Any]:
-        return {
-            name: part
-            for name, part in self._parts.items()
-            if hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
-        }
+        load_states(self._parts, state)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.models.storage import load_model
+from fastrl.models.tensor_file import TensorFile, first_difference, kinds
 from fastrl.trainers import _tree
 from fastrl.trainers._checkpoint_files import (
     DESCRIPTION,
@@ -28,7 +29,6 @@ from fastrl.trainers._random_state import (
     random_state,
     set_random_state,
 )
-from fastrl.trainers._tensor_file import Kinds, TensorFile
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
@@ -55,7 +55,7 @@ def resume(trainer: "Trainer", folder: Path) -> None:
         model, where = trainer.model.state_dict(), folder
         with keeping_random_state():  # a new model draws its first weights
             weights = load_model(folder).state_dict()
-    _check_tensors(model, _kinds(weights), where)
+    _check_tensors(model, kinds(weights), where)
     _check_frozen(trainer, state.get("frozen", {}), folder)
     _check_moments(trainer, state["optimizer"]["moments"], folder / STATE)
     reference_file = _opened(folder / REFERENCE) if reference else None
@@ -153,7 +153,7 @@ def _check_moments(trainer: "Trainer", found: dict[str, dict[str, Tensor]], path
     weights = dict(trainer.model.named_parameters())
     for name, slots in found.items():
         like = {slot: weights[name] for slot in _SLOTS} | {"step": torch.zeros(())}
-        _check_tensors(like, _kinds(slots), path, f"optimizer {name} ")
+        _check_tensors(like, kinds(slots), path, f"optimizer {name} ")
 
 
 def _check_frozen(trainer: "Trainer", saved: dict[str, str], folder: Path) -> None:
@@ -197,28 +197,21 @@ def _opened(path: Path) -> TensorFile:
         raise unreadable(path, error) from error
 
 
-def _kinds(tensors: Mapping[str, Tensor]) -> Kinds:
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
 @torch.no_grad()
 def _copy(read: Callable[[str], Tensor], tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         tensor.copy_(read(name))
 
 
-def _check_tensors(own: Mapping[str, Tensor], got: Kinds, path: Path, prefix: str = "") -> None:
-    expected = _kinds(own)
-    for name in sorted(expected.keys() | got.keys()):
-        wanted, found = (
-            f"{kinds[name][0]} {kinds[name][1]}" if name in kinds else "nothing"
-            for kinds in (expected, got)
+def _check_tensors(
+    own: Mapping[str, Tensor], got: dict[str, str], path: Path, prefix: str = ""
+) -> None:
+    if difference := first_difference(kinds(own), got):
+        name, wanted, found = difference
+        raise ValueError(
+            f"resume: expected {prefix}{name} {wanted} in {path}, got {found}. "
+            "Build the model that the checkpoint was written from."
         )
-        if wanted != found:
-            raise ValueError(
-                f"resume: expected {prefix}{name} {wanted} in {path}, got {found}. "
-                "Build the model that the checkpoint was written from."
-            )
 
 
 def _summary(names: list[str]) -> str:

@@ -28,12 +28,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from fastrl._disk import sync
 from fastrl.models import storage
+from fastrl.models.tensor_file import import_safetensors, write_tensors
 from fastrl.trainers import _checkpoint_files as files
 from fastrl.trainers import _tree
 from fastrl.trainers._checkpoint_files import CheckpointError, beside, standing
 from fastrl.trainers._resume import moments, reference_tensors, resume, state_tree
-from fastrl.trainers._tensor_file import import_safetensors, write_tensors
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
@@ -80,8 +81,8 @@ def save(trainer: "Trainer", folder: Path) -> None:
             _sync_all(partial)
             description = {**files.describe(trainer), "files": files.files_of(partial)}
             files.write_json(partial / files.DESCRIPTION, description)
-            _sync(partial / files.DESCRIPTION)
-            _sync(partial)
+            sync(partial / files.DESCRIPTION)
+            sync(partial)
             _replace(folder, partial, previous)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -154,7 +155,7 @@ def _replace(folder: Path, partial: Path, previous: Path) -> None:
         folder.rename(previous)
     try:
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         if folder.exists():
             folder.rename(partial)
@@ -204,13 +205,5 @@ def _what_stands(folder: Path) -> str:
 def _sync_all(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
-            _sync(Path(root) / name)
-        _sync(Path(root))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(Path(root) / name)
+        sync(Path(root))

@@ -17,8 +17,8 @@ from fastrl.rewards._calling import (
     distinct_names,
     own_arguments,
     parameters_of,
-    unwrapped,
 )
+from fastrl.rewards._states import load_states, stateful, states
 from fastrl.rollout import Rollout
 from fastrl.trainers._given_rewards import CompletionTokens
 from fastrl.trainers._reward_arguments import RewardLog, reward_arguments
@@ -139,7 +139,7 @@ class RewardScorer:
 
     def state_dict(self) -> dict[str, Any]:
         """By name, the states of the functions that have state_dict and load_state_dict."""
-        return {name: function.state_dict() for name, function in self._stateful().items()}
+        return states(self._by_name())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give the functions the states that `state_dict` had.
@@ -147,22 +147,16 @@ class RewardScorer:
         Raises:
             ValueError: the functions with a state are others.
         """
-        functions = self._stateful()
+        functions = stateful(self._by_name())
         if state.keys() != functions.keys():
             raise ValueError(
                 f"Trainer: expected states of the reward functions {sorted(functions)}, got "
                 f"{sorted(state)}. Pass the reward functions that the checkpoint was made with."
             )
-        for name, function in functions.items():
-            function.load_state_dict(state[name])
+        load_states(functions, state)
 
-    def _stateful(self) -> dict[str, Any]:
-        named = zip(self.names, map(unwrapped, self.functions), strict=True)
-        return {
-            name: function
-            for name, function in named
-            if hasattr(function, "state_dict") and hasattr(function, "load_state_dict")
-        }
+    def _by_name(self) -> dict[str, RewardFunction]:
+        return dict(zip(self.names, self.functions, strict=True))
 
     def _scores(self, calls: list[Call], tokens: CompletionTokens, log: RewardLog) -> Scores:
         rewards = torch.zeros(int(tokens.lengths.sum()), dtype=torch.float64)

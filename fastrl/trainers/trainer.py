@@ -1,27 +1,25 @@
 """What both trainers share: sample, score, update, and what happens when numbers go bad."""
 
 import functools
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastrl import ops as fast_ops
-from fastrl.layout import PackedBatch
 from fastrl.models import reference_policy
 from fastrl.rollout import Environment, Rollout
 from fastrl.trainers import checkpoint, sampling
 from fastrl.trainers._attachments import Attachments, Part, Record
+from fastrl.trainers._objective import Objective
 from fastrl.trainers._resume import frozen_weights
 from fastrl.trainers._steps import make_steps
 from fastrl.trainers.config import TrainerConfig
 from fastrl.trainers.engines import RolloutFunction
 from fastrl.trainers.evaluation import evaluate
-from fastrl.trainers.experience import Experience
 from fastrl.trainers.health import (
     TruncationWatch,
     check_checkpointing,
@@ -36,8 +34,12 @@ from fastrl.trainers.prompts import Example, PromptDataset, PromptOrder, Tokeniz
 from fastrl.trainers.schedules import EntropyController, KLController, temperature
 from fastrl.trainers.scoring import RewardFunction, RewardScorer, Scores
 
+# Of a checkpoint: numbers, and parts with a state_dict.
+_COUNTERS = ("step", "bad_steps", "skipped_updates", "num_tokens")
+_PARTS = ("kl", "entropy", "scorer")
 
-class Trainer(ABC):
+
+class Trainer(Objective):
     """One step: sample completions, reward them, and learn from exactly these.
 
     A completion that reaches max_new_tokens has ended there like one that said EOS: the task has a
@@ -86,7 +88,8 @@ class Trainer(ABC):
         environment: Environment | None = None,
         ops: ModuleType = fast_ops,
     ) -> None:
-        self.config: Any = self._checked_config(self.config_class() if config is None else config)
+        config = self._checked_config(self.config_class() if config is None else config)
+        self.config: Any = config
         self.model: Any = self._checked_model(model)
         self.policy: Any = getattr(self.model, "language_model", self.model)
         self.ops = ops
@@ -99,24 +102,21 @@ class Trainer(ABC):
         self.dataset = self.prompts(dataset)
         self.scorer = RewardScorer(
             reward_functions,
-            self.config.reward_weights,
-            timeout=self.config.reward_timeout,
-            errors=self.config.reward_errors,
+            config.reward_weights,
+            timeout=config.reward_timeout,
+            errors=config.reward_errors,
         )
         check_importance(self)
         check_checkpointing(self)
-        without_dropout(self.model, will_learn_with_it=self.config.dropout)
-        needs_reference = self.config.kl_coef > 0 or self.config.kl_every > 0
+        without_dropout(self.model, will_learn_with_it=config.dropout)
+        needs_reference = config.kl_coef > 0 or config.kl_every > 0
         self.reference: Any = reference_policy(self.policy) if needs_reference else None
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=self.config.learning_rate,
-            weight_decay=self.config.weight_decay,
-            fused=True,
+            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        self.kl = KLController(self.config.kl_coef, self.config.kl_target, self.config.kl_horizon)
+        self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.entropy = EntropyController(
-            self.config.entropy_coef, self.config.entropy_target, self.config.entropy_rate
+            config.entropy_coef, config.entropy_target, config.entropy_rate
         )
         self.step = 0
         self.bad_steps = 0  # in a row
@@ -126,62 +126,7 @@ class Trainer(ABC):
         self.last_samples: Samples | None = None
         self.attachments = Attachments()
         self.truncation = TruncationWatch()
-        self.order = PromptOrder(len(self.dataset), self.config.seed)
-
-    # What an algorithm is made of.
-
-    @property
-    @abstractmethod
-    def reduction(self) -> str:
-        """How the losses of tokens add up; see `fastrl.trainers.algorithms.Algorithm`."""
-
-    @property
-    @abstractmethod
-    def has_bounds(self) -> bool:
-        """Whether the loss bounds the ratio to the policy that sampled."""
-
-    @property
-    def is_per_token(self) -> bool:
-        """Whether a token's loss depends on that token alone."""
-        return True
-
-    @abstractmethod
-    def _checked_model(self, model: Any) -> nn.Module:
-        """The model as a policy or an actor-critic; TypeError for one of another kind."""
-
-    @abstractmethod
-    def advantages(self, rollout: Rollout, known: Experience) -> Experience:
-        """What is known, with advantages (and for a critic returns and old_values)."""
-
-    @abstractmethod
-    def policy_losses(
-        self, logprobs: Tensor, known: Experience, cu_seqlens: Tensor | None
-    ) -> Tensor:
-        """[n]: the policy's loss at each token."""
-
-    def values(self, micro: PackedBatch, hidden: Tensor) -> Tensor | None:
-        """[n] of a micro-batch's targets, from the policy's hidden states; None: no critic."""
-        return None
-
-    def values_while_sampling(self) -> Callable[[Tensor], Tensor] | None:
-        """What `fastrl.rollout.generate` takes as value_fn."""
-        return None
-
-    def critic_losses(self, values: Tensor, known: Experience) -> Tensor:
-        """[n]: the critic's loss at each token."""
-        raise NotImplementedError(f"{type(self).__name__} has no critic.")
-
-    def with_replayed(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
-        """The rollout with earlier ones, and which tokens are its own, [M] bool."""
-        return rollout, None
-
-    def teaches(self, known: Experience) -> Tensor:
-        """[M] bool: the tokens whose loss has a gradient, or whose entropy steers its coefficient:
-        at 0 too, or it would be that of the prompts whose completions still differ alone."""
-        kl_loss = self.kl.coef > 0 and self.config.kl_in == "loss"
-        if kl_loss or self.entropy.coef > 0 or self.config.entropy_target is not None:
-            return torch.ones_like(known.is_learned)
-        return known.advantages != 0
+        self.order = PromptOrder(len(self.dataset), config.seed)
 
     def set_learning(self, learning: bool) -> None:
         """The model's mode while gradients are computed, or while it samples."""
@@ -204,10 +149,7 @@ class Trainer(ABC):
         return None if output_dir is None else Path(output_dir) / "checkpoint"
 
     def train(
-        self,
-        *,
-        max_steps: int | None = None,
-        on_step: Part | Sequence[Part] | None = None,
+        self, *, max_steps: int | None = None, on_step: Part | Sequence[Part] | None = None
     ) -> list[Record]:
         """Train until the run has `max_steps` steps, those before a resume included.
 
@@ -333,22 +275,16 @@ class Trainer(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What a run remembers beside weights, optimizer and random state."""
-        attached = self.attachments.state_dict()
-        return {
-            "step": self.step,
-            "bad_steps": self.bad_steps,
-            "skipped_updates": self.skipped_updates,
-            "num_tokens": self.num_tokens,
-            "kl": self.kl.state_dict(),
-            "entropy": self.entropy.state_dict(),
-            "scorer": self.scorer.state_dict(),
-            **({"attachments": attached} if attached else {}),
-        }
+        state = {name: getattr(self, name) for name in _COUNTERS}
+        state |= {name: getattr(self, name).state_dict() for name in _PARTS}
+        if attached := self.attachments.state_dict():
+            state["attachments"] = attached
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("step", "bad_steps", "skipped_updates", "num_tokens"):
+        for name in _COUNTERS:
             setattr(self, name, state[name])
-        for name in ("kl", "entropy", "scorer"):
+        for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
         if "attachments" in state:
             self.attachments.load_state_dict(state["attachments"])

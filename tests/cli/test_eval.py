@@ -145,7 +145,8 @@ def test_one_prompt_has_no_interval(run, tmp_path, capsys):
 
 
 def test_a_run_whose_held_out_prompts_have_no_reward_shows_its_result(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
+    line = '{"step": 1, "reward": 1.0, "a line\u2028separator": 2.0}\n'  # as a reward may log it
+    (tmp_path / "metrics.jsonl").write_text(line, encoding="utf-8")
     (tmp_path / "recipe.toml").write_text(RECIPE)
     console = Console(file=io.StringIO(), width=100)
     none = {"prompt_rewards": [None, math.nan], "eval/kl": 0.5}

@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 
 import fastrl  # noqa: E402
 from fastrl.cli import label  # noqa: E402
-from fastrl.rewards._judgements import RecordFile  # noqa: E402
+from fastrl.rewards._record_file import RecordFile  # noqa: E402
 from fastrl.rewards.human import HumanReward  # noqa: E402
 
 PAIRS = [

@@ -8,8 +8,8 @@ pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
 from fastrl.cli.recipes import prompts, rewards, toml
+from fastrl.cli.recipes.built_in import BUILT_IN, find_recipe
 from fastrl.cli.recipes.parse import read_recipe
-from fastrl.cli.recipes.schema import BUILT_IN, find_recipe
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.trainers import ActorCriticConfig, PolicyGradientConfig
 

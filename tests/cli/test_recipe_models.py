@@ -11,8 +11,8 @@ for package in ("rich", "safetensors", "tensorboard", "transformers"):
 from fastrl.cli import eval as evaluation  # noqa: E402
 from fastrl.cli import sample, train  # noqa: E402
 from fastrl.cli.recipes import models  # noqa: E402
+from fastrl.cli.recipes.built_in import find_recipe  # noqa: E402
 from fastrl.cli.recipes.parse import read_recipe  # noqa: E402
-from fastrl.cli.recipes.schema import find_recipe  # noqa: E402
 from fastrl.cli.recipes.toml import RecipeError  # noqa: E402
 
 TINY = [

@@ -11,7 +11,7 @@ for package in ("rich", "safetensors", "transformers"):
 
 import fastrl  # noqa: E402
 from fastrl.cli import report, train  # noqa: E402
-from fastrl.cli.recipes import schema, toml  # noqa: E402
+from fastrl.cli.recipes import built_in, toml  # noqa: E402
 from fastrl.cli.recipes.build import Parts  # noqa: E402
 from fastrl.cli.recipes.parse import read_recipe  # noqa: E402
 from fastrl.cli.recipes.rewards import load_reward_functions  # noqa: E402
@@ -254,7 +254,7 @@ def test_a_run_that_its_monitor_has_stopped_stays_stopped(tmp_path, capsys):
 
 
 def test_a_monitor_needs_a_gold_reward(tmp_path):
-    tiny = schema.find_recipe("tiny_grpo")
+    tiny = built_in.find_recipe("tiny_grpo")
     with pytest.raises(RecipeError, match="gold in .* with other keys of that table, got nothing"):
         read_recipe(tiny, ['over_optimization.action="stop"'])
     off = read_recipe(tiny, ["over_optimization.gold=''", 'over_optimization.action="stop"'])

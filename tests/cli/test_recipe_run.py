@@ -284,6 +284,8 @@ def test_bad_input_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
         (str(recipe), "--set", "model.lstm={embed_dim=0, hidden_dim=2}"): "embed_dim >= 1, got 0",
         (str(recipe), "--set", "model.lstm.vocab_size=20"): "each of the tokenizer's 257 tokens",
         (str(recipe), "--set", "model.device=abacus"): "device auto, cpu or an available cuda",
+        (str(recipe), "--set", "model.device='cpu:'"): "or an available cuda, got cpu:.",
+        (str(recipe), "--set", "model.device=cuda:²"): "or an available cuda, got cuda:².",
         (str(recipe), "--set", "model.random={model_type='gpt2', n_embd=8, n_head=2}", "--set",
          "model.random.n_positions=8", "--set", "model.lstm="): "has positions for, got 9 + 5 at",
         (str(recipe), "--set", f"data.prompts={recipe.parent}/taken.jsonl"): "['completions']. Rew",

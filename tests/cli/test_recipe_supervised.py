@@ -20,6 +20,7 @@ from fastrl.cli.recipes.models import load_tokenizer, train_tokenizer  # noqa: E
 from fastrl.cli.recipes.packing import RowBatches, encoded, packed  # noqa: E402
 from fastrl.cli.recipes.schema import Supervised  # noqa: E402
 from fastrl.cli.recipes.supervised import SupervisedTraining  # noqa: E402
+from fastrl.cli.recipes.toml import RecipeError  # noqa: E402
 from fastrl.models import LSTMLanguageModel, as_policy, load_model  # noqa: E402
 from fastrl.trainers.loggers import JsonLines  # noqa: E402
 
@@ -276,6 +277,14 @@ def test_rows_without_references_are_an_error(recipe, tmp_path, capsys):
     assert train.main([str(recipe), *sets, "--output", str(tmp_path / "run")]) == 2
     assert 'with texts "prompt" and "reference"' in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_without_a_token_to_begin_with_are_an_error():
+    model, tokenizer = LSTMLanguageModel(257, 8, 16, 1), load_tokenizer("bytes")
+    empty = [{"prompt": "", "reference": "alone"}]
+    for parts in ((empty, ROWS), (ROWS, empty)):
+        with pytest.raises(RecipeError, match="with prompts that have tokens, got 1 without any"):
+            SupervisedTraining(model, tokenizer, *parts, Supervised(steps=1), seed=0)
 
 
 def test_dropout_of_a_hugging_face_model_is_off():

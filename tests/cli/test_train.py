@@ -230,6 +230,7 @@ def test_a_file_cut_short_is_a_clear_error(finished, tmp_path, capsys, name, rem
         (["--vocab-size", "100"], "expected --vocab-size >= 320"),
         (["--held-out-fraction", "0"], "expected --held-out-fraction in (0, 0.4]"),
         (["--device", "abacus"], "expected --device auto, cpu or an available cuda"),
+        (["--device", "cuda:999"], "expected --device auto, cpu or an available cuda"),
         (["--threads", "0"], "expected --threads >= 1"),
     ],
 )

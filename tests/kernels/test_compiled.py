@@ -17,13 +17,15 @@ def test_every_configuration_keeps_to_the_budget(compiled):
 
 
 def test_every_block_size_that_ships_is_compiled(compiled):
-    from fastrl.kernels import sample_tokens, token_logprobs
+    from fastrl.kernels import _row_states, sample_tokens, token_logprobs
 
     backward = token_logprobs.BACKWARD + token_logprobs.BACKWARD_UNALIGNED
-    shipped = {"fwd": token_logprobs.FORWARD, "bwd": backward}
-    shipped = {f"token_logprobs._token_logprobs_{k}_kernel": v for k, v in shipped.items()}
     both = (sample_tokens.DRAW, sample_tokens.TRUNCATE_AND_DRAW)
-    shipped["sample_tokens._sample_tokens_kernel"] = both
+    shipped = {
+        "_row_states._token_logprobs_fwd_kernel": _row_states.FORWARD,
+        "token_logprobs._token_logprobs_bwd_kernel": backward,
+        "sample_tokens._sample_tokens_kernel": both,
+    }
     for name, blocks in shipped.items():
         reached = {
             (k.request.named_constants["BLOCK_V"], k.request.options["num_warps"])

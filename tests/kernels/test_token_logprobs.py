@@ -256,9 +256,10 @@ def test_a_state_without_entropy(interpreted):
 
 
 def test_the_sizes_above_are_the_kernels():
+    states = pytest.importorskip("fastrl.kernels._row_states")
     kernels = pytest.importorskip("fastrl.kernels.token_logprobs")
-    assert kernels.CHUNK == CHUNK
-    assert [block["BLOCK_V"] for block in kernels.FORWARD] == [1024, 2048]
+    assert states.CHUNK == CHUNK
+    assert [block["BLOCK_V"] for block in states.FORWARD] == [1024, 2048]
     for blocks in (kernels.BACKWARD, kernels.BACKWARD_UNALIGNED):
         assert [block["BLOCK_V"] for block in blocks] == [1024, 4096]
-    assert kernels.MERGE["BLOCK_N"] == 128
+    assert states.MERGE["BLOCK_N"] == 128

@@ -161,6 +161,23 @@ def test_autocast_casts_as_for_torchs_attention(device):
     with torch.autocast(device, torch.bfloat16):
         q, k, v = (x.detach().bfloat16() for x in (q, k, v))
         assert torch.equal(fastrl.attention(q, k, v), ours)
+        with pytest.raises(TypeError, match="key of dtype .* got torch.int64"):
+            fastrl.attention(q, k.long(), v)
+        with pytest.raises(TypeError, match="value as a tensor, got list"):
+            fastrl.attention(q, k, v.tolist())
+
+
+@pytest.mark.parametrize("num_queries", [2, 20])  # of decoding, and not
+def test_bounds_of_any_strides(device, num_queries):
+    q, k, v = (torch.randn(2, 2, n, 16, device=device) for n in (num_queries, 21, 21))
+    start, end = (torch.tensor([[a, 99], [b, 99]], dtype=torch.int32, device=device).T[0]
+                  for a, b in ((1, 0), (7, 20)))  # fmt: skip
+    options = {"key_start": start.contiguous(), "key_end": end.contiguous()}
+    views = {"key_start": start, "key_end": end}
+    assert torch.equal(fastrl.attention(q, k, v, **views), fastrl.attention(q, k, v, **options))
+    alike = torch.tensor([9], dtype=torch.int32, device=device)
+    ours = fastrl.attention(q, k, v, key_end=alike.expand(2))
+    assert torch.equal(ours, fastrl.attention(q, k, v, key_end=alike.repeat(2)))
 
 
 def test_any_strides(device):

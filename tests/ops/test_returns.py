@@ -13,7 +13,7 @@ every_op = pytest.mark.parametrize("op", OPS)
 # No step; one; less than a vector; a vector and its neighbours; some vectors and a rest.
 LENGTHS = [0, 1, 3, 7, 8, 9, 17, 255, 1025]
 SEGMENTS = [0, 0, 1, 9, 9, 130, 300]
-CHUNK = 16384  # kRowChunk in csrc/cpu/kernels.h: longer rows are scanned in several pieces
+CHUNK = 16384  # kRowChunk of csrc/cpu/returns_kernels.h: longer rows are scanned in several pieces
 
 
 @pytest.fixture(params=_C.build_facts()["simd_levels"])

@@ -219,8 +219,8 @@ def test_the_current_stream_is_used():
 
 
 def test_other_rows_steps_and_cuts_compile_nothing():
+    from fastrl.kernels._row_states import _token_logprobs_fwd_kernel
     from fastrl.kernels.sample_tokens import _sample_tokens_kernel
-    from fastrl.kernels.token_logprobs import _token_logprobs_fwd_kernel
 
     def count():
         device = torch.cuda.current_device()

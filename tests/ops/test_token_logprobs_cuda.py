@@ -130,11 +130,13 @@ def test_out_of_range_ids_give_nan_and_nothing_else_is_touched():
 
 
 def test_another_number_of_rows_compiles_nothing():
-    from fastrl.kernels import token_logprobs as module
+    from fastrl.kernels import _row_states, token_logprobs
 
-    kernels = [
-        getattr(module, f"_token_logprobs_{name}_kernel") for name in ("fwd", "merge", "bwd")
-    ]
+    kernels = (
+        _row_states._token_logprobs_fwd_kernel,
+        _row_states._token_logprobs_merge_kernel,
+        token_logprobs._token_logprobs_bwd_kernel,
+    )
 
     def count():
         return [len(k.device_caches[torch.cuda.current_device()][0]) for k in kernels]

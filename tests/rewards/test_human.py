@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastrl.models import LSTMLanguageModel
-from fastrl.rewards._judgements import Answers, RecordFile, Tail
+from fastrl.rewards._judgements import Answers
+from fastrl.rewards._record_file import RecordFile, Tail
 from fastrl.rewards._terminal import Screen
 from fastrl.rewards.file_ratings import FileRatings
 from fastrl.rewards.human import HumanReward
@@ -350,6 +351,7 @@ def test_the_later_answer_stands_until_it_is_taken_back():
     assert answers.of("ann") == {} and list(answers.by_item["1"]) == ["bob"]
     with pytest.raises(ValueError, match="either choices or ratings, got both"):
         answers.add({"id": "1", "annotator": "cyd", "rating": 2})
-    for bad in ({"id": "1"}, {"id": "1", "annotator": "ann", "choice": "c"}, {"choice": "a"}):
+    too_large = {"rating": 10**400}  # for a float: JSON has it
+    for bad in ({}, {"choice": "c"}, {"annotator": None, "choice": "a"}, too_large):
         with pytest.raises(ValueError, match='expected "id", "annotator"'):
-            answers.add(bad)
+            answers.add({"id": "1", "annotator": "ann", **bad})

@@ -1,3 +1,4 @@
+import functools
 import math
 import random
 from collections.abc import Iterator
@@ -193,6 +194,9 @@ def test_the_states_of_its_parts_are_its_own():
     assert one.__name__ == "shaped_Counter"
     with pytest.raises(ValueError, match=r"expected states of \['reward_function'\], got \[\]"):
         one.load_state_dict({})
+    inside = PotentialShaping(functools.partial(Counter(), scale=2.0), lambda *_: 0.0)
+    inside.load_state_dict(one.state_dict())
+    assert inside.state_dict() == {"reward_function": {"count": 1}}
 
 
 def test_bad_arguments():

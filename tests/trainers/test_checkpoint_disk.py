@@ -13,7 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastrl.trainers import _random_state, _tensor_file, _tree, checkpoint
+from fastrl.models import tensor_file
+from fastrl.trainers import _random_state, _tree, checkpoint
 
 
 def contents(folder):
@@ -163,8 +164,8 @@ def test_trees_come_back_as_they_were(tmp_path):
         "$tensor": {"$float": "nan", "$$": 1, "": torch.arange(3)},
     }
     document, tensors = _tree.flatten(tree)
-    _tensor_file.write_tensors(tmp_path / "x", tensors)
-    back = _tree.unflatten(document, _tensor_file.TensorFile(tmp_path / "x").read)
+    tensor_file.write_tensors(tmp_path / "x", tensors)
+    back = _tree.unflatten(document, tensor_file.TensorFile(tmp_path / "x").read)
     expected = {
         **tree,
         "others": [*tree["others"][:5], float(np.float32(0.1)), 3, [1, [2]], {}, []],
@@ -186,20 +187,20 @@ def test_tensor_files_are_those_of_the_library(tmp_path):
         "int": torch.arange(5).int(), "eighth": base.to(torch.float8_e4m3fn),
     }  # fmt: skip
     path = tmp_path / "x.safetensors"
-    _tensor_file.write_tensors(path, tensors)
+    tensor_file.write_tensors(path, tensors)
     library = safetensors.torch.load_file(path)
-    ours = _tensor_file.TensorFile(path)
+    ours = tensor_file.TensorFile(path)
     assert library.keys() == ours.names == tensors.keys()
     for name, tensor in tensors.items():
         for got in (library[name], ours.read(name)):
             assert got.dtype == tensor.dtype and got.shape == tensor.shape
             assert torch.equal(got.double(), tensor.double())
-        assert ours.kinds()[name] == (tensor.dtype, tuple(tensor.shape))
+        assert ours.kinds()[name] == f"{tensor.dtype} {tuple(tensor.shape)}"
     written = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     safetensors.torch.save_file(written, tmp_path / "y", metadata={"format": "pt"})
     assert path.stat().st_size == (tmp_path / "y").stat().st_size
     with pytest.raises(TypeError, match="expected z of a dtype that safetensors has"):
-        _tensor_file.write_tensors(path, {"z": torch.zeros(1, dtype=torch.complex64)})
+        tensor_file.write_tensors(path, {"z": torch.zeros(1, dtype=torch.complex64)})
 
 
 @pytest.mark.parametrize("kind", ["MT19937", "PCG64", "Philox"])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fastrl.cli.labelling.session import leave_cleanly
 from fastrl.rewards._asking import UNDO, Interview, Question, rating_question
-from fastrl.rewards._judgements import Answers, Record, RecordFile, Tail, content_id, lock
+from fastrl.rewards._judgements import Answers, content_id
+from fastrl.rewards._record_file import Record, RecordFile, Tail, lock
 from fastrl.rewards._scale import checked_scale
 from fastrl.rewards._terminal import Keys, Screen
 from fastrl.rewards.human import RATINGS, REQUESTS

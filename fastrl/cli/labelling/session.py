@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fastrl.rewards._asking import Interview, Leave, Question, pair_question, rating_question
 from fastrl.rewards._items import read_completions, read_pairs, texts_of
-from fastrl.rewards._judgements import RecordFile, read_answers
+from fastrl.rewards._judgements import read_answers
+from fastrl.rewards._record_file import RecordFile
 from fastrl.rewards._terminal import Keys, Screen
 
 

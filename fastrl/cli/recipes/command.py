@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastrl.cli.recipes import schema
-from fastrl.cli.recipes.schema import built_in
+from fastrl.cli.recipes.built_in import built_in
 from fastrl.cli.recipes.toml import RecipeError
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastrl.cli.training.held_out import mean_interval
+from fastrl.cli.console import say
+from fastrl.cli.intervals import mean_interval
 from fastrl.trainers import PolicyGradientConfig, PolicyGradientTrainer
 from fastrl.trainers.scoring import RewardScorer, Scores
 
@@ -126,11 +127,10 @@ def _plain(found: dict[str, Any], *, has_reference: bool) -> dict[str, float]:
 
 def show_measured(console: Console, result: dict[str, Any]) -> None:
     """Print what `measure` gave."""
-    console.print(
+    say(
+        console,
         f"{result['model']}: {result['num_prompts']} prompts, "
         f"{result['completions_per_prompt']} completions each",
-        markup=False,
-        soft_wrap=True,
     )
     table = Table(box=box.SIMPLE_HEAD, show_header=False)
     table.add_column("figure", no_wrap=True)
@@ -143,10 +143,9 @@ def show_measured(console: Console, result: dict[str, Any]) -> None:
         elif isinstance(value, int | float) and name not in hidden:
             table.add_row(Text(name), f"{value:,.4g}")
     console.print(table)
-    console.print(
+    say(
+        console,
         "± is a 95 % interval over prompts: 1.96 standard errors. Entropy and KL are per token.",
-        markup=False,
-        soft_wrap=True,
     )
 
 

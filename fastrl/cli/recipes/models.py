@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -265,19 +266,21 @@ def end_ids(policy: Any, tokenizer: Any, given: Any = "auto") -> list[int]:
     return ids
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, key: str = "device") -> torch.device:
     """`auto` takes a GPU where there is one.
 
+    Args:
+        key: what messages call it.
     Raises:
         RecipeError: no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
-    if (number and not number.isdigit()) or int(number or 0) >= count:
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count()}
+    found = re.fullmatch(r"(cpu|cuda)(?::([0-9]{1,9}))?", name)
+    if found is None or int(found[2] or 0) >= counts[found[1]]:
         raise RecipeError(
-            f"train: expected device auto, cpu or an available cuda, got {name}. "
+            f"train: expected {key} auto, cpu or an available cuda, got {name}. "
             "Leave it out to take what there is."
         )
     return torch.device(name)

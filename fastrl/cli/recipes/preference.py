@@ -10,23 +10,22 @@ trained on, so the folds' models have read those as texts.
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
+from fastrl.cli.console import say
 from fastrl.cli.recipes.build import Parts
+from fastrl.cli.recipes.folder import RecipeFolder
 from fastrl.cli.recipes.schema import FOLDS
 from fastrl.cli.recipes.start import write_whole
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.cli.training.interruption import StopRequest
 from fastrl.trainers.loggers import JsonLines, ProgressBar
 
-if TYPE_CHECKING:
-    from fastrl.cli.recipes.run import RecipeFolder
-
 
 def train_preference(
-    parts: Parts, folder: "RecipeFolder", stop: StopRequest, console: Console
+    parts: Parts, folder: RecipeFolder, stop: StopRequest, console: Console
 ) -> None:
     """Train, calibrate, cross-validate and write what came of it.
 
@@ -46,11 +45,11 @@ def train_preference(
             raise RecipeError(f"train: in {parts.recipe.source}: {error}") from error
         folder.write_json(folder.results, results)
     _show(results, console)
-    console.print(f"\nThe model is in {folder.path / 'model'}", markup=False, soft_wrap=True)
+    say(console, f"\nThe model is in {folder.path / 'model'}")
 
 
 def _trained(
-    parts: Parts, folder: "RecipeFolder", stop: StopRequest, console: Console
+    parts: Parts, folder: RecipeFolder, stop: StopRequest, console: Console
 ) -> dict[str, Any]:
     """The documents of results.json; the model is in its place then."""
     from fastrl.rewards.preference import (
@@ -64,11 +63,10 @@ def _trained(
     config = recipe.config()
     data = parts.data
     fitted, chosen, held_out = data.train, data.calibration, data.held_out
-    console.print(
+    say(
+        console,
         f"preference: {len(fitted)} pairs, {len(chosen)} to calibrate on, "
         f"{len(held_out)} held out; run folder {folder.path}",
-        markup=False,
-        soft_wrap=True,
     )
     folder.write_json(folder.trainer_config, config.to_dict())
     model = PreferenceModel(parts.policy(), parts.tokenizer)
@@ -98,9 +96,7 @@ def _trained(
     return results
 
 
-def _cross_validated(
-    parts: Parts, folder: "RecipeFolder", config: Any, folds: int
-) -> dict[str, Any]:
+def _cross_validated(parts: Parts, folder: RecipeFolder, config: Any, folds: int) -> dict[str, Any]:
     """Of each fold, and of all pairs by models that have not seen their prompts."""
     from fastrl.rewards.preference import cross_validate
 
@@ -137,10 +133,9 @@ def _show(results: dict[str, Any], console: Console) -> None:
         if name in results:
             found = results[name]
             low, high = found["eval/accuracy_low"], found["eval/accuracy_high"]
-            console.print(
+            say(
+                console,
                 f"{name}: accuracy {found['eval/accuracy']:.3f} (95 % interval {low:.3f} to "
                 f"{high:.3f}), log-loss {found['eval/log_loss']:.3f} nats, calibration error "
                 f"{found['eval/ece']:.3f}",
-                markup=False,
-                soft_wrap=True,
             )

@@ -10,37 +10,28 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastrl.cli.console import say
+from fastrl.cli.intervals import INTERVAL_NOTE, gain_interval, mean_interval
 from fastrl.cli.recipes.schema import Recipe
-from fastrl.cli.training.held_out import gain_interval, mean_interval
 
-SHOWN: tuple[str, ...] = (
-    "reward",
-    "reward_std",
-    "kl",
-    "entropy",
-    "value_error",
-    "explained_variance",
-)
-SHOWN += ("completions/mean_length", "completions/clipped_ratio", "logprob_gap")
-SHOWN += ("tokens_per_second", "time/step")
+SHOWN = (
+    "reward", "reward_std", "kl", "entropy", "value_error", "explained_variance",
+    "completions/mean_length", "completions/clipped_ratio", "logprob_gap",
+    "tokens_per_second", "time/step",
+)  # fmt: skip
 HELD_OUT = ("kl", "entropy", "completions/mean_length", "completions/clipped_ratio")
 WINDOW = 10  # steps that are averaged, at most
 
 
 def show_result(console: Console, metrics: Path, results: dict[str, Any], recipe: Recipe) -> None:
     """Print tables of a finished run."""
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    lines = metrics.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 too
+    records = [json.loads(line) for line in lines if line]
     if records:
         console.print(_training(records, recipe))
     if results.get("after", {}).get("prompt_rewards"):
         console.print(_held_out(results))
-        console.print(
-            "± is a 95 % interval over prompts: 1.96 standard errors; of the gain, of the paired "
-            "differences. It covers the prompts, not other seeds of training.",
-            markup=False,
-            soft_wrap=True,
-        )
+        say(console, INTERVAL_NOTE)
 
 
 def _training(records: list[dict[str, Any]], recipe: Recipe) -> Table:

@@ -6,25 +6,27 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from fastrl.cli.console import say
 from fastrl.cli.recipes.build import MONITOR, Parts
+from fastrl.cli.recipes.built_in import find_recipe
 from fastrl.cli.recipes.contents import check_contents, contents_of
+from fastrl.cli.recipes.folder import RecipeFolder
 from fastrl.cli.recipes.parse import read_recipe
 from fastrl.cli.recipes.preference import train_preference
 from fastrl.cli.recipes.result import show_result
-from fastrl.cli.recipes.schema import Recipe, find_recipe
+from fastrl.cli.recipes.schema import Recipe
 from fastrl.cli.recipes.start import prepare_start
-from fastrl.cli.recipes.toml import RecipeError, write_toml
+from fastrl.cli.recipes.toml import RecipeError
 from fastrl.cli.recipes.versions import FILE as VERSIONS
 from fastrl.cli.recipes.versions import note_versions, read_starts
 from fastrl.cli.training.interruption import Interrupted, StopRequest
-from fastrl.cli.training.run_folder import RunFolder, RunFolderError, write_atomically
+from fastrl.cli.training.run_folder import RunFolderError, path_of_now
 from fastrl.trainers import checkpoint
 from fastrl.trainers._checkpoint_files import beside
 from fastrl.trainers.loggers import JsonLines, ProgressBar, SampleTable, TensorBoard
@@ -34,42 +36,10 @@ SAMPLES = 20  # held-out prompts in results.json with what was sampled from them
 EVALUATION_SEED = 12345  # the same at every step, so that differences are paired
 
 
-class RecipeFolder(RunFolder):
-    """The folder of a run that a recipe describes.
-
-    recipe.toml  config.json  metrics.jsonl  samples.jsonl  tensorboard/  results.json  checkpoint/
-    versions.json              what it is made with, and digests of its rows and its own code
-    tokenizer/                 of a tokenizer that is trained
-    supervised.jsonl  start/   of [supervised]: its steps, and the model that it gives
-    best/                      of [over_optimization]: the checkpoint with the most gold; "monitor"
-                               of results.json has all its evaluations
-    model/                     of a preference model, which has no checkpoint/ and no samples.jsonl
-
-    The recipe has what was asked for, config.json each field of the trainer's config, defaults too.
-    """
-
-    FIRST: ClassVar[str] = "recipe.toml"
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.trainer_config = path / "config.json"
-        self.samples = path / "samples.jsonl"
-        self.tensorboard = path / "tensorboard"
-        self.checkpoint = path / "checkpoint"
-        self.tokenizer = path / "tokenizer"
-        self.supervised = path / "supervised.jsonl"
-        self.supervised_state = path / "supervised.safetensors"
-        self.start = path / "start"
-        self.best = path / "best"
-
-    def write_recipe(self, recipe: Recipe) -> None:
-        write_atomically(self.config, write_toml(recipe.to_dict()).encode())
-
-
 def start(name: str, sets: Sequence[str], output: Path | None, stop: StopRequest) -> int:
     """A new run; nothing is written before its recipe, data and model are known to be good."""
     recipe = read_recipe(find_recipe(name), sets)
-    path = output or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    path = output or path_of_now()
     RecipeFolder.check_new(path)
     with stop.at_once():
         parts, learner = _built(recipe, RecipeFolder(path))
@@ -318,7 +288,7 @@ class Run:
         return samples
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        say(self.console, text)
 
 
 def _figures(result: dict[str, Any]) -> dict[str, float]:

@@ -102,12 +102,10 @@ of a function a text with a / in it is a path where there is such a file or fold
 """
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from fastrl.cli.recipes.toml import RecipeError
+from fastrl.cli.recipes.toml import RecipeError, flattened
 from fastrl.trainers import ActorCriticConfig, PolicyGradientConfig
 
 CONFIGS: tuple[Any, ...] = (PolicyGradientConfig, ActorCriticConfig)
@@ -120,16 +118,11 @@ SAID_ELSEWHERE = {
 PREFERENCE = "preference"  # the algorithm that is none of the trainers'
 FOLDS = "folds"  # of [preference], beside PreferenceConfig's fields
 # What a resumed run may have other than the run that it goes on with.
-FREE = ("log.", "eval.", "model.device", "data.eval", "data.eval_limit", "train.max_steps") + (
-    "data.folder",
-    "train.max_bad_steps",
-    "train.save_every",
-    "train.learning_rate",
-    "train.micro_batch_tokens",
-    "train.max_rows",
-    "train.gradient_checkpointing",
-)
-BUILT_IN = Path(__file__).parent
+FREE = (
+    "log.", "eval.", "model.device", "data.eval", "data.eval_limit", "data.folder",
+    "train.max_steps", "train.max_bad_steps", "train.save_every", "train.learning_rate",
+    "train.micro_batch_tokens", "train.max_rows", "train.gradient_checkpointing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,21 +246,17 @@ class Recipe:
             RecipeError: the config refuses a value.
         """
         if self.is_preference:
+            section = PREFERENCE
             fields = {k: v for k, v in self.preference.items() if k != FOLDS}
-            try:
-                return self.config_class(**{**defaults, **fields})
-            except (TypeError, ValueError) as error:
-                raise RecipeError(f"train: in [preference] of {self.source}: {error}") from error
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in self.train.items()}
-        weights = self.rewards.weights
+        else:
+            section, weights = "train", self.rewards.weights
+            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in self.train.items()}
+            fields["algorithm"] = self.algorithm
+            fields["reward_weights"] = None if weights is None else tuple(weights)
         try:
-            return self.config_class(
-                algorithm=self.algorithm,
-                reward_weights=None if weights is None else tuple(weights),
-                **{**defaults, **fields},
-            )
+            return self.config_class(**{**defaults, **fields})
         except (TypeError, ValueError) as error:
-            raise RecipeError(f"train: in [train] of {self.source}: {error}") from error
+            raise RecipeError(f"train: in [{section}] of {self.source}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The document of TOML that gives the same recipe."""
@@ -277,7 +266,7 @@ class Recipe:
 
     def differences(self, other: "Recipe") -> list[str]:
         """Keys that make this another run than `other`."""
-        mine, theirs = (dict(_flat(recipe.to_dict())) for recipe in (self, other))
+        mine, theirs = (flattened(recipe.to_dict()) for recipe in (self, other))
         return [
             key
             for key in sorted(mine.keys() | theirs.keys())
@@ -294,33 +283,3 @@ SECTIONS = {
     "eval": Eval,
     "over_optimization": OverOptimization,
 }
-
-
-def built_in() -> list[str]:
-    """The names of the recipes that come with fastrl."""
-    return sorted(path.stem for path in BUILT_IN.glob("*.toml"))
-
-
-def find_recipe(name: str) -> Path:
-    """The file: a path, or the name of a recipe that comes with fastrl.
-
-    Raises:
-        RecipeError: neither.
-    """
-    path, own = Path(name), BUILT_IN / f"{name}.toml"
-    if path.is_file() or path.suffix == ".toml" or "/" in name:
-        return path
-    if own.is_file():
-        return own
-    raise RecipeError(
-        f"train: expected a recipe: a .toml file, or one of {', '.join(built_in())}, got {name}. "
-        "Options start with --."
-    )
-
-
-def _flat(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in document.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value

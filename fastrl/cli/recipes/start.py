@@ -2,24 +2,23 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
+from fastrl.cli.console import say
 from fastrl.cli.recipes import trained_on
 from fastrl.cli.recipes.build import Parts
+from fastrl.cli.recipes.folder import RecipeFolder
 from fastrl.cli.recipes.models import load_tokenizer
 from fastrl.cli.recipes.supervised import SupervisedTraining
 from fastrl.cli.training.interruption import Interrupted, StopRequest
 from fastrl.models.storage import save_model
 from fastrl.trainers.loggers import JsonLines, ProgressBar
 
-if TYPE_CHECKING:
-    from fastrl.cli.recipes.run import RecipeFolder
-
 
 def prepare_start(
-    parts: Parts, policy: Any, folder: "RecipeFolder", stop: StopRequest, console: Console
+    parts: Parts, policy: Any, folder: RecipeFolder, stop: StopRequest, console: Console
 ) -> bool:
     """What comes before the algorithm; True where there is another policy to begin with then.
 
@@ -52,7 +51,7 @@ def prepare_start(
 
 
 def _train(
-    parts: Parts, policy: Any, folder: "RecipeFolder", stop: StopRequest, console: Console
+    parts: Parts, policy: Any, folder: RecipeFolder, stop: StopRequest, console: Console
 ) -> None:
     recipe, data = parts.recipe, parts.data
     settings = recipe.supervised
@@ -61,11 +60,10 @@ def _train(
     )
     if folder.supervised_state.exists():
         training.resume(folder.supervised_state)
-    console.print(
+    say(
+        console,
         f"supervised: {len(data.supervised)} rows, {len(data.validation)} to validate on; "
         f"run folder {folder.path}",
-        markup=False,
-        soft_wrap=True,
     )
     step = training.step
     with (
@@ -88,7 +86,7 @@ def _train(
         training.train(on_step)
 
 
-def _write_start(folder: "RecipeFolder", policy: Any, parts: Parts) -> None:
+def _write_start(folder: RecipeFolder, policy: Any, parts: Parts) -> None:
     def write(place: Path) -> None:
         save_model(policy, place)
         parts.tokenizer.save_pretrained(place)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 import fastrl
 from fastrl.cli.recipes.models import end_ids
-from fastrl.cli.recipes.packing import RowBatches, encoded, packed
+from fastrl.cli.recipes.packing import Group, RowBatches, encoded, packed
 from fastrl.cli.recipes.schema import Supervised
+from fastrl.cli.recipes.toml import RecipeError
 from fastrl.cli.training.progress_file import load_progress, save_progress
 from fastrl.layout import PackedBatch
 from fastrl.trainers.health import without_dropout
@@ -51,12 +52,11 @@ class SupervisedTraining:
         self.device = policy.head.weight.device
         without_dropout(policy)
         ends = end_ids(policy, tokenizer)[:1]
-        size = settings.tokens_per_step
-        self.batches = RowBatches(encoded(rows, tokenizer, ends), size, seed)
-        self.validation = [
-            self._packed(groups, 0.0)
-            for groups in RowBatches(encoded(validation, tokenizer, ends), size, seed).epoch(0)
-        ]
+        self.batches, checked = (
+            RowBatches(_learnable(part, tokenizer, ends), settings.tokens_per_step, seed)
+            for part in (rows, validation)
+        )
+        self.validation = [self._packed(groups, 0.0) for groups in checked.epoch(0)]
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -169,3 +169,13 @@ class SupervisedTraining:
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
+
+
+def _learnable(rows: Sequence[dict[str, Any]], tokenizer: Any, ends: list[int]) -> list[Group]:
+    groups = encoded(rows, tokenizer, ends)
+    if not groups:
+        raise RecipeError(
+            f"train: expected rows of [supervised] with prompts that have tokens, got {len(rows)} "
+            "without any. Begin prompts with a text, or take a tokenizer that puts a BOS first."
+        )
+    return groups

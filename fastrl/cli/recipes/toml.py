@@ -118,3 +118,14 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(_entries(value)) + "}"
     raise TypeError(f"write_toml: expected TOML's types, got {type(value).__name__}.")
+
+
+def flattened(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a document by keys with dots in them; tuples become lists."""
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, dict):
+            found |= flattened(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return found

@@ -1,11 +1,12 @@
 """Several runs beside each other: how they ended, and what their settings differ in."""
 
 from collections.abc import Sequence
-from typing import Any
 
+from fastrl.cli.intervals import INTERVAL_NOTE
+from fastrl.cli.recipes.toml import flattened
 from fastrl.cli.reporting.charts import letter, style
 from fastrl.cli.reporting.evaluations import gain_of
-from fastrl.cli.reporting.facts import INTERVAL_NOTE, interval, model_of, steps_of, time_of
+from fastrl.cli.reporting.facts import interval, model_of, steps_of, time_of
 from fastrl.cli.reporting.head import problems
 from fastrl.cli.reporting.numbers import duration, escape, number
 from fastrl.cli.reporting.run_data import RunData
@@ -61,7 +62,7 @@ def _comparison_row(runs: Sequence[RunData], index: int) -> str:
 
 def _differences(runs: Sequence[RunData]) -> str:
     """The recipes' keys that not all runs have alike."""
-    flat = [dict(_flat(run.recipe or run.config)) for run in runs]
+    flat = [flattened(run.recipe or run.config) for run in runs]
     keys = dict.fromkeys(key for document in flat for key in document)
     different = [key for key in keys if any(d.get(key) != flat[0].get(key) for d in flat)]
     if not different:
@@ -79,13 +80,3 @@ def _differences(runs: Sequence[RunData]) -> str:
         f'<thead><tr><th scope="col">Setting</th>{heads}</tr></thead><tbody>{rows}</tbody>'
         "</table></div>"
     )
-
-
-def _flat(document: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in document.items():
-        if isinstance(value, dict):
-            found += _flat(value, f"{prefix}{key}.")
-        else:
-            found.append((prefix + key, value))
-    return found

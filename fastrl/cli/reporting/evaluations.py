@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastrl.cli.intervals import gain_interval, mean_interval
 from fastrl.cli.reporting.numbers import is_number
 from fastrl.cli.reporting.run_data import RunData
-from fastrl.cli.training.held_out import gain_interval, mean_interval
 
 # What is shown of an evaluation beside rewards, where it is there: key -> title, unit.
 FIGURES = {

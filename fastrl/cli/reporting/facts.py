@@ -6,11 +6,6 @@ from typing import Any
 from fastrl.cli.reporting.numbers import fixed, is_number
 from fastrl.cli.reporting.run_data import RunData
 
-INTERVAL_NOTE = (
-    "± is a 95 % interval over prompts: 1.96 standard errors; of the gain, of the paired "
-    "differences. It covers the prompts, not other seeds of training."
-)
-
 
 def steps_of(run: RunData) -> str:
     if run.total is None or run.step == run.total:

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fastrl.cli.intervals import INTERVAL_NOTE
 from fastrl.cli.reporting.charts import letter
 from fastrl.cli.reporting.evaluations import Gain, figure_rows, gain_of
 from fastrl.cli.reporting.facts import (
-    INTERVAL_NOTE,
     cross_validation_of,
     data_of,
     interval,

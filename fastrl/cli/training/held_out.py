@@ -57,25 +57,3 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
         words = re.findall(r"\w+", text.casefold())
         runs.extend(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
     return len(set(runs)) / len(runs) if runs else 0.0
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval: 1.96 standard errors over the prompts.
-
-    Prompts are taken as independent; NaN (no usable completion) is left out. One prompt says
-    nothing of the width, and none nothing at all: NaN.
-    """
-    finite = [value for value in values if value is not None and math.isfinite(value)]
-    if not finite:
-        return math.nan, math.nan
-    mean = math.fsum(finite) / len(finite)
-    if len(finite) == 1:
-        return mean, math.nan
-    variance = math.fsum((value - mean) ** 2 for value in finite) / (len(finite) - 1)
-    return mean, 1.96 * math.sqrt(variance / len(finite))
-
-
-def gain_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """`mean_interval` of the paired differences, prompt by prompt."""
-    pairs = zip(before, after, strict=True)
-    return mean_interval([b - a for a, b in pairs if a is not None and b is not None])

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastrl.cli.training.held_out import mean_interval
+from fastrl.cli.intervals import mean_interval
 from fastrl.cli.training.stages import ACTOR_CRITIC, POLICY_GRADIENT, TITLES, WARM_UP
 
 COLORS = {WARM_UP: "0.35", POLICY_GRADIENT: "tab:blue", ACTOR_CRITIC: "tab:orange"}

@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastrl.cli.training.held_out import distinct_n, gain_interval, mean_interval
+from fastrl.cli.console import say
+from fastrl.cli.intervals import INTERVAL_NOTE, gain_interval, mean_interval
+from fastrl.cli.training.held_out import distinct_n
 from fastrl.cli.training.stages import (
     ACTOR_CRITIC,
     POLICY_GRADIENT,
@@ -23,25 +25,21 @@ TRAINED = (POLICY_GRADIENT, ACTOR_CRITIC)
 def show_report(console: Console, results: dict[str, Any], data: TextData) -> None:
     """Print everything that results.json says."""
     console.print(_table(results, data))
-    console.print(
+    say(
+        console,
         f"{len(data.held_out_prompts)} held-out prompts, the same for all, sampled with the same "
-        "random numbers.\n"
-        "± is a 95 % interval over prompts: 1.96 standard errors; of a gain, of the paired "
-        "differences. It covers the prompts, not other seeds of training.\n"
+        f"random numbers.\n{INTERVAL_NOTE}\n"
         "The reward of the true continuation is 1. Entropy and KL are per token, of the policy at "
         "its temperature; distinct-n is over words.",
-        markup=False,
-        soft_wrap=True,
     )
     _show_samples(console, results, data)
     timing = results[STEP_TIMING]
-    console.print(
+    say(
+        console,
         f"\nA policy-gradient step takes {1e3 * timing['time/ops']:.0f} ms with fastrl.ops and "
         f"{1e3 * timing['time/reference']:.0f} ms with fastrl.reference (medians, taking turns); "
         f"their gradients differ by at most {timing['gradient/absolute']:.1e}, "
         f"{timing['gradient/relative']:.1e} of the largest entry.",
-        markup=False,
-        soft_wrap=True,
     )
 
 

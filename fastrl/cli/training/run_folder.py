@@ -11,9 +11,11 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from fastrl._disk import sync
 from fastrl.trainers.loggers import finite, json_line
 
 Folder = TypeVar("Folder", bound="RunFolder")
@@ -21,6 +23,11 @@ Folder = TypeVar("Folder", bound="RunFolder")
 
 class RunFolderError(ValueError):
     """The folder cannot be used as asked; the message says why and what to do."""
+
+
+def path_of_now() -> Path:
+    """Where a run goes that is not told where."""
+    return Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -38,11 +45,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself
-    finally:
-        os.close(descriptor)
+    sync(path.parent)  # the rename itself
 
 
 class RunFolder:

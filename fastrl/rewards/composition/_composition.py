@@ -12,10 +12,9 @@ from fastrl.rewards._calling import (
     distinct_names,
     own_arguments,
     parameters_of,
-    unwrapped,
 )
+from fastrl.rewards._states import check_keys, load_states, stateful, states
 from fastrl.rewards.composition._entries import Entry, checked, usable_totals
-from fastrl.rewards.composition._state import check_keys
 
 Part = Callable[..., Any]
 Parts = Mapping[str, Part] | Sequence[Part]
@@ -133,9 +132,8 @@ class Composition:
 
     def state_dict(self) -> dict[str, Any]:
         """Its own statistics, and by name the states of the parts and schedules that have one."""
-        parts = {name: part.state_dict() for name, part in stateful(self.parts).items()}
         own = {name: owner.state_dict() for name, owner in self._remembered.items()}
-        return {"parts": parts, **own}
+        return {"parts": states(self.parts), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from the state that `state_dict` had.
@@ -145,10 +143,8 @@ class Composition:
         """
         expected = f"{self._op} {self.__name__}: expected"
         check_keys(state, {"parts", *self._remembered}, f"{expected} a state with")
-        parts = stateful(self.parts)
-        check_keys(state["parts"], parts, f"{expected} states of the parts")
-        for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
+        check_keys(state["parts"], stateful(self.parts), f"{expected} states of the parts")
+        load_states(self.parts, state["parts"])
         for name, owner in self._remembered.items():
             owner.load_state_dict(state[name])
 
@@ -180,16 +176,6 @@ def mean_of(entries: Sequence[Entry]) -> float:
     """The mean of the finite totals; NaN of none."""
     totals, _ = usable_totals(entries)
     return math.fsum(totals) / len(totals) if totals else math.nan
-
-
-def stateful(functions: Mapping[str, Any]) -> dict[str, Any]:
-    """Those with state_dict and load_state_dict."""
-    plain = {name: unwrapped(f) if callable(f) else f for name, f in functions.items()}
-    return {
-        name: f
-        for name, f in plain.items()
-        if hasattr(f, "state_dict") and hasattr(f, "load_state_dict")
-    }
 
 
 def _ends(is_target: Sequence[Sequence[bool]] | None, count: int) -> tuple[list[int], list[int]]:

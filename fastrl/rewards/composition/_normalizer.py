@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastrl.rewards._moments import Moments, divided
+from fastrl.rewards._states import check_keys
 from fastrl.rewards.composition._composition import Batch
 from fastrl.rewards.composition._entries import Entry, usable_totals
-from fastrl.rewards.composition._state import check_keys
 
 OVER = ("batch", "group", "running")
 

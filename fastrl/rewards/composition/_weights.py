@@ -4,8 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastrl.rewards.composition._composition import stateful
-from fastrl.rewards.composition._state import check_keys
+from fastrl.rewards._states import check_keys, load_states, stateful, states
 from fastrl.rewards.composition.schedules import SaturationSchedule
 
 Weight = float | Callable[[float], float]
@@ -68,13 +67,12 @@ class Weights:
             weight.observe(mean)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: weight.state_dict() for name, weight in stateful(self._weights).items()}
+        return states(self._weights)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        owners = stateful(self._weights)
-        check_keys(state, owners, f"{self._op}: expected states of the schedules of the parts")
-        for name, weight in owners.items():
-            weight.load_state_dict(state[name])
+        expected = f"{self._op}: expected states of the schedules of the parts"
+        check_keys(state, stateful(self._weights), expected)
+        load_states(self._weights, state)
 
     def _at(self, name: str, weight: Weight, step: float | None) -> float:
         if not callable(weight):

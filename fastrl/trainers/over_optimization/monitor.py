@@ -164,7 +164,6 @@ class OverOptimizationMonitor:
 
     def _evaluate(self, record: dict[str, float]) -> None:
         trainer = self._trainer
-        key = torch.tensor([trainer.step])
         found = measure(
             trainer,
             self._prompts,
@@ -174,7 +173,7 @@ class OverOptimizationMonitor:
             self._disagreement,
             proxy_weights=self._weights,
             completions_per_prompt=self._count,
-            seed=int(completion_seeds(self._seed, _EVALUATIONS, key, 1)),
+            seed=int(completion_seeds(self._seed, _EVALUATIONS, torch.tensor([trainer.step]), 1)),
         )
         verdict = self._test.add(found.gold, found.proxy)
         is_over = self._kl_budget is not None and found.numbers["gold/kl"] > self._kl_budget
@@ -248,11 +247,10 @@ class OverOptimizationMonitor:
         self._trainer.scorer.weights = [weight * factor for weight in self._weights]
 
     def _keep_best(self, gold: float) -> None:
-        folder = self.best_folder
         if gold > self._best:
             self._best = gold
-            if folder is not None:
-                self._trainer.save(folder)
+            if self.best_folder is not None:
+                self._trainer.save(self.best_folder)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on exactly."""

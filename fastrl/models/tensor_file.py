@@ -25,8 +25,6 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _ALIGNMENT = 8  # bytes, of the header
 
@@ -84,10 +82,14 @@ class TensorFile:
             raise ValueError(str(error)) from error
         self.names = set(self._file.keys())
 
-    def kinds(self) -> Kinds:
-        """dtype and shape of each tensor, without reading it."""
+    def kinds(self) -> dict[str, str]:
+        """As `kinds` has them, without reading a tensor."""
         views = {name: self._file.get_slice(name) for name in self.names}
-        return {n: (_DTYPES[v.get_dtype()], tuple(v.get_shape())) for n, v in views.items()}
+        return {
+            # Of a dtype that torch does not have, the format's own word.
+            name: f"{_DTYPES.get(view.get_dtype(), view.get_dtype())} {tuple(view.get_shape())}"
+            for name, view in views.items()
+        }
 
     def read(self, name: str) -> Tensor:
         """A tensor in memory of its own, on the CPU.
@@ -100,12 +102,28 @@ class TensorFile:
         return self._file.get_tensor(name).clone()
 
 
+def kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """dtype and shape of each tensor, in words."""
+    return {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+
+
+def first_difference(
+    wanted: Mapping[str, str], found: Mapping[str, str]
+) -> tuple[str, str, str] | None:
+    """The first name, in order, at which two `kinds` differ, and what each has there."""
+    for name in sorted(wanted.keys() | found.keys()):
+        here, there = wanted.get(name, "nothing"), found.get(name, "nothing")
+        if here != there:
+            return name, here, there
+    return None
+
+
 def import_safetensors() -> Any:
     """The library, which is optional."""
     try:
         import safetensors
     except ImportError as error:
         raise ImportError(
-            'Checkpoints need safetensors. Install it with: pip install "fastrl[train]"'
+            'Saved models need safetensors. Install it with: pip install "fastrl[train]"'
         ) from error
     return safetensors
