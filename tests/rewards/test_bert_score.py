@@ -124,6 +124,7 @@ def test_what_is_missing_or_wrong_is_said(folder, tmp_path):
         ("num_layers <= 3", {"num_layers": 4}),
         ("measure", {"num_layers": 1, "measure": "f2"}),
         ("rescale below 1", {"num_layers": 1, "rescale": 1.0}),
+        ("batch_size >= 1", {"num_layers": 1, "batch_size": 0}),
     ):
         with pytest.raises(ValueError, match=f"BERTScore: expected {message}"):
             BERTScore(folder, **options)
