@@ -214,6 +214,19 @@ def test_running_mean_by_hand(make_trainer):
             torch.testing.assert_close(got, expected.expand_as(got), atol=1e-4, rtol=1e-6)
 
 
+@pytest.mark.parametrize("is_used", USED)
+def test_reinforce_takes_off_the_running_mean(make_trainer, is_used):
+    trainer = make_trainer(baseline="running_mean", gamma=0.7, **STILL)
+    rollout = rollout_with_rewards(trainer, is_used)
+    level = torch.linspace(1.0, 3.0, trainer.config.max_new_tokens)
+    trainer._running_mean.load_state_dict({"total": 2 * level, "count": torch.tensor(2.0)})
+    losses = [
+        -row.logprobs * (returns_of(row.rewards, 0.7) - level[: len(row.rewards)])
+        for row in used_rows(trainer, rollout)
+    ]
+    assert_learns(trainer, rollout, torch.cat(losses).mean())
+
+
 def test_an_unused_completion_has_no_part_whatever_its_rewards(make_trainer):
     trainer = make_trainer(baseline="running_mean", **STILL)
     rollout = rollout_with_rewards(trainer, USED[1])
