@@ -7,6 +7,7 @@ import torch
 from hand_losses import USED, assert_learns, gae_of, move, returns_of, rollout_with_rewards, rows_of
 
 import fastrl.reference as ops
+from fastrl.models import ActorCritic, LSTMLanguageModel
 from fastrl.trainers.baselines import RunningMean, leave_one_out
 from fastrl.trainers.trajectories import Trajectories
 
@@ -39,8 +40,8 @@ def test_reinforce_takes_the_reward_to_go(make_trainer, is_used):
     assert_learns(trainer, rollout, expected)
 
 
-def with_values(make_trainer, **config):
-    trainer = make_trainer("actor_critic", **STILL, **config)
+def with_values(make_trainer, **options):
+    trainer = make_trainer("actor_critic", **STILL, **options)
     torch.manual_seed(2)
     torch.nn.init.normal_(trainer.model.value_head.weight)
     return trainer
@@ -62,6 +63,20 @@ def test_a2c_loss(make_trainer, advantage, is_used):
             returns = gae_of(row.rewards, v, 0.9, 0.6) + v
         critic = 0.7 * (returns - row.values).square()
         losses.append(-row.logprobs * (returns - v) + critic - 0.1 * row.entropies)
+    assert_learns(trainer, rollout, torch.cat(losses).mean())
+
+
+def test_a2c_with_a_critic_of_its_own(make_trainer):
+    """Its gradient is the values' alone, and the policy's has none of them."""
+    model = ActorCritic(LSTMLanguageModel(8, 6, 10, 1), LSTMLanguageModel(8, 5, 7, 2))
+    trainer = with_values(make_trainer, model=model, gamma=0.9, micro_batch_tokens=20)
+    rollout = rollout_with_rewards(trainer, USED[1])
+    assert rollout.values is None
+    losses = []
+    for row in used_rows(trainer, rollout):
+        returns = returns_of(row.rewards, 0.9)
+        critic = 0.5 * (returns - row.values).square()
+        losses.append(critic - row.logprobs * (returns - row.values.detach()))
     assert_learns(trainer, rollout, torch.cat(losses).mean())
 
 
