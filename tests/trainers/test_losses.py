@@ -229,6 +229,14 @@ def test_running_mean_by_hand(make_trainer):
             torch.testing.assert_close(got, expected.expand_as(got), atol=1e-4, rtol=1e-6)
 
 
+def test_a_running_mean_goes_on_as_at_its_last_position():
+    """Behind max_new_tokens, where a conversation has several turns."""
+    mean = RunningMean(2, 1.0, torch.device("cpu"))
+    arguments = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 4]), torch.ones(4).bool()
+    assert mean(*arguments).tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert mean(*arguments).tolist() == [1.0, 3.0, 3.0, 3.0]
+
+
 @pytest.mark.parametrize("is_used", USED)
 def test_reinforce_takes_off_the_running_mean(make_trainer, is_used):
     trainer = make_trainer(baseline="running_mean", gamma=0.7, **STILL)
