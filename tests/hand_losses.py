@@ -76,7 +76,10 @@ def rows_of(trainer, rollout, prompts=PROMPTS):
         group = int(rollout.group_ids[i])
         at = (prompts[group], ids, trainer.temperature)
         logprobs, entropies, hidden = scored(policy, *at)
-        values = trainer.model.values(hidden) if hasattr(trainer.model, "values") else None
+        values = None
+        if hasattr(trainer.model, "values"):
+            critic = trainer.model.critic
+            values = trainer.model.values(hidden if critic is None else scored(critic, *at)[2])
         ref = None
         if trainer.reference is not None:
             with torch.no_grad():

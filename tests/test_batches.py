@@ -176,6 +176,17 @@ def test_a_tree_is_not_cut():
         pack_groups([], []).split_by_tokens(0)
 
 
+def test_take_wants_a_bool_for_each_completion():
+    batch = pack_groups([tokens(1), tokens(2)], [[tokens(3), tokens(4)], [tokens(5)]])
+    for error, message, given in (
+        (TypeError, "completions as a tensor, got list", [True] * 3),
+        (TypeError, "completions bool, got torch.int64", torch.tensor([0, 1, 2])),
+        (ValueError, r"completions \[C\] = \(3,\), got \(5,\)", torch.ones(5).bool()),
+    ):
+        with pytest.raises(error, match=f"PackedBatch.take: expected {message}"):
+            batch.take(given)
+
+
 def test_micro_batches_of_nothing():
     assert pack_groups([], []).split_by_tokens(1) == []
     empty = PackedBatch.from_segments([tokens(), tokens()], [-1, 0])

@@ -329,6 +329,8 @@ def test_from_segments_bad_arguments():
     two = [tokens(1, 2), tokens(3)]
     with pytest.raises(ValueError, match=r"from_segments: expected prefix \[2\] of segment numb"):
         PackedBatch.from_segments(two, [-1, 2])
+    with pytest.raises(ValueError, match=r"from_segments: expected prefix \[2\] of segment numb"):
+        PackedBatch.from_segments([tokens(1), tokens(2)], [-1, 0, 1])
     with pytest.raises(ValueError, match="from_segments: expected prefix that leads to a root"):
         PackedBatch.from_segments(two, [1, 0])
     masks = [torch.ones(2, dtype=torch.bool), torch.ones(1, dtype=torch.bool)]

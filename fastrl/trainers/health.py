@@ -1,7 +1,7 @@
 """What keeps a run sound: one policy in sampling and learning, and no state that is not finite."""
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -116,9 +116,14 @@ def set_learning(trainer: "Trainer", learning: bool) -> None:
     if trainer.config.dropout:
         trainer.model.train(learning)
     if trainer.config.gradient_checkpointing:
-        for policy in (trainer.policy, getattr(trainer.model, "critic", None)):
-            if policy is not None:
-                policy.gradient_checkpointing(learning)
+        for policy in _policies(trainer):
+            policy.gradient_checkpointing(learning)
+
+
+def _policies(trainer: "Trainer") -> list[Any]:
+    """What learns: the policy, and a critic that is another model."""
+    critic = getattr(trainer.model, "critic", None)
+    return [trainer.policy] if critic is None else [trainer.policy, critic]
 
 
 def check_trainable(trainer: "Trainer") -> None:
@@ -129,9 +134,8 @@ def check_trainable(trainer: "Trainer") -> None:
             "frozen. Set requires_grad, or load the adapter with is_trainable=True."
         )
     if trainer.config.output_dir is not None:  # now, and not after the last step
-        for policy in (trainer.policy, getattr(trainer.model, "critic", None)):
-            if policy is not None:
-                check_saveable(policy)
+        for policy in _policies(trainer):
+            check_saveable(policy)
 
 
 def weighs_importance(trainer: "Trainer") -> bool:
@@ -152,10 +156,11 @@ def check_importance(trainer: "Trainer") -> None:
 
 def check_checkpointing(trainer: "Trainer") -> None:
     """Raise a ValueError where gradient checkpointing is asked of a model without it."""
-    if trainer.config.gradient_checkpointing and not hasattr(
-        trainer.policy, "gradient_checkpointing"
-    ):
-        raise ValueError(
-            f"{type(trainer).__name__}: expected a model with gradient checkpointing, got "
-            f"{type(trainer.policy).__name__}. Set gradient_checkpointing=False."
-        )
+    if not trainer.config.gradient_checkpointing:
+        return
+    for policy in _policies(trainer):
+        if not hasattr(policy, "gradient_checkpointing"):
+            raise ValueError(
+                f"{type(trainer).__name__}: expected a model with gradient checkpointing, got "
+                f"{type(policy).__name__}. Set gradient_checkpointing=False."
+            )

@@ -20,6 +20,7 @@ OPTIONS = [
     {"logit_scale": 0.5, "final_logit_softcapping": 3.0, "temperature": 0.9, "bias": True},
     {"logit_scale": -0.5, "final_logit_softcapping": 3.0, "bias": True},
     {"logit_scale": 0.0, "bias": True},
+    {"logit_scale": -0.5},
 ]
 
 

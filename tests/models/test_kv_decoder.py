@@ -87,11 +87,19 @@ def test_rows_that_are_dead_but_not_moved_change_nothing():
     kept = torch.tensor([0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11])
     decoder.keep(kept)
     assert len(decoder._owners) == 12  # nothing has moved
+    texts = [
+        torch.cat([some[int(row) // 6], torch.stack([old, new])])
+        for row, old, new in zip(kept, first[kept], second, strict=True)
+    ]
     hidden = decoder.step(second)
-    for row, (old, new) in enumerate(zip(first[kept], second, strict=True)):
-        ids = torch.cat([some[int(kept[row]) // 6], torch.stack([old, new])])
+    for got, ids in zip(hidden, texts, strict=True):
         expected, _ = policy.hidden_states(ids[None])
-        torch.testing.assert_close(hidden[row], expected[0, -1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(got, expected[0, -1], rtol=0, atol=1e-5)
+    decoder.open([1])  # the dead row has to make room
+    third = torch.arange(12) + 5
+    for got, ids, new in zip(decoder.step(third), [*texts, some[1]], third, strict=True):
+        expected, _ = policy.hidden_states(torch.cat([ids, new[None]])[None])
+        torch.testing.assert_close(got, expected[0, -1], rtol=0, atol=1e-5)
 
 
 def test_prompts_that_are_through_make_room_for_others():

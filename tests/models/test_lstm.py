@@ -216,9 +216,10 @@ def test_token_ids_are_checked(model, token_ids, error, message):
 
 
 def test_a_state_of_other_rows_is_an_error(model):
-    _, state = model(torch.tensor([[1], [2]]))
-    with pytest.raises(ValueError, match=r"expected state \[layers, B, D\] = \(2, 1, 7\)"):
-        model(torch.tensor([[1]]), state)
+    _, (hidden, cell) = model(torch.tensor([[1], [2]]))
+    for state in ((hidden, cell), (hidden[:, :1], cell)):
+        with pytest.raises(ValueError, match=r"expected state \[layers, B, D\] = \(2, 1, 7\)"):
+            model(torch.tensor([[1]]), state)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,8 @@ def test_any_strides(device):
     torch.testing.assert_close(fastrl.attention(*views), plain)
     turned = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in views]  # not dense along D
     torch.testing.assert_close(fastrl.attention(*turned), plain)
+    last = fastrl.attention(turned[0][:, :, -1:], *turned[1:])  # one query: as in decoding
+    torch.testing.assert_close(last, plain[:, :, -1:])
     expanded = [x[:1].expand(2, -1, -1, -1) for x in views]
     assert torch.equal(fastrl.attention(*expanded)[0], fastrl.attention(*expanded)[1])
 

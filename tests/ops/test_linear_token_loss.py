@@ -131,6 +131,9 @@ def test_gradients_of_16_bits_wait_for_each_other(monkeypatch, dtype, softcap):
     # 80 rows that count are five slices: two, two and one, but with a scale each in float16.
     rows = [shape[1] for shape in HeadOfAGpu.products if shape[0] == 301]
     assert rows == ([16] * 5 if dtype == torch.float16 else [32, 32, 16])
+    flat = hidden.clone().requires_grad_()  # the largest of its factors is 0, and scales them
+    fastrl.linear_token_loss(flat, weight, token_ids, lambda logprobs, *_: 0 * logprobs)[0].backward()
+    assert not flat.grad.any()
 
 
 def test_small_gradients_reach_the_loss_scale(device):
@@ -235,6 +238,7 @@ MIXING = {
     "GSPO": lambda p, e, r: -sequence_mean(p, r).exp(),
     "strides of four": lambda p, e, r: p * torch.roll(p, 4),
     "by the entropy": lambda p, e, r: p * e.flip(0),
+    "behind the first rows": lambda p, e, r: p - p.mean() if r[0] > 5 else p,
 }
 
 

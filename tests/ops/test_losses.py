@@ -108,8 +108,9 @@ BAD = [
     ("ppo_loss", (LOGPROBS, LOGPROBS, OTHER), {"clip_low": -0.1}, ValueError, "clip_low in"),
     ("ppo_loss", (LOGPROBS, LOGPROBS, OTHER), {"clip_high": math.nan}, ValueError, "clip_high >="),
     ("ppo_loss", (LOGPROBS, LOGPROBS, OTHER), {"dual_clip": 0.5}, ValueError, "dual_clip >= 1"),
-    ("value_loss", (OTHER, OTHER), {"clip": 0.2}, ValueError, "clip and old_values together"),
-    ("value_loss", (OTHER, OTHER), {"old_values": OTHER}, ValueError, "clip and old_values"),
+    ("value_loss", (OTHER, OTHER), {"old_values": OTHER, "clip": 0.0}, ValueError, "clip > 0"),
+    ("value_loss", (OTHER, OTHER), {"clip": 0.2}, ValueError, "together, got clip alone"),
+    ("value_loss", (OTHER, OTHER), {"old_values": OTHER}, ValueError, "together, got old_values"),
     ("actor_critic_loss", (LOGPROBS, OTHER, OTHER), {"critic_coef": -1}, ValueError, "critic_coef"),
     (
         "actor_critic_loss",

@@ -99,6 +99,21 @@ def test_several_references_none_empty_and_long_texts(folder):
         call(reward, ["a"], [3])
 
 
+def test_texts_are_cut_where_the_model_has_no_more_positions(folder, tmp_path):
+    """RoBERTa's table begins with rows that no token has; its tokenizers may know no limit."""
+    config = transformers.RobertaConfig(
+        vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, max_position_embeddings=12, pad_token_id=1,
+    )  # fmt: skip
+    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    del tokenizer.init_kwargs["model_max_length"]
+    tokenizer.save_pretrained(tmp_path)
+    reward, long = BERTScore(str(tmp_path), num_layers=1), "the cat sat on " * 4
+    cut = "the cat sat on the cat sat on"  # 8 and both ends are 10 = 12 - 2 positions
+    assert call(reward, [long], [cut]) == [pytest.approx(1.0)]
+
+
 def test_what_is_missing_or_wrong_is_said(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="expected weights and tokenizer of .*nothing"):
         BERTScore(str(tmp_path / "nothing"), num_layers=1)
@@ -109,6 +124,7 @@ def test_what_is_missing_or_wrong_is_said(folder, tmp_path):
         ("num_layers <= 3", {"num_layers": 4}),
         ("measure", {"num_layers": 1, "measure": "f2"}),
         ("rescale below 1", {"num_layers": 1, "rescale": 1.0}),
+        ("batch_size >= 1", {"num_layers": 1, "batch_size": 0}),
     ):
         with pytest.raises(ValueError, match=f"BERTScore: expected {message}"):
             BERTScore(folder, **options)

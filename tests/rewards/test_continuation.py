@@ -191,8 +191,10 @@ def test_references_without_words(reward):
 def test_bad_arguments(reward):
     with pytest.raises(ValueError, match="of the same length, got 1, 2 and 1"):
         reward(["a"], ["", ""], [[1], [2]], reference=["b"])
-    with pytest.raises(ValueError, match=r"expected token ids in \[0, 262\), got 300"):
-        reward(["a"], [""], [[300]], reference=["b"])
+    assert len(reward(["a"], [""], [[0, 261]], reference=["b"])[0]) == 2
+    for outside in (-1, 262):
+        with pytest.raises(ValueError, match=rf"expected token ids in \[0, 262\), got {outside}"):
+            reward(["a"], [""], [[outside]], reference=["b"])
     with pytest.raises(ValueError, match="expected repetition_penalty finite and >= 0, got nan"):
         ContinuationReward(PIECES, TEXTS, repetition_penalty=math.nan)
     with pytest.raises(ValueError, match="expected strangeness_penalty finite and >= 0, got -1"):

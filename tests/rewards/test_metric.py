@@ -36,6 +36,11 @@ def test_immediate_rewards_sum_to_the_score_of_the_whole(make, tokenizer):
     assert rewards[TEXT.index("ï")] == 0.0  # the first of its two bytes
 
 
+@pytest.mark.parametrize("make", [ChrF, BLEU, TER, ROUGE])
+def test_a_metric_is_called_as_it_is_told(make):
+    assert make(name="mine").__name__ == "mine" != make().__name__
+
+
 def test_a_function_is_a_metric_too(tokenizer):
     reward = MetricReward(share_of_a, immediate=True, tokenizer=tokenizer, name="as")
     ids = tokenizer.encode("abaé")

@@ -98,6 +98,7 @@ def test_an_lstms_loss_and_gradients_are_those_of_eager_pytorch(name):
             [pair[key] for key in ("chosen", "rejected") for pair in PAIRS],
         )
         torch.testing.assert_close(margins, scores[:5] - scores[5:], rtol=1e-10, atol=1e-12)
+        assert not margins.requires_grad  # they are kept for a whole epoch
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -110,6 +110,15 @@ def test_normalized_scores_have_the_calibrations_mean_and_deviation():
     assert plain(PROMPTS, IDS, IDS)[0][0] != each[0][0]  # the offset stands there
 
 
+def test_scores_of_texts_are_normalized_as_those_of_ids_are():
+    members, text, written = [made(k, Digits()) for k in range(2)], ["12", "3"], ["456", "7"]
+    members[0].calibration = Calibration(temperature=2.0, offset=0.5, scale=4.0, pairs=8)
+    members[1].calibration = Calibration(temperature=0.5, offset=-1.0, scale=0.5, pairs=8)
+    one, other = (member.score(text, written) for member in members)
+    got = PreferenceReward(members, normalize=True)(text, written, [[0], [0]])
+    assert got == pytest.approx((((one - 0.5) / 4 + (other + 1) / 0.5) / 2).tolist())
+
+
 def test_ids_are_taken_where_they_are_the_models_own_and_text_elsewhere():
     own, text = made(tokenizer=Digits()), ["12", "12", "3"]
     written = ["456", "7", "4444"]

@@ -1,5 +1,6 @@
 import pytest
 
+from fastrl.rewards._lowercase import LowercaseReading
 from fastrl.rewards._texts import prompt_text, text_of
 
 
@@ -19,8 +20,31 @@ def test_messages_of_tools_and_text_in_parts():
 
 @pytest.mark.parametrize(
     "given",
-    [[1, 2], 3, None, [{"role": "user"}], [{"content": None}], [{"content": [{"type": "image"}]}]],
+    [[1, 2], 3, None, [{"role": "user"}], [{"content": None}]]
+    + [[{"content": [*text, {"type": "image"}]}] for text in ([], [{"type": "text", "text": "a"}])],
 )
 def test_what_has_no_text_is_refused(given):
     with pytest.raises(TypeError, match="expected completions of text"):
         text_of(given)
+
+
+class Kept:
+    """A reading that keeps its text, as its score."""
+
+    def __init__(self):
+        self.text = ""
+
+    def read(self, piece):
+        self.text += piece
+
+    def score(self):
+        return self.text
+
+
+@pytest.mark.parametrize("text", ["The Cat.", "\u039f\u03a3\u0391 \u039f\u03a3. X"])
+def test_a_text_that_grows_has_the_lower_case_of_the_whole(text):
+    """A capital sigma at the end of what has been read may not be at the end of its word."""
+    reading = LowercaseReading(Kept)
+    for end, piece in enumerate(text, 1):
+        reading.read(piece)
+        assert reading.score() == text[:end].lower()

@@ -26,3 +26,4 @@ def test_a_vocabulary_that_is_not_byte_level_is_refused():
     with pytest.raises(ValueError, match="byte_level_token_bytes: expected vocab of a byte-level"):
         byte_level_token_bytes({"a": 0, "▁the": 1})
     assert byte_level_token_bytes({"a": 0, "▁": 2}, ["▁"]) == [b"a", b"", b""]
+    assert byte_level_token_bytes({}) == []

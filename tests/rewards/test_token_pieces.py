@@ -1,4 +1,5 @@
 import random
+import unicodedata
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -149,6 +150,15 @@ def test_special_tokens_have_no_text_wherever_they_stand():
     tokenizer = metaspace()
     hat, man = tokenizer.token_to_id("▁hat"), tokenizer.token_to_id("▁man")
     assert TokenPieces(tokenizer)([1, hat, man, 2, man]) == ["", "hat", " man", "", " man"]
+
+
+def test_a_token_that_changes_the_one_before_has_what_is_new_of_both():
+    class Composing:
+        def decode(self, ids):
+            return unicodedata.normalize("NFC", "".join(map(chr, ids)))
+
+    pieces = TokenPieces(Composing())
+    assert pieces([ord(c) for c in "xa\u0308y"]) == ["x", "", "\u00e4", "y"]
 
 
 def test_long_completions_are_decoded_a_few_times():

@@ -325,6 +325,11 @@ def test_a_save_killed_between_its_renames_is_put_right(make_trainer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     assert make_trainer(output_dir=tmp_path).resume(folder).step == 2
 
+    shutil.copytree(folder, previous)  # killed behind them
+    second.train(max_steps=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert make_trainer(output_dir=tmp_path).resume(folder).step == 3
+
 
 def test_nothing_that_is_not_ours_is_overwritten(make_trainer, tmp_path):
     (tmp_path / "thesis").mkdir()

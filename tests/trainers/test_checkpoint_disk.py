@@ -78,15 +78,20 @@ def expected_mib(trainer):
     return 4 * 4 * sum(p.numel() for p in trainer.model.parameters()) / 2**20
 
 
+@pytest.mark.parametrize("before", ["step 1", "none"])
 @pytest.mark.parametrize("name", ["fsync", "rename", "mkdir"])
-def test_an_operation_that_fails_leaves_the_last_checkpoint(
-    make_trainer, tmp_path, monkeypatch, name
+def test_an_operation_that_fails_leaves_what_was_before(
+    make_trainer, tmp_path, monkeypatch, name, before
 ):
     """Each call of it in turn, with the error of a full disk."""
     trainer = make_trainer()
     trainer.train(max_steps=1)
-    trainer.save(tmp_path / "run")
-    good = contents(tmp_path / "run")
+    stands = "There is no earlier checkpoint"
+    if before == "step 1":
+        trainer.save(tmp_path / "run")
+        stands = "The last checkpoint, of step 1"
+    names = [path.name for path in tmp_path.iterdir()]
+    good = [contents(tmp_path / name) for name in names]
     trainer.train(max_steps=2)
     works, calls, number = getattr(os, name), 0, 0
 
@@ -103,12 +108,12 @@ def test_an_operation_that_fails_leaves_the_last_checkpoint(
         try:
             trainer.save(tmp_path / "run")
         except checkpoint.CheckpointError as error:
-            assert "got No space left on device. The last checkpoint, of step 1" in str(error)
-            assert contents(tmp_path / "run") == good
-            assert [path.name for path in tmp_path.iterdir()] == ["run"]
+            assert f"got No space left on device. {stands}" in str(error)
+            assert [path.name for path in tmp_path.iterdir()] == names
+            assert [contents(tmp_path / name) for name in names] == good
         else:
             break
-    assert number - 1 == {"fsync": 9, "rename": 2, "mkdir": 1}[name]
+    assert number - 1 == {"fsync": 9, "rename": 1 + len(names), "mkdir": 1}[name]
     assert make_trainer().resume(tmp_path / "run").step == 2
 
 

@@ -359,20 +359,23 @@ def test_an_engine_that_is_the_policy_changes_nothing(make_trainer, kind, config
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_a_rollout_that_brings_rewards_is_taken_as_it_is(make_trainer):
-    """A completion with a bad one is not used; reward functions are not asked."""
-    rewards = torch.tensor([1.0, -1.0, math.nan, 0.5, 2.0, 0.0])
+@pytest.mark.parametrize("is_used", [None, torch.tensor([True, True, True, False])])
+def test_a_rollout_that_brings_rewards_is_taken_as_it_is(make_trainer, is_used):
+    """A completion with a bad one is not used, nor one that is told so; no function is asked."""
+    rewards = torch.tensor([1.0, -1.0, math.nan, 0.5, 2.0, 0.0, 9.0, 9.0])
+    count = 3 if is_used is None else 4
 
     def rollout_function(prompts, policy, **_):
-        ids = [torch.tensor([3, 7]), torch.tensor([1, 2]), torch.tensor([4, 7])]
+        ids = [torch.tensor(x) for x in ([3, 7], [1, 2], [4, 7], [5, 7])[:count]]
         segments = [torch.tensor(p) for p in prompts[:1]] + ids
         logprobs = torch.cat([scored(policy, segments[0], c)[0].detach() for c in ids])
         return Rollout(
-            batch=PackedBatch.from_segments(segments, [-1, 0, 0, 0]),
-            group_ids=torch.zeros(3, dtype=torch.int64),
-            ended=torch.tensor([True, False, True]),
+            batch=PackedBatch.from_segments(segments, [-1] + [0] * count),
+            group_ids=torch.zeros(count, dtype=torch.int64),
+            ended=torch.tensor([True, False, True, True])[:count],
             logprobs=logprobs,
-            rewards=rewards,
+            rewards=rewards[: 2 * count],
+            is_used=is_used,
         )
 
     def never(**_):

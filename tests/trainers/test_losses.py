@@ -7,6 +7,7 @@ import torch
 from hand_losses import USED, assert_learns, gae_of, move, returns_of, rollout_with_rewards, rows_of
 
 import fastrl.reference as ops
+from fastrl.models import ActorCritic, LSTMLanguageModel
 from fastrl.trainers.baselines import RunningMean, leave_one_out
 from fastrl.trainers.trajectories import Trajectories
 
@@ -39,8 +40,8 @@ def test_reinforce_takes_the_reward_to_go(make_trainer, is_used):
     assert_learns(trainer, rollout, expected)
 
 
-def with_values(make_trainer, **config):
-    trainer = make_trainer("actor_critic", **STILL, **config)
+def with_values(make_trainer, **options):
+    trainer = make_trainer("actor_critic", **STILL, **options)
     torch.manual_seed(2)
     torch.nn.init.normal_(trainer.model.value_head.weight)
     return trainer
@@ -62,6 +63,20 @@ def test_a2c_loss(make_trainer, advantage, is_used):
             returns = gae_of(row.rewards, v, 0.9, 0.6) + v
         critic = 0.7 * (returns - row.values).square()
         losses.append(-row.logprobs * (returns - v) + critic - 0.1 * row.entropies)
+    assert_learns(trainer, rollout, torch.cat(losses).mean())
+
+
+def test_a2c_with_a_critic_of_its_own(make_trainer):
+    """Its gradient is the values' alone, and the policy's has none of them."""
+    model = ActorCritic(LSTMLanguageModel(8, 6, 10, 1), LSTMLanguageModel(8, 5, 7, 2))
+    trainer = with_values(make_trainer, model=model, gamma=0.9, micro_batch_tokens=20)
+    rollout = rollout_with_rewards(trainer, USED[1])
+    assert rollout.values is None
+    losses = []
+    for row in used_rows(trainer, rollout):
+        returns = returns_of(row.rewards, 0.9)
+        critic = 0.5 * (returns - row.values).square()
+        losses.append(critic - row.logprobs * (returns - row.values.detach()))
     assert_learns(trainer, rollout, torch.cat(losses).mean())
 
 
@@ -212,6 +227,27 @@ def test_running_mean_by_hand(make_trainer):
             expected = (0.5 * here.sum() + (2 * here + 1).sum()) / (1.5 * here.numel())
             got = third[position == step].double()
             torch.testing.assert_close(got, expected.expand_as(got), atol=1e-4, rtol=1e-6)
+
+
+def test_a_running_mean_goes_on_as_at_its_last_position():
+    """Behind max_new_tokens, where a conversation has several turns."""
+    mean = RunningMean(2, 1.0, torch.device("cpu"))
+    arguments = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 4]), torch.ones(4).bool()
+    assert mean(*arguments).tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert mean(*arguments).tolist() == [1.0, 3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("is_used", USED)
+def test_reinforce_takes_off_the_running_mean(make_trainer, is_used):
+    trainer = make_trainer(baseline="running_mean", gamma=0.7, **STILL)
+    rollout = rollout_with_rewards(trainer, is_used)
+    level = torch.linspace(1.0, 3.0, trainer.config.max_new_tokens)
+    trainer._running_mean.load_state_dict({"total": 2 * level, "count": torch.tensor(2.0)})
+    losses = [
+        -row.logprobs * (returns_of(row.rewards, 0.7) - level[: len(row.rewards)])
+        for row in used_rows(trainer, rollout)
+    ]
+    assert_learns(trainer, rollout, torch.cat(losses).mean())
 
 
 def test_an_unused_completion_has_no_part_whatever_its_rewards(make_trainer):

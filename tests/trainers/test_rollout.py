@@ -185,6 +185,11 @@ def test_values_are_those_of_the_states_that_were_sampled_from(model):
     assert sample(model).values is None
 
 
+def test_all_targets_count_until_it_is_known_which_do_not(model):
+    rollout = sample(model)
+    assert rollout.is_used is None and rollout.loss_mask.tolist() == [True] * len(rollout.token_ids)
+
+
 def test_take_cuts_all_that_is_known_of_completions(model):
     rollout = sample(model, value_fn=lambda hidden: hidden.sum(-1))
     rewards, is_used = torch.arange(len(rollout.token_ids)).float(), torch.arange(12) % 3 > 0
@@ -231,3 +236,13 @@ def test_seeds_and_length_are_checked(model):
         generate(model, PROMPTS, max_new_tokens=1, seeds=torch.tensor([1, 2]), ops=ops)
     with pytest.raises(ValueError, match="expected max_new_tokens >= 1, got 0"):
         sample(model, length=0)
+    options = {"max_new_tokens": 1, "seeds": torch.arange(3), "decode": str}
+    for message, changes in (
+        ("completions_per_prompt >= 1, got 0", {"completions_per_prompt": 0}),
+        ("max_rows >= 1, got 0", {"max_rows": 0}),
+        ("stop_strings a list of texts that are not empty, got 'ab'", {"stop_strings": "ab"}),
+        (r"stop_strings a list .*, got \['a', ''\]", {"stop_strings": ["a", ""]}),
+        ("decode with stop_strings, got None", {"stop_strings": ["a"], "decode": None}),
+    ):
+        with pytest.raises(ValueError, match=f"generate: expected {message}"):
+            generate(model, PROMPTS, **options | changes)

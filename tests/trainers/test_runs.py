@@ -94,12 +94,16 @@ def test_the_gap_is_that_before_the_first_step_that_changes_weights(make_trainer
 
 
 def test_an_error_while_learning_leaves_the_model_as_it_samples(make_trainer, monkeypatch):
-    trainer = make_trainer(dropout=True)
-    monkeypatch.setattr(
-        "fastrl.trainers.update.micro_loss", lambda *_: pytest.fail("stopped", pytrace=False)
-    )
+    trainer, was_training = make_trainer(dropout=True), []
+
+    def stops(trainer, *_):
+        was_training.extend(module.training for module in trainer.model.modules())
+        pytest.fail("stopped", pytrace=False)
+
+    monkeypatch.setattr("fastrl.trainers.update.micro_loss", stops)
     with pytest.raises(pytest.fail.Exception):
         trainer.train(max_steps=1)
+    assert was_training and all(was_training)
     assert not any(module.training for module in trainer.model.modules())
 
 

@@ -7,6 +7,7 @@ import torch
 
 import fastrl
 from fastrl import reference
+from fastrl.models import ActorCritic, LSTMLanguageModel
 
 KINDS = ["policy_gradient", "actor_critic"]
 
@@ -234,6 +235,37 @@ def test_models_of_the_wrong_kind_are_errors(make_trainer):
     with pytest.raises(TypeError, match="expected config PolicyGradientConfig, got ActorCritic"):
         config = make_trainer("actor_critic").config
         type(make_trainer())(language_model, lambda **_: [], [[1]], config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_computes_layers_again_and_changes_no_weight(make_trainer, kind):
+    pytest.importorskip("transformers")
+    from hf_models import build
+
+    def run(checkpointing):
+        models, calls = [build("llama") for _ in range(1 + (kind == "actor_critic"))], []
+        for each in models:
+            each.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        model = ActorCritic(*models) if kind == "actor_critic" else models[0]
+        options = {"gradient_checkpointing": checkpointing, "kl_coef": 0.1, "max_steps": 2}
+        make_trainer(kind, model=model, **options).train()
+        return [x.detach().clone() for each in models for x in each.parameters()], len(calls)
+
+    (weights, calls), (again, calls_again) = run(False), run(True)
+    assert all(map(torch.equal, weights, again))
+    num_models = 1 + (kind == "actor_critic")
+    assert calls_again - calls == 2 * num_models  # once more in each backward pass, nowhere else
+
+
+def test_gradient_checkpointing_of_a_model_without_it_is_an_error(make_trainer):
+    pytest.importorskip("transformers")
+    from hf_models import build
+
+    small = LSTMLanguageModel(8, 4, 4)
+    critic = ActorCritic(build("llama"), small)
+    for kind, model in (("policy_gradient", small), ("actor_critic", critic)):
+        with pytest.raises(ValueError, match="with gradient checkpointing, got LSTMLanguageModel"):
+            make_trainer(kind, model=model, gradient_checkpointing=True)
 
 
 def test_dropout_is_an_error(make_trainer):
