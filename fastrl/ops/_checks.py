@@ -39,13 +39,11 @@ def tensor(op: str, name: str, x: object, dtypes: Iterable[torch.dtype], remedy:
         raise wrong_type(op, f"{name} of dtype {names}", x.dtype, remedy)
 
 
-def undistributed(op: str, name: str, x: Tensor) -> None:
-    """Known by a method: the class would take its import, and torch's own error asks for more."""
+def undistributed(op: str, name: str, x: object, remedy: str) -> None:
+    """Known by a method: the class would take its import, and torch's own error asks for more.
+    remedy: {0} in it becomes the name."""
     if hasattr(x, "full_tensor"):
-        raise wrong_type(
-            op, f"{name} as a plain tensor", type(x).__name__,
-            f"Use {name}.full_tensor(), or {name}.to_local() and group for a cut vocabulary.",
-        )  # fmt: skip
+        raise wrong_type(op, f"{name} as a plain tensor", type(x).__name__, remedy.format(name))
 
 
 def float_tensor(op: str, name: str, x: object) -> None:

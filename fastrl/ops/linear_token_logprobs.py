@@ -12,6 +12,13 @@ from fastrl.ops._autocast import autocast
 from fastrl.ops._typed import typed_as
 from fastrl.ops.token_logprobs import check_ids
 
+# A bare full_tensor() would drop what the other ranks' rows add to the gradient of a rank's slice.
+_WHOLE = (
+    "Under FSDP call it in the forward of the module that holds the head, where the head is whole, "
+    "or use {0}.full_tensor(grad_placements=[Partial('avg')]); for a cut vocabulary "
+    "{0}.to_local() and group."
+)
+
 _fwd = _binary.op("linear_token_logprobs_fwd")
 _bwd = _binary.op("linear_token_logprobs_bwd")
 
@@ -50,7 +57,9 @@ def linear_token_logprobs(
     Args:
         hidden: [..., D] float32, bfloat16 or float16.
         weight: [V, D], of these dtypes. Under autocast hidden, weight and bias are cast to its
-            dtype, as torch.nn.functional.linear does.
+            dtype, as torch.nn.functional.linear does. Under FSDP it is a plain tensor inside the
+            forward of the module that holds the head; DDP too averages gradients only of what ran
+            inside the forward of the module that it wraps.
         token_ids: [...] int64; ignore_index and ids outside [0, V) as in `token_logprobs`. Ignored
             rows are neither computed nor stored, and their hidden states may hold anything. (On a
             GPU they take part in the products, as zeros: who counts them would have to wait for
@@ -113,8 +122,9 @@ def check_head(
     remedy = f"Use fastrl.reference.{op} for float64; cast other dtypes."
     _checks.tensor(op, "hidden", hidden, _checks.FLOATS_TO_32, remedy)
     _checks.tensor(op, "weight", weight, _checks.FLOATS_TO_32, remedy)
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        _checks.undistributed(op, name, x)
+    _checks.undistributed(op, "hidden", hidden, "Use {0}.full_tensor().")
+    for name, x in (("weight", weight), ("bias", bias)):
+        _checks.undistributed(op, name, x, _WHOLE)
     _checks.tensor(op, "token_ids", token_ids, (torch.int64,), "Use token_ids.long().")
     if weight.dim() != 2 or weight.shape[0] < least_vocab or weight.shape[1] == 0:
         expected = "weight [V, D], V >= 1 and D >= 1"

@@ -123,7 +123,8 @@ def _check(
     op = "token_logprobs"
     remedy = "Use fastrl.reference.token_logprobs for float64; cast other dtypes."
     _checks.tensor(op, "logits", logits, _checks.FLOATS_TO_32, remedy)
-    _checks.undistributed(op, "logits", logits)
+    remedy = "Use {0}.full_tensor(), or {0}.to_local() and group for a cut vocabulary."
+    _checks.undistributed(op, "logits", logits, remedy)
     _checks.tensor(op, "token_ids", token_ids, (torch.int64,), "Use token_ids.long().")
     if logits.dim() == 0 or (logits.shape[-1] == 0 and group is None):
         raise _checks.fail(op, "logits [..., V], V >= 1", _checks.shape(logits), "Pass logits.")

@@ -132,7 +132,9 @@ def test_gradients_of_16_bits_wait_for_each_other(monkeypatch, dtype, softcap):
     rows = [shape[1] for shape in HeadOfAGpu.products if shape[0] == 301]
     assert rows == ([16] * 5 if dtype == torch.float16 else [32, 32, 16])
     flat = hidden.clone().requires_grad_()  # the largest of its factors is 0, and scales them
-    fastrl.linear_token_loss(flat, weight, token_ids, lambda logprobs, *_: 0 * logprobs)[0].backward()
+    fastrl.linear_token_loss(flat, weight, token_ids, lambda logprobs, *_: 0 * logprobs)[
+        0
+    ].backward()
     assert not flat.grad.any()
 
 

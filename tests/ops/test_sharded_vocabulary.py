@@ -1,5 +1,7 @@
 """Two processes hold unequal slices of one vocabulary; each calls worker."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,6 +56,8 @@ def refusals(hidden, weight, ids):
         distribute_tensor(x, mesh, [Shard(dim)]) for x, dim in ((weight, 0), (hidden @ weight.T, 1))
     )
     calls = (
+        lambda: fastrl.linear_token_logprobs(weight, hidden, ids),
+        lambda: fastrl.linear_token_logprobs(hidden, hidden, ids, bias=logits[:, 0]),
         lambda: fastrl.linear_token_logprobs(hidden, weight, ids),
         lambda: fastrl.linear_token_loss(hidden, weight, ids, lambda logprobs, *_: logprobs),
         lambda: fastrl.token_logprobs(logits, ids),
@@ -143,9 +147,15 @@ def test_kept_ids_are_those_of_the_whole_vocabulary(ranks):
 
 
 def test_a_distributed_tensor_is_no_slice(ranks):
-    given = ("linear_token_logprobs", "weight"), ("linear_token_loss", "weight")
-    for message, (op, name) in zip(
-        ranks[0][-1], (*given, ("token_logprobs", "logits")), strict=True
-    ):
-        start = f"{op}: expected {name} as a plain tensor, got DTensor. Use {name}.full_tensor()"
-        assert message.startswith(start)
+    whole = "Use {}.full_tensor()"
+    of_fsdp = "Under FSDP call it in the forward of .* or use {}.full_tensor\\(grad_placements="
+    expected = (
+        ("linear_token_logprobs", "hidden", whole),
+        ("linear_token_logprobs", "bias", of_fsdp),
+        ("linear_token_logprobs", "weight", of_fsdp),
+        ("linear_token_loss", "weight", of_fsdp),
+        ("token_logprobs", "logits", whole),
+    )
+    for message, (op, name, remedy) in zip(ranks[0][-1], expected, strict=True):
+        start = f"{op}: expected {name} as a plain tensor, got DTensor. {remedy.format(name)}"
+        assert re.match(start, message), message
