@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl._sampling import pack_written
 from fastrl.layout import PackedBatch, pack_groups
 from fastrl.rollout import Rollout
 
@@ -109,17 +110,11 @@ def _batch(
     if masks is None:
         return pack_groups(prompts, completions)
     rest = iter(masks)
-    segments: list[Tensor] = []
-    loss_mask: list[Tensor] = []
-    parents: list[int] = []
-    for prompt, group in zip(prompts, completions, strict=True):
-        parents += [-1] + [len(segments)] * len(group)
-        segments += [prompt, *group]
-        loss_mask.append(torch.zeros_like(prompt, dtype=torch.bool))
-        for completion in group:
-            mask = torch.tensor([bool(x) for x in next(rest)], dtype=torch.bool)
-            loss_mask.append(mask.to(completion.device))
-    return PackedBatch.from_segments(segments, parents, loss_mask)
+    written = [
+        [torch.tensor([bool(x) for x in next(rest)], dtype=torch.bool).to(c.device) for c in group]
+        for group in completions
+    ]
+    return pack_written(prompts, completions, written)
 
 
 def _groups(
