@@ -135,7 +135,7 @@ def _check(
             "Pass one id per row of logits.",
         )
     _checks.same_device(op, "token_ids", token_ids, "logits", logits)
-    _checks.positive(op, "temperature", temperature, "sample_tokens knows greedy, as 0.")
+    _checks.temperature(op, temperature)
     _checks.index(op, "ignore_index", ignore_index)
     _sharded.check(op, group, vocab_start)
     if kept is not None:
