@@ -111,6 +111,15 @@ def whole(op: str, name: str, x: object, low: int) -> None:
         raise fail(op, f"{name} >= {low}", x, f"Pass {low} or more.")
 
 
+def window(op: str, x: object) -> int | None:
+    """Positions, or None for all; of 64 bits, which are more than there are."""
+    if x is None:
+        return None
+    whole(op, "window", x, 1)
+    assert isinstance(x, int)
+    return min(x, 2**62)
+
+
 def index(op: str, name: str, x: object) -> None:
     if isinstance(x, bool) or not isinstance(x, int):
         got = type(x).__name__
