@@ -139,25 +139,33 @@ class Completions:
         written = written[order]
         order, own = on_device([order, order[written]], self._device)
         lengths = self._lengths.tolist()
-        segments, count = list(token_ids[order].split(lengths)), self._per_prompt
+        segments = self._grouped(token_ids[order].split(lengths))
         if not self._answers:
-            groups = [segments[i : i + count] for i in range(0, len(segments), count)]
-            batch = pack_groups(self._prompts, groups)
+            batch = pack_groups(self._prompts, segments)
         else:
-            batch = self._with_answers(segments, list(written.split(lengths)))
+            batch = pack_written(self._prompts, segments, self._grouped(written.split(lengths)))
         return batch, logprobs[own], values[own]
 
-    def _with_answers(self, segments: list[Tensor], written: list[Tensor]) -> PackedBatch:
-        every: list[Tensor] = []
-        masks: list[Tensor] = []
-        parents: list[int] = []
-        for p, prompt in enumerate(self._prompts):
-            group = slice(p * self._per_prompt, (p + 1) * self._per_prompt)
-            parents += [-1] + [len(every)] * self._per_prompt
-            every += [prompt, *segments[group]]
-            unwritten = torch.zeros(len(prompt), dtype=torch.bool, device="cpu")
-            masks += [unwritten, *written[group]]
-        return PackedBatch.from_segments(every, parents, masks)
+    def _grouped(self, parts: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """A prompt's together."""
+        return [parts[i : i + self._per_prompt] for i in range(0, len(parts), self._per_prompt)]
+
+
+def pack_written(
+    prompts: Sequence[Tensor],
+    completions: Sequence[Sequence[Tensor]],
+    written: Sequence[Sequence[Tensor]],
+) -> PackedBatch:
+    """`pack_groups` of completions that the policy did not write alone: targets are the tokens
+    where written, on the host, is True."""
+    segments: list[Tensor] = []
+    masks: list[Tensor] = []
+    parents: list[int] = []
+    for prompt, group, of_group in zip(prompts, completions, written, strict=True):
+        parents += [-1] + [len(segments)] * len(group)
+        segments += [prompt, *group]
+        masks += [torch.zeros(len(prompt), dtype=torch.bool, device="cpu"), *of_group]
+    return PackedBatch.from_segments(segments, parents, masks)
 
 
 def check_sampling(

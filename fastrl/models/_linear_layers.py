@@ -50,7 +50,7 @@ class PackedLayers:
             return
         self._forwards.update(quick_norms(module))
         # Those that are not packed yet.
-        self._left = {layer: None for layer in _layers(module) if _is_quick(layer, rows)}
+        self._left = {layer: None for layer in _layers(module) if _is_quick(_weight(layer), rows)}
         for parent in module.modules():
             if not self._pack_mlp(parent):
                 self._pack_attention(parent, self._pack_together(parent))
@@ -119,13 +119,10 @@ def packed_linear(weight: Tensor, bias: Tensor | None, rows: int) -> Linear | No
         bias: [N], or None.
         rows: how many there mostly are; any number works.
     """
-    if not is_quick(weight.new_empty(rows, weight.shape[1]), weight):
-        return None
-    return PackedWeight(weight, bias, rows).product
+    return PackedWeight(weight, bias, rows).product if _is_quick(weight, rows) else None
 
 
-def _is_quick(layer: Any, rows: int) -> bool:
-    weight = _weight(layer)
+def _is_quick(weight: Tensor, rows: int) -> bool:
     return is_quick(weight.new_empty(rows, weight.shape[1]), weight)
 
 

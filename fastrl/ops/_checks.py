@@ -7,6 +7,7 @@ contents run on eager CPU tensors alone, since they would synchronise a GPU and 
 """
 
 import math
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -80,10 +81,10 @@ def bool_like(op: str, name: str, x: object, like_name: str, like_tensor: Tensor
 
 
 def number(op: str, name: str, x: object, low: float, high: float, remedy: str) -> None:
-    """A real number in [low, high]; NaN is in no interval."""
+    """A real number in [low, high]; NaN is in no interval, and an int beyond float64 neither."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise wrong_type(op, f"{name} as a number", type(x).__name__, remedy)
-    if not low <= x <= high:
+    if not low <= x <= high or (isinstance(x, int) and abs(x) > sys.float_info.max):
         span = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
         raise fail(op, f"{name} {span}", x, remedy)
 
@@ -91,8 +92,14 @@ def number(op: str, name: str, x: object, low: float, high: float, remedy: str) 
 def positive(op: str, name: str, x: object, remedy: str) -> None:
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise wrong_type(op, f"{name} as a number", type(x).__name__, remedy)
-    if not 0 < x < math.inf:
+    if not 0 < x <= sys.float_info.max:
         raise fail(op, f"{name} > 0 and finite", x, remedy)
+
+
+def temperature(op: str, x: object) -> None:
+    """Beyond 1e37, numbers that stand for a logit of -inf would get a share."""
+    positive(op, "temperature", x, "sample_tokens knows greedy, as 0.")
+    number(op, "temperature", x, 0.0, 1e37, "Far below, all ids are alike already.")
 
 
 def whole(op: str, name: str, x: object, low: int) -> None:
@@ -100,6 +107,15 @@ def whole(op: str, name: str, x: object, low: int) -> None:
         raise wrong_type(op, f"{name} as an int", type(x).__name__, f"Use int({name}).")
     if x < low:
         raise fail(op, f"{name} >= {low}", x, f"Pass {low} or more.")
+
+
+def window(op: str, x: object) -> int | None:
+    """Positions, or None for all; of 64 bits, which are more than there are."""
+    if x is None:
+        return None
+    whole(op, "window", x, 1)
+    assert isinstance(x, int)
+    return min(x, 2**62)
 
 
 def index(op: str, name: str, x: object) -> None:

@@ -84,6 +84,7 @@ def attention(
     query, key, value = autocast(query, key, value)
     _check(query, key, value)
     _check_visible(query, key, layout, causal, key_start, key_end)
+    window = _checks.window("attention", window)
     _check_numbers(layout, causal, scale, window, softcap)
     _checks.implemented("attention", query)
     width = query.shape[-1]
@@ -207,8 +208,6 @@ def _check_numbers(
         largest = 3e38
         remedy = "Leave it out for 1 / sqrt(D)."
         _checks.number(op, "scale", scale, -largest, largest, remedy)
-    if window is not None:
-        _checks.whole(op, "window", window, 1)
     if softcap is not None:
         _checks.positive(op, "softcap", softcap, "Leave it out for none.")
 

@@ -38,8 +38,7 @@ def decode_attention(
         scale = query.shape[-1] ** -0.5
     else:
         _checks.number(_OP, "scale", scale, -1e30, 1e30, "None is 1 / sqrt(D).")
-    if window is not None:
-        _checks.whole(_OP, "window", window, 1)
+    window = _checks.window(_OP, window)
     if softcap is not None:
         _checks.positive(_OP, "softcap", softcap, "None leaves the scores alone.")
     caches = [_dense_along_width(x) for x in (query, key, value, prefix_key, prefix_value)]

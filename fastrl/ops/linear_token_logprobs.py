@@ -65,7 +65,7 @@ def linear_token_logprobs(
             GPU they take part in the products, as zeros: who counts them would have to wait for
             it. `PackedBatch` has none.)
         bias: [V].
-        temperature: > 0, divides the logits after softcap.
+        temperature: > 0 and at most 1e37, divides the logits after softcap.
         softcap: > 0, bound of the logits' absolute value.
         ignore_index: the id of rows that do not count.
         return_entropy: return the entropy as well.
@@ -148,7 +148,7 @@ def check_head(
                 op, f"bias [{weight.shape[0]}]", _checks.shape(bias), "Pass one number per token."
             )
         _checks.same_device(op, "bias", bias, "hidden", hidden)
-    _checks.positive(op, "temperature", temperature, "sample_tokens knows greedy, as 0.")
+    _checks.temperature(op, temperature)
     if softcap is not None:
         _checks.positive(op, "softcap", softcap, "None is no cap.")
     _checks.index(op, "ignore_index", ignore_index)

@@ -44,7 +44,7 @@ def token_logprobs(
         logits: [..., V] float32, bfloat16 or float16; -inf excludes a token. Leading axes may have
             any strides; the vocabulary axis is copied if it is not dense.
         token_ids: [...] int64.
-        temperature: T > 0.
+        temperature: T > 0, at most 1e37.
         ignore_index: the id of rows that do not count.
         return_entropy: return the entropy as well.
         inplace_backward: the backward pass writes the gradient over `logits`, which nothing may
@@ -63,9 +63,9 @@ def token_logprobs(
         logprobs: [...] float32, nats.
         entropy: [...] float32, nats, if return_entropy.
     Raises:
-        ValueError: shapes disagree, or temperature is not positive; on eager CPU tensors also an id
-            outside [0, V) that is not ignore_index. Elsewhere such an id gives NaN: looking would
-            synchronise.
+        ValueError: shapes disagree, or temperature is out of its range; on eager CPU tensors also
+            an id outside [0, V) that is not ignore_index. Elsewhere such an id gives NaN: looking
+            would synchronise.
         TypeError: another dtype (float64: fastrl.reference.token_logprobs).
         NotImplementedError: a device without a kernel.
     Differentiable in: logits.
@@ -136,7 +136,7 @@ def _check(
             "Pass one id per row of logits.",
         )
     _checks.same_device(op, "token_ids", token_ids, "logits", logits)
-    _checks.positive(op, "temperature", temperature, "sample_tokens knows greedy, as 0.")
+    _checks.temperature(op, temperature)
     _checks.index(op, "ignore_index", ignore_index)
     _sharded.check(op, group, vocab_start)
     if kept is not None:

@@ -18,16 +18,13 @@ _TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the directi
 
 
 class Keys:
-    """Answers: single keys from a terminal, lines from a pipe or a file.
+    """Answers from standard input: single keys of a terminal, lines of a pipe or a file.
 
     The terminal is as before after `with keys:`; Ctrl-C stays KeyboardInterrupt.
-
-    Args:
-        descriptor: of what is read; None: of standard input.
     """
 
-    def __init__(self, descriptor: int | None = None) -> None:
-        self._descriptor = sys.stdin.fileno() if descriptor is None else descriptor
+    def __init__(self) -> None:
+        self._descriptor = sys.stdin.fileno()
         self.is_terminal = os.isatty(self._descriptor)
         self._read = b""
         self._has_ended = False

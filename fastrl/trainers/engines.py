@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl._sampling import pack_written
 from fastrl._transfer import on_device
 from fastrl.layout import PackedBatch, pack_groups
 from fastrl.rollout import Rollout
@@ -108,15 +109,11 @@ def _batch(
     if masks is None:
         return pack_groups(prompts, completions)
     rest = iter(masks)
-    segments: list[Tensor] = []
-    loss_mask: list[Tensor] = []
-    parents: list[int] = []
-    for prompt, group in zip(prompts, completions, strict=True):
-        parents += [-1] + [len(segments)] * len(group)
-        segments += [prompt, *group]
-        loss_mask.append(torch.zeros(len(prompt), dtype=torch.bool))
-        loss_mask += [torch.tensor([bool(x) for x in next(rest)], dtype=torch.bool) for _ in group]
-    return PackedBatch.from_segments(segments, parents, loss_mask)
+    written = [
+        [torch.tensor([bool(x) for x in next(rest)], dtype=torch.bool) for _ in group]
+        for group in completions
+    ]
+    return pack_written(prompts, completions, written)
 
 
 def _groups(

@@ -147,6 +147,18 @@ def test_no_second_derivative_that_is_silently_zero(device):
         torch.autograd.grad(sum(x.square().sum() for x in first), tensors)
 
 
+@pytest.mark.parametrize("num_queries", [2, 20])  # of decoding, and not
+def test_a_window_wider_than_any_text_is_none(device, num_queries):
+    q, k, v = (torch.randn(2, 2, n, 16, device=device) for n in (num_queries, 21, 21))
+    whole = fastrl.attention(q, k, v)
+    for window in (2**31, 2**63, 2**70):
+        assert torch.equal(fastrl.attention(q, k, v, window=window), whole)
+    options = {"layout": layout_of([9, 4, 8], [-1, 0, 0], device)}
+    trees = [x[:1] for x in (k, k, v)]
+    narrow = fastrl.attention(*trees, window=2**70, **options)
+    assert torch.equal(narrow, fastrl.attention(*trees, **options))
+
+
 def test_autocast_casts_as_for_torchs_attention(device):
     q, k, v = qkv(18, device)
     with torch.autocast(device, torch.bfloat16):

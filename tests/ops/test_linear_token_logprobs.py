@@ -318,6 +318,7 @@ BAD = [
     (dict(bias=torch.zeros(4)), ValueError, r"bias \[5\], got \(4,\)"),
     (dict(bias=torch.zeros(5).double()), TypeError, "bias of dtype"),
     (dict(temperature=0.0), ValueError, "temperature > 0"),
+    (dict(temperature=1e38), ValueError, r"temperature in \[0, 1e\+37\]"),
     (dict(softcap=-1.0), ValueError, "softcap > 0"),
     (dict(softcap=math.inf), ValueError, "softcap > 0 and finite"),
     (dict(ignore_index=None), TypeError, "ignore_index as an int"),

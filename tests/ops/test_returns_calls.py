@@ -101,6 +101,7 @@ BAD = [
     ({"log_ratio": torch.zeros(2, 4)}, ValueError, r"log_ratio \(2, 5\) like rewards"),
     ({"q_values": ROW.int()}, TypeError, "q_values of dtype float32"),
     ({"rho_clip": -1.0}, ValueError, "rho_clip >= 0, got -1.0"),
+    ({"rho_clip": 10**400}, ValueError, "rho_clip >= 0, got 1000"),
     ({"c_clip": math.nan}, ValueError, "c_clip >= 0, got nan"),
     ({"c_clip": ROW}, TypeError, "c_clip as a number, got Tensor"),
     ({"n": 0}, ValueError, "n >= 1, got 0"),

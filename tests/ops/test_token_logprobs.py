@@ -302,6 +302,8 @@ BAD = [
     (dict(logits=torch.zeros(2, 0)), ValueError, "V >= 1"),
     (dict(temperature=0.0), ValueError, "temperature > 0 and finite, got 0.0"),
     (dict(temperature=-1.0), ValueError, "temperature > 0"),
+    (dict(temperature=1e38), ValueError, r"temperature in \[0, 1e\+37\], got 1e\+38"),
+    (dict(temperature=10**400), ValueError, "temperature > 0 and finite, got 1000"),
     (dict(temperature=math.nan), ValueError, "temperature > 0"),
     (dict(temperature="1"), TypeError, "temperature as a number, got str"),
     (dict(ignore_index=None), TypeError, "ignore_index as an int"),

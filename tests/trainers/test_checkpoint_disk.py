@@ -206,6 +206,8 @@ def test_tensor_files_are_those_of_the_library(tmp_path):
     assert path.stat().st_size == (tmp_path / "y").stat().st_size
     with pytest.raises(TypeError, match="expected z of a dtype that safetensors has"):
         tensor_file.write_tensors(path, {"z": torch.zeros(1, dtype=torch.complex64)})
+    safetensors.torch.save_file({"z": torch.zeros(1, dtype=torch.complex64)}, path)
+    assert tensor_file.TensorFile(path).kinds() == {"z": "C64 (1,)"}  # named, whoever wrote it
 
 
 @pytest.mark.parametrize("kind", ["MT19937", "PCG64", "Philox"])

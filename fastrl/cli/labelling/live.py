@@ -86,7 +86,7 @@ def _run(person: Interview, requests: Requests) -> None:
             done = len(requests.answers.of(requests.annotator))
             head = f"{done} rated, {len(requests.waiting)} waiting"
             if person.ask(requests.waiting[0], head) == UNDO:
-                _undo(person, requests)
+                person.undo(requests.known, requests.waiting)
             else:
                 requests.waiting.popleft()
             continue
@@ -94,13 +94,8 @@ def _run(person: Interview, requests: Requests) -> None:
             person.screen.say("Waiting for completions; u takes the last rating back, q leaves.")
             is_idle = True
         if person.idle(POLL_SECONDS):
-            _undo(person, requests)
+            person.undo(requests.known, requests.waiting)  # too late for training that used it
             is_idle = False
-
-
-def _undo(person: Interview, requests: Requests) -> None:
-    """Ask again; where the training has used the rating, nothing more comes of it."""
-    person.undo(requests.known, requests.waiting)
 
 
 def _question(record: Record) -> Question:

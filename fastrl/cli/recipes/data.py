@@ -54,8 +54,10 @@ def load_data(recipe: Recipe) -> TaskData:
     """
     data = recipe.data
     if data.pairs is not None:
-        train = _pairs(data.pairs, "data.pairs", data.limit)
-        held_out = data.eval_pairs and _pairs(data.eval_pairs, "data.eval_pairs", data.eval_limit)
+        train = load_prompts(data.pairs, key="data.pairs", limit=data.limit)
+        held_out = data.eval_pairs and load_prompts(
+            data.eval_pairs, key="data.eval_pairs", limit=data.eval_limit
+        )
         rows: dict[str, Any] = {"train": train, "held_out": held_out or None}
         where = "data.pairs"
     elif data.builder is None:
@@ -173,10 +175,6 @@ def texts_of(rows: Any) -> list[str]:
         parts = (row["prompt"], row.get("reference", row.get("chosen", "")))
         texts.append("".join(part for part in parts if isinstance(part, str)))
     return texts
-
-
-def _pairs(source: str, key: str, limit: int | None) -> list[dict[str, Any]]:
-    return load_prompts(source, key=key, limit=limit)
 
 
 def _check_pairs(rows: dict[str, Any], where: str) -> None:

@@ -15,6 +15,7 @@ from fastrl.cli.recipes.toml import RecipeError
 from fastrl.models import ActorCritic, LSTMLanguageModel, storage
 from fastrl.models.storage import as_policy
 from fastrl.rewards import byte_level_token_bytes
+from fastrl.trainers import ActorCriticConfig
 from fastrl.trainers._random_state import seed_generators
 
 END_OF_TEXT = "<|endoftext|>"
@@ -43,12 +44,14 @@ def build_model(recipe: Recipe, tokenizer: Any, seed: int, start: Path | None = 
             f"tokenizer's {len(tokenizer)} tokens, got {size}. Take the model's own tokenizer, or "
             "a larger vocab_size."
         )
-    if recipe.config_class.__name__ != "ActorCriticConfig":
+    if recipe.config_class is not ActorCriticConfig:
         return policy.to(device)
     if model.critic is None:
-        return ActorCritic(policy).to(device)
-    is_same = model.critic == "same" and start is not None
-    critic = load_start(start) if is_same and start else _critic(model, tokenizer)
+        critic = None
+    elif model.critic == "same" and start is not None:
+        critic = load_start(start)
+    else:
+        critic = _critic(model, tokenizer)
     return ActorCritic(policy, critic=critic).to(device)
 
 

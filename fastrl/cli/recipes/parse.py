@@ -12,16 +12,15 @@ from fastrl.cli.recipes.checks import Where, check_values, wrong
 from fastrl.cli.recipes.schema import CONFIGS, FOLDS, PREFERENCE, SAID_ELSEWHERE, SECTIONS, Recipe
 from fastrl.cli.recipes.toml import RecipeError, apply_set, parse_set, read_toml
 
-PATHS = ("model.path", "model.tokenizer", "model.critic", "data.prompts", "data.eval") + (
-    "data.pairs",
-    "data.eval_pairs",
-)
+PATHS = (
+    "model.path", "model.tokenizer", "model.critic",
+    "data.prompts", "data.eval", "data.pairs", "data.eval_pairs",
+)  # fmt: skip
 ONLY_PATHS = ("model.start", "data.folder")  # nothing but paths, whether or not they exist
 # Names of Python code: "file.py:function" is a path as well.
-CODE = ("rewards.functions[]", "data.builder") + (
-    "over_optimization.gold",
-    "over_optimization.proxy",
-)
+CODE = (
+    "rewards.functions[]", "data.builder", "over_optimization.gold", "over_optimization.proxy",
+)  # fmt: skip
 ALGORITHMS = tuple(name for config in CONFIGS for name in config.ALGORITHMS)
 TABLES = ("train", PREFERENCE, *SECTIONS, *(f"train.{name}" for name in ALGORITHMS))
 

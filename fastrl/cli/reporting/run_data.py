@@ -138,7 +138,7 @@ def _recipe_run(folder: RunFolder) -> RunData:
         supervised=_with_step(read_lines(path / "supervised.jsonl", notes)),
         samples=_with_step(read_lines(path / "samples.jsonl", notes)),
         monitor=_with_step(results.get("monitor", ())),
-        versions=_versions(folder),
+        versions=_with_step(read_starts(folder)),
         cross_validation=results.get("cross_validation", {}),
         before=results.get("before", {}),
         after=results.get("after", {}),
@@ -147,10 +147,6 @@ def _recipe_run(folder: RunFolder) -> RunData:
         written=written,
         notes=notes,
     )
-
-
-def _versions(folder: RunFolder) -> list[Record]:
-    return _with_step(read_starts(folder))
 
 
 def _demo_runs(folder: RunFolder, config: dict[str, Any]) -> list[RunData]:

@@ -30,6 +30,7 @@ from fastrl.trainers import (
     ActorCriticTrainer,
     PolicyGradientConfig,
     PolicyGradientTrainer,
+    checkpoint,
 )
 from fastrl.trainers.loggers import ProgressBar
 from fastrl.trainers.trainer import Trainer
@@ -119,14 +120,14 @@ class Run:
             return
         make = self._policy_gradient if stage == POLICY_GRADIENT else self._actor_critic
         trainer = make(copy.deepcopy(model), output_dir=self.folder.path / stage)
-        checkpoint = trainer.checkpoint_folder
-        assert checkpoint is not None
-        if checkpoint.exists() or checkpoint.with_name(f".{checkpoint.name}.previous").exists():
+        place = trainer.checkpoint_folder
+        assert place is not None
+        if checkpoint.exists(place):
             try:
-                trainer.resume(checkpoint)
+                trainer.resume(place)
             except ValueError as error:
                 raise RunFolderError(
-                    f"{error} Or delete {checkpoint} to repeat the stage, and resume again."
+                    f"{error} Or delete {place} to repeat the stage, and resume again."
                 ) from error
         self.log.begin_stage(stage, trainer.step)
         with self._progress(stage, self.settings.steps, trainer.step) as progress:
@@ -141,7 +142,7 @@ class Run:
             try:
                 trainer.train(on_step=on_step)
             except Interrupted:
-                trainer.save(checkpoint)
+                trainer.save(place)
                 raise
         self._evaluate(stage, trainer)
 

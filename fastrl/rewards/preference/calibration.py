@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl.ops._checks import fail
+from fastrl.rewards.preference.evaluation import ties_of
 from fastrl.rewards.preference.pairs import checked_pairs
 
 _OP = "calibrate"
@@ -57,9 +58,8 @@ def calibrate(model: Any, pairs: Iterable[Any]) -> Calibration:
     prompts = [pair["prompt"] for pair in listed]
     completions = [pair[name] for name in ("chosen", "rejected") for pair in listed]
     scores = model.score(prompts * 2, completions)
-    is_tie = torch.tensor([bool(pair.get("tie")) for pair in listed])
     chosen, rejected = scores.chunk(2)
-    factor = best_factor(chosen - rejected, is_tie)
+    factor = best_factor(chosen - rejected, ties_of(listed))
     model.calibration = Calibration(
         temperature=model.calibration.temperature / factor,
         offset=float(scores.mean()) * factor,

@@ -80,11 +80,11 @@ def summary(margins: Tensor, is_tie: Tensor, bins: int = 10) -> dict[str, Any]:
     }
 
 
-def wilson_interval(hits: float, count: int, z: float = _Z95) -> tuple[float, float]:
-    """Bounds of a share of `hits` in `count`; (0, 1) of none."""
+def wilson_interval(hits: float, count: int) -> tuple[float, float]:
+    """95 % bounds of a share of `hits` in `count`; (0, 1) of none."""
     if count == 0:
         return 0.0, 1.0
-    share = hits / count
+    share, z = hits / count, _Z95
     middle = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count

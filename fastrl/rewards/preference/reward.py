@@ -100,7 +100,7 @@ class PreferenceReward:
             log_metric(f"{self.__name__}/disagreement", float(spread(totals).mean()))
         if not self.immediate:
             return self.ensemble.combined(totals).tolist()
-        return [_rises(self.ensemble.combined(x)) for x in values]
+        return [self.ensemble.combined(x).diff().tolist() for x in values]
 
     def _prefix_scores(
         self, prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]]
@@ -137,10 +137,6 @@ class PreferenceReward:
     def _other_ids(self, got: str) -> ValueError:
         remedy = "Pass the policy's tokenizer=, give both the same one, or set immediate=False."
         return fail(_OP, "tokenizer to be the models' own with immediate=True", got, remedy)
-
-
-def _rises(scores: Tensor) -> list[float]:
-    return scores.diff().tolist()
 
 
 def _ensemble(
