@@ -8,7 +8,7 @@ from hf_models import VOCAB, build
 from torch import nn
 
 from fastrl.models import HuggingFacePolicy, _kv_decoder
-from fastrl.models._linear_layers import PackedLayers
+from fastrl.models._linear_layers import PackedLayers, quick_layers
 from fastrl.models._norms import norm_of
 from fastrl.models._quick_blocks import _known_codes, quick_attention, quick_mlp
 from fastrl.ops._quick_product import PackedWeight, is_quick
@@ -239,8 +239,8 @@ def test_a_layer_that_stands_twice_in_a_block(pack):
 def test_layers_compute_by_themselves_under_autocast_and_in_compiled_parts():
     layer = block()
     packed = PackedLayers(layer, ROWS)
-    with torch.autocast("cpu", torch.bfloat16), packed.in_use():
+    with torch.autocast("cpu", torch.bfloat16), packed.in_use(), quick_layers(layer):
         assert not any("forward" in part.__dict__ for part in layer.modules())
     layer.mlp.compile(backend="eager")
-    with PackedLayers(layer, ROWS).in_use():
+    with PackedLayers(layer, ROWS).in_use(), quick_layers(layer):
         assert not any("forward" in part.__dict__ for part in layer.modules())

@@ -112,6 +112,7 @@ BAD = [
     ("value_loss", (OTHER, OTHER), {"clip": 0.2}, ValueError, "together, got clip alone"),
     ("value_loss", (OTHER, OTHER), {"old_values": OTHER}, ValueError, "together, got old_values"),
     ("actor_critic_loss", (LOGPROBS, OTHER, OTHER), {"critic_coef": -1}, ValueError, "critic_coef"),
+    ("actor_critic_loss", [OTHER] * 3, {"entropy_coef": math.nan}, ValueError, "entropy_coef"),
     (
         "actor_critic_loss",
         (LOGPROBS, OTHER, OTHER),

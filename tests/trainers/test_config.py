@@ -17,6 +17,9 @@ def test_defaults_are_valid_and_json(config_class):
     assert config_class(**json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.gamma = 0.5
+    lists = {"reward_weights": [1.0, 0.5], "stop_strings": ["a"], "eos_token_id": [1, 2]}
+    tuples = {name: tuple(entries) for name, entries in lists.items()}
+    assert config_class(**lists) == config_class(**tuples)
 
 
 @pytest.mark.parametrize("config_class", BOTH)
