@@ -127,6 +127,7 @@ def test_bad_values_are_errors(config_class, field, value, message):
         ),
         (PolicyGradientConfig, {"algorithm": "cispo", "dual_clip": 3.0}, "no dual_clip with .*isp"),
         (PolicyGradientConfig, {"dual_clip": 3.0}, "no dual_clip with algorithm 'reinforce'"),
+        (ActorCriticConfig, {"algorithm": "ppo", "dual_clip": 1.0}, "dual_clip a number > 1"),
         (ActorCriticConfig, {"dual_clip": 3.0}, "no dual_clip with algorithm 'a2c', got 3.0"),
         (PolicyGradientConfig, {"epochs": 2}, r"epochs = minibatches = 1 .*'reinforce'.* \(2, 1\)"),
         (ActorCriticConfig, {"minibatches": 2}, r"epochs = minibatches = 1 .*'a2c'.* \(1, 2\)"),
