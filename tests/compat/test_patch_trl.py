@@ -212,6 +212,16 @@ def test_without_trl(monkeypatch):
             pass
 
 
+def test_what_trl_itself_lacks_is_said_as_it_is(monkeypatch):
+    def lacks(_):
+        raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+
+    monkeypatch.setattr("importlib.import_module", lacks)
+    with pytest.raises(ModuleNotFoundError, match="^No module named 'datasets'"):
+        with patch_trl():
+            pass
+
+
 class Without:
     """As if a package were not installed."""
 

@@ -8,7 +8,7 @@ from hf_models import VOCAB, build
 from torch import nn
 
 from fastrl.models import HuggingFacePolicy, _kv_decoder
-from fastrl.models._linear_layers import PackedLayers
+from fastrl.models._linear_layers import PackedLayers, quick_layers
 from fastrl.models._norms import norm_of
 from fastrl.models._quick_blocks import _known_codes, quick_attention, quick_mlp
 from fastrl.ops._quick_product import PackedWeight, is_quick
@@ -107,13 +107,24 @@ def decorated(x):
     x.__class__ = type(f"My{type(x).__name__}", (type(x),), {"forward": forward})
 
 
-def another_rotation(x):
+def other_way(own, q, k, cos, sin):
+    return own(q, k, cos, -sin)
+
+
+def in_part(own, q, k, cos, sin):
+    turned = own(q, k, cos, sin)
+    return tuple(
+        torch.cat([y[..., :-1], x[..., -1:]], -1) for x, y in zip((q, k), turned, strict=True)
+    )
+
+
+def another_rotation(x, rotation=other_way):
     rotate = x.forward.__func__
     while hasattr(rotate, "__wrapped__"):
         rotate = rotate.__wrapped__
     scope = {**rotate.__globals__}
     own = scope["apply_rotary_pos_emb"]
-    scope["apply_rotary_pos_emb"] = lambda q, k, cos, sin: own(q, k, cos, -sin)
+    scope["apply_rotary_pos_emb"] = functools.partial(rotation, own)
     function = type(rotate)(rotate.__code__, scope, rotate.__name__, rotate.__defaults__)
     x.__class__ = type(f"My{type(x).__name__}", (type(x),), {"forward": function})
 
@@ -124,6 +135,7 @@ def another_rotation(x):
         another_forward,
         decorated,
         another_rotation,
+        lambda x: another_rotation(x, in_part),
         lambda x: setattr(x, "forward", x.forward),
         lambda x: x.k_proj.register_forward_hook(lambda *_: None),
         lambda x: setattr(x, "k_norm", nn.Identity()),
@@ -131,7 +143,7 @@ def another_rotation(x):
         lambda x: setattr(x.q_norm, "variance_epsilon", 0.5),
         lambda x: delattr(x, "layer_idx"),
     ],
-    ids="code decorated rotation forward hook norm width eps nameless".split(),
+    ids="code decorated rotation part forward hook norm width eps nameless".split(),
 )
 def test_a_changed_attention_computes_by_itself(change):
     attention = block("qwen3").self_attn
@@ -239,8 +251,8 @@ def test_a_layer_that_stands_twice_in_a_block(pack):
 def test_layers_compute_by_themselves_under_autocast_and_in_compiled_parts():
     layer = block()
     packed = PackedLayers(layer, ROWS)
-    with torch.autocast("cpu", torch.bfloat16), packed.in_use():
+    with torch.autocast("cpu", torch.bfloat16), packed.in_use(), quick_layers(layer):
         assert not any("forward" in part.__dict__ for part in layer.modules())
     layer.mlp.compile(backend="eager")
-    with PackedLayers(layer, ROWS).in_use():
+    with PackedLayers(layer, ROWS).in_use(), quick_layers(layer):
         assert not any("forward" in part.__dict__ for part in layer.modules())

@@ -254,6 +254,7 @@ BAD = [
     ((Q, K, K), {"layout": LAYOUT}, ValueError, r"query and key \[1, H, N, D\] with N = 18"),
     ((ONE, ONE, ONE), {"layout": 3}, TypeError, "layout as a PackedLayout, got int"),
     ((ONE, ONE, ONE), {"layout": LAYOUT, "key_end": ROW[:1]}, ValueError, "layout without key_end"),
+    ((ONE, ONE, ONE), {"layout": LAYOUT, "key_start": ROW[:1]}, ValueError, "without key_start"),
 ]  # fmt: skip
 
 

@@ -13,17 +13,19 @@ OTHER = torch.randn(3, 4)
 MASK = torch.tensor([[True] * 4, [True, False, True, False], [False] * 4])
 BOUNDS = torch.tensor([0, 4, 9, 12], dtype=torch.int32)
 PACKED = {"loss_mask": MASK.flatten(), "cu_seqlens": BOUNDS, "reduction": "sequence_mean"}
+PACKED |= {"normalizer": 7.0, "weights": LOGPROBS.exp().flatten()}
+FLAT, OTHER_FLAT = LOGPROBS.flatten(), OTHER.flatten()
 IDS = torch.tensor([4, 4, 7, 7])
 REWARDS = torch.tensor([1.0, 2.0, 5.0, 5.0])
 
 CALLS = [
     ("policy_gradient_loss", (LOGPROBS, OTHER), {"loss_mask": MASK}),
-    ("policy_gradient_loss", (LOGPROBS.flatten(), OTHER.flatten()), PACKED),
+    ("policy_gradient_loss", (FLAT, OTHER_FLAT), PACKED),
     ("ppo_loss", (LOGPROBS, LOGPROBS - 0.3, OTHER), {"dual_clip": 3.0, "weights": LOGPROBS.exp()}),
-    ("ppo_loss", (LOGPROBS, LOGPROBS - 0.3, OTHER), {"level": "sequence", "normalizer": 7}),
-    ("value_loss", (OTHER, LOGPROBS), {"old_values": OTHER + 0.3, "clip": 0.2}),
+    ("ppo_loss", (FLAT, FLAT - 0.3, OTHER_FLAT), {**PACKED, "level": "sequence", "clip_low": 0.1}),
+    ("value_loss", (OTHER_FLAT, FLAT), {**PACKED, "old_values": OTHER_FLAT + 0.3, "clip": 0.2}),
     ("actor_critic_loss", (LOGPROBS, OTHER, LOGPROBS), {"entropy": -LOGPROBS, "entropy_coef": 0.1}),
-    ("actor_critic_loss", (LOGPROBS, OTHER, LOGPROBS), {"reduction": "sequence_mean_token_sum"}),
+    ("actor_critic_loss", (FLAT, OTHER_FLAT, FLAT), {**PACKED, "critic_coef": 0.3}),
     ("kl_penalty", (LOGPROBS, LOGPROBS - 0.1), {"estimator": "k2"}),
     ("group_advantages", (REWARDS, IDS), {"estimator": "rloo"}),
     ("group_advantages", (REWARDS, IDS), {"estimator": "max_at_k", "k": 1}),
@@ -112,6 +114,9 @@ BAD = [
     ("value_loss", (OTHER, OTHER), {"clip": 0.2}, ValueError, "together, got clip alone"),
     ("value_loss", (OTHER, OTHER), {"old_values": OTHER}, ValueError, "together, got old_values"),
     ("actor_critic_loss", (LOGPROBS, OTHER, OTHER), {"critic_coef": -1}, ValueError, "critic_coef"),
+    ("actor_critic_loss", [OTHER] * 3, {"entropy_coef": math.nan}, ValueError, "entropy_coef"),
+    ("actor_critic_loss", (OTHER, OTHER[0], OTHER), {}, ValueError, "values"),
+    ("actor_critic_loss", [OTHER] * 3, {"reduction": "sum"}, ValueError, "reduction one"),
     (
         "actor_critic_loss",
         (LOGPROBS, OTHER, OTHER),

@@ -114,6 +114,20 @@ def test_texts_are_cut_where_the_model_has_no_more_positions(folder, tmp_path):
     assert call(reward, [long], [cut]) == [pytest.approx(1.0)]
 
 
+def test_a_text_begins_as_after_a_space_where_that_matters():
+    class RobertaLike:
+        def __call__(self, text):
+            return {"input_ids": text}
+
+    class BertLike(RobertaLike):
+        pass
+
+    reward = BERTScore.__new__(BERTScore)
+    for tokenizer, expected in ((RobertaLike(), [" a b", ""]), (BertLike(), ["a b", ""])):
+        reward._tokenizer, reward._limit = tokenizer, None
+        assert [reward._ids(text) for text in (" a b\n", " ")] == expected
+
+
 def test_what_is_missing_or_wrong_is_said(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="expected weights and tokenizer of .*nothing"):
         BERTScore(str(tmp_path / "nothing"), num_layers=1)

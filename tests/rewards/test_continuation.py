@@ -92,6 +92,11 @@ def test_the_true_continuation_scores_one_and_nothing_more(reward):
             assert longer <= 1.0 + 1e-12
 
 
+def test_a_repetition_of_the_true_text_costs_nothing(reward):
+    twice = "the cat sat on the cat sat"
+    assert total(reward, twice, "", twice) == pytest.approx(1.0, abs=1e-12)
+
+
 def test_text_that_nobody_wants_does_not_score_well_on_real_text():
     topics = pytest.importorskip("pydoc_data.topics").topics
     texts = list(topics.values())

@@ -257,6 +257,8 @@ def test_the_cache_is_bounded_and_can_be_left_out(server, tmp_path):
     assert ask(none, ["a", "a"])[:2] == ([1.0, 1.0], counts())
     assert server.requests[before][2]["completions"] == ["a", "a"]
     other = tmp_path / "notes.txt"
+    other.write_text('{"key": "a", "an')  # of a run that was killed
+    HTTPReward(server.url, cache_file=other, **QUICK)
     other.write_text("my notes\nand more\n")
     with pytest.raises(ValueError, match="expected cache_file with lines of key and answer"):
         HTTPReward(server.url, cache_file=other)

@@ -81,6 +81,8 @@ def test_what_is_repeated_loses_its_bonus_and_what_is_new_keeps_it():
         model.load_state_dict(state)
         return mean["prediction_error/error"]
 
+    nothing = {}
+    assert call(reward, [[]], log_metric=nothing.__setitem__) == [[]] and not nothing
     start = error(reward, familiar), error(reward, new)
     first = [sum(row) for row in call(reward, familiar)]
     for _ in range(200):

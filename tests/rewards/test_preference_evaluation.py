@@ -15,6 +15,7 @@ from fastrl.rewards.preference import (
     evaluate_preferences,
 )
 from fastrl.rewards.preference.calibration import best_factor
+from fastrl.rewards.preference.cross_validation import fold_numbers
 from fastrl.rewards.preference.evaluation import wilson_interval
 
 
@@ -161,6 +162,10 @@ def found():
     seeds = iter(range(9))
     config = PreferenceConfig(learning_rate=0.03, epochs=40, pairs_per_step=32)
     return cross_validate(lambda: made(next(seeds)), by_heart(24, 2), config, folds=3, seed=1)
+
+
+def test_each_fold_has_a_group_of_pairs():
+    assert sorted(fold_numbers("abc", 3, seed=1)) == [0, 1, 2]
 
 
 def test_no_prompt_is_in_two_folds(found):

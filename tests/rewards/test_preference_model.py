@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hf_models import VOCAB, build
 
 from fastrl.models import ActorCritic, LSTMLanguageModel
 from fastrl.rewards.preference import Calibration, PreferenceModel
+from fastrl.rewards.preference.model import _end_token
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
@@ -135,6 +137,7 @@ def test_texts_and_messages_are_what_a_policy_reads_and_writes(tokenizer):
     assert plain.encoder.completion("w8 w9") == (8, 9)
     assert plain.encoder.prompt("w8 w9") == (2, 8, 9)
     assert made("lstm", tokenizer, eos_token_id=None).encoder.completion("w8") == (8,)
+    assert _end_token(None, SimpleNamespace(eos_token_id=[9, 1])) == 9  # of several the first
 
 
 @pytest.mark.parametrize("kind", ["lstm", "lora", "a critic of its own"])

@@ -192,6 +192,7 @@ def test_the_states_of_its_parts_are_its_own():
     other.load_state_dict(one.state_dict())
     assert other.reward_function.count == 1
     assert one.__name__ == "shaped_Counter"
+    assert PotentialShaping(Counter(), lambda *_: 0.0, name="mine").__name__ == "mine"
     with pytest.raises(ValueError, match=r"expected states of \['reward_function'\], got \[\]"):
         one.load_state_dict({})
     inside = PotentialShaping(functools.partial(Counter(), scale=2.0), lambda *_: 0.0)

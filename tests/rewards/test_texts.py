@@ -20,7 +20,7 @@ def test_messages_of_tools_and_text_in_parts():
 
 @pytest.mark.parametrize(
     "given",
-    [[1, 2], 3, None, [{"role": "user"}], [{"content": None}]]
+    [[1, 2], 3, None, [{"role": "user"}], [{"content": None}], [{"content": [1]}]]
     + [[{"content": [*text, {"type": "image"}]}] for text in ([], [{"type": "text", "text": "a"}])],
 )
 def test_what_has_no_text_is_refused(given):

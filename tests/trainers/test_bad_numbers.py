@@ -203,7 +203,8 @@ def test_a_model_that_never_ends_learns_nothing_and_is_told_once(make_trainer, c
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         before = weights_of(trainer)
-        trainer.train(max_steps=4)
+        records = trainer.train(max_steps=4)
+        assert all(record["loss"] == record["grad_norm"] == 0 for record in records)
         assert not caught
         trainer.train()
         assert_equal(weights_of(trainer), before)

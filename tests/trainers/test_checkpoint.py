@@ -1,5 +1,6 @@
 """Checkpoints: bitwise resumption, whole or not at all, and errors that change nothing."""
 
+import errno
 import json
 import random
 import shutil
@@ -12,7 +13,7 @@ import torch
 from compared_runs import Counting, contents, noise, seed_all, weights_of, without_times
 
 from fastrl.models import ActorCritic, LSTMLanguageModel
-from fastrl.trainers import load_model
+from fastrl.trainers import checkpoint, load_model
 
 RUNS = [
     ("policy_gradient", {"baseline": "running_mean", "kl_coef": 0.1, "kl_target": 0.01}),
@@ -305,7 +306,11 @@ def test_other_limits_may_be_given_to_a_resumed_run(make_trainer, tmp_path):
     assert len(trainer.resume(tmp_path / "run").train()) == 2
 
 
-def test_a_save_killed_between_its_renames_is_put_right(make_trainer, tmp_path):
+def no_room(*_):
+    raise OSError(errno.ENOSPC, "no room")
+
+
+def test_a_save_killed_between_its_renames_is_put_right(make_trainer, tmp_path, monkeypatch):
     """Reading finds what stands, and changes nothing on the disk; the next save tidies up."""
     trainer = make_trainer(output_dir=tmp_path, max_steps=1)
     trainer.train()
@@ -321,6 +326,13 @@ def test_a_save_killed_between_its_renames_is_put_right(make_trainer, tmp_path):
     assert torch.equal(load_model(folder).lm_head.weight, trainer.model.lm_head.weight)
     assert contents(previous) == good and not folder.exists()
 
+    with monkeypatch.context() as full:
+        full.setattr("fastrl.trainers.checkpoint.write_tensors", no_room)
+        with pytest.raises(checkpoint.CheckpointError, match="The last checkpoint, of step 1"):
+            second.save(folder)
+    assert contents(folder) == good
+
+    folder.rename(previous)
     second.train(max_steps=2)  # the same run goes on, and puts its folder in order
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     assert make_trainer(output_dir=tmp_path).resume(folder).step == 2

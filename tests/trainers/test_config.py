@@ -17,6 +17,9 @@ def test_defaults_are_valid_and_json(config_class):
     assert config_class(**json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.gamma = 0.5
+    lists = {"reward_weights": [1.0, 0.5], "stop_strings": ["a"], "eos_token_id": [1, 2]}
+    tuples = {name: tuple(entries) for name, entries in lists.items()}
+    assert config_class(**lists) == config_class(**tuples)
 
 
 @pytest.mark.parametrize("config_class", BOTH)
@@ -124,6 +127,7 @@ def test_bad_values_are_errors(config_class, field, value, message):
         ),
         (PolicyGradientConfig, {"algorithm": "cispo", "dual_clip": 3.0}, "no dual_clip with .*isp"),
         (PolicyGradientConfig, {"dual_clip": 3.0}, "no dual_clip with algorithm 'reinforce'"),
+        (ActorCriticConfig, {"algorithm": "ppo", "dual_clip": 1.0}, "dual_clip a number > 1"),
         (ActorCriticConfig, {"dual_clip": 3.0}, "no dual_clip with algorithm 'a2c', got 3.0"),
         (PolicyGradientConfig, {"epochs": 2}, r"epochs = minibatches = 1 .*'reinforce'.* \(2, 1\)"),
         (ActorCriticConfig, {"minibatches": 2}, r"epochs = minibatches = 1 .*'a2c'.* \(1, 2\)"),

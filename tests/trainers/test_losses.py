@@ -1,6 +1,7 @@
 """The trainers' losses and gradients against their formulas, written out token by token."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +184,13 @@ def test_rloo_of_equal_rewards_leaves_nothing(make_trainer, reward):
     before = [p.detach().clone() for p in trainer.parameters]
     assert [record["grad_norm"] for record in trainer.train()] == [0, 0]
     assert all(map(torch.equal, trainer.parameters, before))
+
+
+def test_a_completion_without_tokens_is_no_other_of_rloo():
+    trajectories = SimpleNamespace(cu_seqlens=torch.tensor([0, 2, 3, 3]), group_ids=torch.zeros(3))
+    counts = torch.ones(3, dtype=torch.bool)
+    baseline, is_known = leave_one_out(torch.tensor([1.0, 2.0, 4.0]), trajectories, counts)
+    assert baseline.tolist() == [4.0, 4.0, 1.0] and is_known.all()
 
 
 def test_rloo_without_another_usable_completion_teaches_nothing(make_trainer):

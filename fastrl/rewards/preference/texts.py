@@ -100,8 +100,6 @@ def same_tokenizer(one: Any, other: Any) -> bool:
     """Whether the ids of one are those of the other: the same token behind each."""
     if one is other:
         return True
-    if one is None or other is None:
-        return False
     if hasattr(one, "get_vocab") and hasattr(other, "get_vocab"):
         return one.get_vocab() == other.get_vocab()
     return type(one) is type(other) and bool(one == other)
