@@ -55,6 +55,11 @@ def patch_trl() -> Iterator[PatchedTrl]:
     the end, also after an exception and in modules of TRL first loaded inside. Other people's
     modules that imported them by name keep TRL's. The trainer may be made before the block.
 
+    In float32 the numbers are TRL's. In 16 bits, autocast included, TRL rounds each logit to them
+    and these functions keep float32: on the same hidden states, the logged KL is nearer to float64
+    by three digits. (Against a model that is float64 throughout both are as far: its hidden states
+    are not rounded.) TRL's cast_lm_head_to_fp32 takes the difference away.
+
     Off a GPU, TRL scores the prompts and the padding as well and throws the result away; inside the
     block it scores only what has a label, as it does on a GPU.
 

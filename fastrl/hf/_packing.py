@@ -32,7 +32,10 @@ def packing(
     if layout is None and cu_seq_lens_q is None and num_queries == 1:
         return None  # one token cannot restart
     if position_ids is None:
-        remedy = "Its layers could not tell packed rows from others: take another model."
+        remedy = (
+            "Its layers could not tell packed rows from others: pass position_ids, [4, B, T] with "
+            "the text's first where the model has three of its own, or take another model."
+        )
         raise fail("hf", "position_ids in each layer", f"none in {type(module).__name__}", remedy)
     rows = position_ids.shape[0]
     if position_ids.dim() != 2 or position_ids.shape[1] != num_queries or rows not in (1, batch):

@@ -34,6 +34,7 @@ def shape(t: Tensor) -> str:
 
 def tensor(op: str, name: str, x: object, dtypes: Iterable[torch.dtype], remedy: str) -> None:
     if not isinstance(x, Tensor):
+        remedy = remedy if x is None else f"Use torch.as_tensor({name})."
         raise wrong_type(op, f"{name} as a tensor", type(x).__name__, remedy)
     if x.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -83,7 +84,7 @@ def bool_like(op: str, name: str, x: object, like_name: str, like_tensor: Tensor
 def number(op: str, name: str, x: object, low: float, high: float, remedy: str) -> None:
     """A real number in [low, high]; NaN is in no interval, and an int beyond float64 neither."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise wrong_type(op, f"{name} as a number", type(x).__name__, remedy)
+        raise wrong_type(op, f"{name} as a number", type(x).__name__, f"Use float({name}).")
     if not low <= x <= high or (isinstance(x, int) and abs(x) > sys.float_info.max):
         span = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
         raise fail(op, f"{name} {span}", x, remedy)
@@ -91,7 +92,7 @@ def number(op: str, name: str, x: object, low: float, high: float, remedy: str) 
 
 def positive(op: str, name: str, x: object, remedy: str) -> None:
     if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise wrong_type(op, f"{name} as a number", type(x).__name__, remedy)
+        raise wrong_type(op, f"{name} as a number", type(x).__name__, f"Use float({name}).")
     if not 0 < x <= sys.float_info.max:
         raise fail(op, f"{name} > 0 and finite", x, remedy)
 

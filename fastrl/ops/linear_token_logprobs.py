@@ -59,13 +59,15 @@ def linear_token_logprobs(
         weight: [V, D], of these dtypes. Under autocast hidden, weight and bias are cast to its
             dtype, as torch.nn.functional.linear does. Under FSDP it is a plain tensor inside the
             forward of the module that holds the head; DDP too averages gradients only of what ran
-            inside the forward of the module that it wraps.
+            inside the forward of the module that it wraps. A head with a LoRA adapter is more than
+            its weight: merge it, or call the head and take `token_logprobs`.
         token_ids: [...] int64; ignore_index and ids outside [0, V) as in `token_logprobs`. Ignored
             rows are neither computed nor stored, and their hidden states may hold anything. (On a
             GPU they take part in the products, as zeros: who counts them would have to wait for
             it. `PackedBatch` has none.)
         bias: [V].
-        temperature: > 0 and at most 1e37, divides the logits after softcap.
+        temperature: > 0 and at most 1e37, divides the logits after softcap. A model that scales its logits by s
+            (logit_scale, 1 / logits_scaling) is one of temperature / s, and softcap / s.
         softcap: > 0, bound of the logits' absolute value.
         ignore_index: the id of rows that do not count.
         return_entropy: return the entropy as well.

@@ -14,6 +14,7 @@ from hf_models import (
     log_probs,
 )
 
+import fastrl.hf
 from fastrl import ops
 from fastrl.hf._masks import mask_function
 
@@ -156,3 +157,32 @@ def test_values_narrower_than_keys():
     torch.testing.assert_close(
         log_probs(ours, token_ids), log_probs(theirs, token_ids), rtol=0, atol=1e-5
     )
+
+
+def test_a_model_with_three_positions_a_token_is_told_those_of_the_text():
+    """Qwen2-VL hands its layers the first of four rows of position_ids; of three, none."""
+    from transformers import Qwen2_5_VLTextConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+    fastrl.hf.register()
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "mrope_section": [1, 2, 1], "rope_theta": 1e4}
+    widths = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    model = Qwen2_5_VLTextModel(
+        Qwen2_5_VLTextConfig(vocab_size=20, rope_parameters=rope, **widths, **heads)
+    )
+    ids, mask = torch.randint(1, 20, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    text = (mask.cumsum(1) - 1).clamp(min=0)
+    grid = torch.stack([text, text // 2, text.flip(1)])  # as of an image
+
+    def states(attention, position_ids):
+        model.set_attn_implementation(attention)
+        return model(ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
+
+    four = torch.cat([text[None], grid])
+    found, expected = states("fastrl", four), states("sdpa", grid)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="got none in Qwen2_5_VLAtt.* pass position_ids, .4, B, T"):
+        states("fastrl", grid)

@@ -296,7 +296,7 @@ def test_elsewhere_out_of_range_ids_give_nan_and_are_not_read(device):
 IDS = torch.zeros(2, dtype=torch.int64)
 BAD = [
     (dict(logits=torch.zeros(2, 3, dtype=torch.float64)), TypeError, "got torch.float64"),
-    (dict(logits=[1.0]), TypeError, "logits as a tensor, got list"),
+    (dict(logits=[1.0]), TypeError, r"logits as a tensor, got list\. Use torch.as_tensor"),
     (dict(token_ids=IDS.int()), TypeError, "token_ids of dtype int64, got torch.int32"),
     (dict(token_ids=IDS[:1]), ValueError, r"token_ids \(2,\) like the leading axes"),
     (dict(logits=torch.zeros(2, 0)), ValueError, "V >= 1"),
@@ -305,7 +305,7 @@ BAD = [
     (dict(temperature=1e38), ValueError, r"temperature in \[0, 1e\+37\], got 1e\+38"),
     (dict(temperature=10**400), ValueError, "temperature > 0 and finite, got 1000"),
     (dict(temperature=math.nan), ValueError, "temperature > 0"),
-    (dict(temperature="1"), TypeError, "temperature as a number, got str"),
+    (dict(temperature="1"), TypeError, r"temperature as a number, got str\. Use float"),
     (dict(ignore_index=None), TypeError, "ignore_index as an int"),
     (dict(ignore_index=2**63), ValueError, "ignore_index of 64 bits"),
     (dict(kept=IDS), TypeError, "kept as"),
