@@ -67,7 +67,7 @@ def linear_token_logprobs(
             it. `PackedBatch` has none.)
         bias: [V].
         temperature: > 0 and at most 1e37, divides the logits after softcap. A model that scales its
-            logits by s (logit_scale, 1 / logits_scaling) is one of temperature / s, and softcap / s.
+            logits by s (logit_scale, 1 / logits_scaling) is one at temperature / s and softcap / s.
         softcap: > 0, bound of the logits' absolute value.
         ignore_index: the id of rows that do not count.
         return_entropy: return the entropy as well.
