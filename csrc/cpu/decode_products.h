@@ -230,8 +230,15 @@ FASTRL_INLINE VecF tanh_of(VecF x, const DecodeExp& exp) {
   return size < 0.625f ? p * z * x + x : far;
 }
 FASTRL_INLINE VecD tanh_of(VecD x, const DecodeExp& exp) {
-  const VecD e = exp(x < 0.0 ? 2.0 * x : -2.0 * x), size = (1.0 - e) / (1.0 + e);
-  return x < 0.0 ? -size : size;
+  const VecD size = x < 0.0 ? -x : x, e = exp(-2.0 * size);
+  VecD far = (1.0 - e) / (1.0 + e);
+  far = x < 0.0 ? -far : far;
+  const VecD z = x * x;  // Taylor's series: below 1/16 its next term is 1e-17 of it
+  VecD p = -1382.0 / 155925.0 * z + 62.0 / 2835.0;
+  p = p * z - 17.0 / 315.0;
+  p = p * z + 2.0 / 15.0;
+  p = p * z - 1.0 / 3.0;
+  return size < 0.0625 ? p * z * x + x : far;
 }
 
 // 1 - tanh(x)^2, without the difference, which cancels where tanh is close to 1.

@@ -193,6 +193,18 @@ def test_the_slope_of_a_softcap_far_out():
     torch.testing.assert_close(slope.double(), exact, rtol=1e-5, atol=0.0)
 
 
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 4e-7), (torch.float64, 4e-15)])
+def test_a_softcap_is_a_tanh_to_its_last_places(any_kernel, dtype, rtol):
+    """Also of scores far below it, where 1 - exp(-2 x) is 0. One key, whose score is the lse."""
+    if any_kernel != "cpu":
+        pytest.skip("one of the C++ kernels")
+    size = torch.logspace(-18, 1.5, 400, dtype=torch.float64)
+    query = torch.cat([size, -size])[None, None, :, None].to(dtype)
+    one = torch.ones(1, 1, 1, 1, dtype=dtype)
+    _, lse = fastrl.attention(query, one, one, causal=False, softcap=1.0, return_lse=True)
+    torch.testing.assert_close(lse.double(), query[..., 0].double().tanh(), rtol=rtol, atol=0)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_reaches_those_who_see_it(bad):
     """No completion beside it, in the forward and the backward pass; no query before it, and none
