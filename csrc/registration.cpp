@@ -82,7 +82,7 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
       "Tensor token_ids, Tensor kept_ids, Tensor cu_seqlens, Tensor logprobs, Tensor? entropy, "
       "Tensor row_max, Tensor log_total, float temperature, int ignore_index) -> Tensor");
   m.def(
-      "sample_tokens(Tensor logits, Tensor seeds, int step, float temperature, int? top_k, "
+      "sample_tokens(Tensor logits, Tensor seeds, SymInt step, float temperature, int? top_k, "
       "float? top_p) -> (Tensor token_ids, Tensor logprobs, Tensor lowest, Tensor last_id)");
   m.def(
       "kept_ids(Tensor logits, Tensor lowest, Tensor last_id) -> (Tensor ids, Tensor cu_seqlens)");

@@ -87,7 +87,8 @@ class PackedBatch:
             token_ids: per segment int64 [n_s], n_s >= 0.
             prefix: [S], the index in token_ids of the segment that each one continues, or -1.
             loss_mask: per segment bool [n_s], True = target; False for what the policy did not
-                write (prompts, tool output). Default: all tokens of all segments but the roots.
+                write (prompts, tool output). Default: all tokens of all segments but the roots,
+                less those that no token precedes (behind an empty root).
         Raises:
             ValueError: lengths disagree; prefix names no segment, or runs in a circle; a target
                 that no token precedes.  TypeError: token_ids not int64, or loss_mask not bool.

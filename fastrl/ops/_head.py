@@ -156,6 +156,13 @@ def empty_matrix(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> T
     return like.new_empty((rows, columns), dtype=dtype)
 
 
+def _empty_fake(like: Tensor, rows: int, columns: int) -> Tensor:
+    return like.new_empty((rows, columns))
+
+
+_binary.register_fake("empty_matrix", _empty_fake)
+
+
 def _cut(size: int, width: int) -> Iterator[slice]:
     return (slice(at, min(at + width, size)) for at in range(0, size, width))
 

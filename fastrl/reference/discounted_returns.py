@@ -39,7 +39,8 @@ def discounted_returns(
         returns: shaped like rewards, float32 (float64 if an input is).
     Raises:
         ValueError: truncated without next_values, or next_values together with bootstrap_value.
-    Differentiable in: rewards, next_values, bootstrap_value, gamma.
+    Differentiable in: rewards, next_values, bootstrap_value; in fastrl.reference also gamma, which
+        elsewhere must not require grad (ValueError).
     Reference: Sutton & Barto 2018, Reinforcement Learning, eq. 3.9.
     """
     steps = Trajectories(

@@ -44,7 +44,8 @@ def gae(
         returns: the same shape and dtype, 0 where mask is False.
     Raises:
         ValueError: truncated without next_values, or next_values together with bootstrap_value.
-    Differentiable in: rewards, values, next_values, bootstrap_value, gamma, gae_lambda.
+    Differentiable in: rewards, values, next_values, bootstrap_value; in fastrl.reference also gamma
+        and gae_lambda, which elsewhere must not require grad (ValueError).
     Reference: Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
     steps = Trajectories(

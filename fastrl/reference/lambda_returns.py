@@ -43,7 +43,8 @@ def lambda_returns(
         returns: shaped like rewards, float32 (float64 if an input is).
     Raises:
         ValueError: truncated without next_values, or next_values together with bootstrap_value.
-    Differentiable in: rewards, values, next_values, bootstrap_value, gamma, gae_lambda.
+    Differentiable in: rewards, values, next_values, bootstrap_value; in fastrl.reference also gamma
+        and gae_lambda, which elsewhere must not require grad (ValueError).
     Reference: Sutton & Barto 2018, Reinforcement Learning, eq. 12.3.
     """
     steps = Trajectories(

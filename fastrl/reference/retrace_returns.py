@@ -49,8 +49,9 @@ def retrace_returns(
         returns: G, shaped like rewards, float32 (float64 if an input is).
     Raises:
         ValueError: truncated without next_values, or next_values together with bootstrap_value.
-    Differentiable in: rewards, values, q_values, log_ratio, next_values, bootstrap_value, gamma,
-        gae_lambda.
+    Differentiable in: rewards, values, q_values, log_ratio, next_values, bootstrap_value; in
+        fastrl.reference also gamma and gae_lambda, which elsewhere must not require grad
+        (ValueError).
     Reference: Munos et al. 2016, arXiv:1606.02647, eq. 3 and 4.
     """
     steps = Trajectories(

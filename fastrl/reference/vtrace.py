@@ -54,7 +54,8 @@ def vtrace(
         value_targets: vs, the same shape and dtype.
     Raises:
         ValueError: truncated without next_values, or next_values together with bootstrap_value.
-    Differentiable in: rewards, values, log_ratio, next_values, bootstrap_value, gamma, gae_lambda.
+    Differentiable in: rewards, values, log_ratio, next_values, bootstrap_value; in fastrl.reference
+        also gamma and gae_lambda, which elsewhere must not require grad (ValueError).
     Reference: Espeholt et al. 2018, arXiv:1802.01561, eq. 1 and section 4.2.
     """
     steps = Trajectories(

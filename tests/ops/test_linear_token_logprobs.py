@@ -246,6 +246,13 @@ def test_opcheck(device, softcap):
         library.opcheck(torch.ops.fastrl.linear_token_logprobs_bwd.default, backward)
 
 
+@pytest.mark.parametrize("shape", [(5, 6), (0, 3)])
+def test_opcheck_of_memory(shape):
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    like = torch.zeros(0, dtype=torch.bfloat16)
+    library.opcheck(torch.ops.fastrl.empty_matrix.default, (like, *shape), test_utils=checks)
+
+
 def test_compiles_without_a_break(device):
     def loss(x, w, ids):
         logprobs, entropy = fastrl.linear_token_logprobs(x * 2.0, w, ids, return_entropy=True)

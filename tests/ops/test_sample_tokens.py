@@ -180,6 +180,24 @@ def test_compiles_without_a_break(device):
         assert torch.equal(ours, eager)
 
 
+def test_a_step_is_no_reason_to_compile_again():
+    """In a decoding loop each call has another."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def draw(logits, seeds, step):
+        return fastrl.sample_tokens(logits, seeds=seeds, step=step)
+
+    compiled = torch.compile(draw, fullgraph=True, backend=count)
+    logits, seeds = torch.randn(3, 40), torch.arange(3)
+    for step in [*range(6), 2**40]:
+        assert torch.equal(compiled(logits, seeds, step)[0], draw(logits, seeds, step)[0])
+    assert len(graphs) <= 2  # with the first step as a constant, and with any
+
+
 BAD = [
     ({"logits": torch.zeros(2, 3).double()}, TypeError, "got torch.float64"),
     ({"logits": torch.zeros(2, 0)}, ValueError, "V >= 1"),
