@@ -164,3 +164,5 @@ def check_checkpointing(trainer: "Trainer") -> None:
                 f"{type(trainer).__name__}: expected a model with gradient checkpointing, got "
                 f"{type(policy).__name__}. Set gradient_checkpointing=False."
             )
+        for is_on in (True, False):  # a model of transformers whose layers cannot says so
+            policy.gradient_checkpointing(is_on)

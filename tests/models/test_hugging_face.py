@@ -296,6 +296,8 @@ def test_the_reference_of_an_adapter_is_the_model_without_it():
         decoder.open([0] if len(decoder.read(some_ids(5))) else [])
     steps = [decoder.step(torch.tensor([3])) for decoder in decoders]
     assert torch.equal(*steps)
+    ids = torch.stack(some_ids(5))
+    assert torch.equal(*(x.hidden_states(ids)[0] for x in (reference, base)))
 
 
 def test_the_reference_of_another_model_is_a_copy():

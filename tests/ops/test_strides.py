@@ -30,6 +30,14 @@ def test_returns_of_a_lone_row_with_a_step(op, shape):
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (6, 2, 3)])
+def test_of_steps_first_the_results_lie_as_tracing_expects(shape):
+    rewards = torch.randn(shape).movedim(0, -1)
+    real = fastrl.discounted_returns(rewards, gamma=0.9)
+    traced = fastrl.discounted_returns(rewards.to("meta"), gamma=0.9)
+    assert traced.shape == real.shape and traced.stride() == real.stride() == rewards.stride()
+
+
 def test_token_ids_may_be_a_column():
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
 

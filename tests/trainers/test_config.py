@@ -47,6 +47,7 @@ def test_defaults_are_valid_and_json(config_class):
         ("max_steps", -1, "max_steps a whole number >= 0, got -1"),
         ("max_bad_steps", 0, "max_bad_steps a whole number >= 1, got 0"),
         ("seed", -1, "seed a whole number >= 0, got -1"),
+        ("seed", 2**63, r"seed below 2 \*\* 63, got 9223372036854775808"),
         ("save_every", -1, "save_every a whole number >= 0, got -1"),
         ("epochs", 0, "epochs a whole number >= 1, got 0"),
         ("minibatches", 0, "minibatches a whole number >= 1, got 0"),

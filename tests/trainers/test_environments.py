@@ -53,7 +53,8 @@ def test_an_environments_tokens_are_read_and_not_learned(make_trainer, kind):
         ([1, 8], ValueError, r"completion 0 with ids in \[0, 8\), got 1 to 8"),
         ([-1], ValueError, "got -1 to -1"),
         ("ab", TypeError, "a list of ids or None, got 'ab'"),
-        ([0.5], TypeError, r"a list of ids or None, got \[0.5\]"),
+        ([1, 0.5], TypeError, r"a list of ids or None, got \[1, 0.5\]"),
+        ([1, True], TypeError, r"a list of ids or None, got \[1, True\]"),
     ],
 )
 def test_answers_that_are_no_ids_are_errors(make_trainer, answer, error, message):

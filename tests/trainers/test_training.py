@@ -257,7 +257,7 @@ def test_gradient_checkpointing_computes_layers_again_and_changes_no_weight(make
     assert calls_again - calls == 2 * num_models  # once more in each backward pass, nowhere else
 
 
-def test_gradient_checkpointing_of_a_model_without_it_is_an_error(make_trainer):
+def test_gradient_checkpointing_of_a_model_without_it_is_an_error(make_trainer, monkeypatch):
     pytest.importorskip("transformers")
     from hf_models import build
 
@@ -266,6 +266,9 @@ def test_gradient_checkpointing_of_a_model_without_it_is_an_error(make_trainer):
     for kind, model in (("policy_gradient", small), ("actor_critic", critic)):
         with pytest.raises(ValueError, match="with gradient checkpointing, got LSTMLanguageModel"):
             make_trainer(kind, model=model, gradient_checkpointing=True)
+    monkeypatch.setattr("transformers.modeling_layers.GradientCheckpointingLayer", torch.nn.LSTM)
+    with pytest.raises(ValueError, match="layers for gradient checkpointing, got LlamaForCausalLM"):
+        make_trainer(model=build("llama"), gradient_checkpointing=True)
 
 
 def test_dropout_is_an_error(make_trainer):
