@@ -167,23 +167,32 @@ class CountedRows:
     def __init__(self, hidden: Tensor, token_ids: Tensor, ignore_index: int) -> None:
         self.hidden, self.token_ids, self._count = hidden, token_ids, len(token_ids)
         self._index: Tensor | None = None  # None: all of them
-        counted = token_ids != ignore_index
+        self._ignored: Tensor | None = None  # of those that take part; None: none
+        self._numbers: Tensor | None = None
         if hidden.device.type == "cpu":
-            index = counted.nonzero()[:, 0]
+            index = (token_ids != ignore_index).nonzero()[:, 0]
             if len(index) < self._count:
                 self._index = index
                 self.hidden, self.token_ids = hidden[index], token_ids[index]
         else:
-            self.hidden = hidden.masked_fill(~counted[:, None], 0)  # NaN times 0 would be NaN
+            self._ignored = token_ids == ignore_index
+            # NaN times 0 would be NaN
+            self.hidden = hidden.masked_fill(self._ignored[:, None], 0)
 
     def pick(self, x: Tensor) -> Tensor:
         return x if self._index is None else x[self._index]
 
     def index(self, rows: slice) -> Tensor:
         """Where these rows stand among all."""
-        if self._index is None:
-            return torch.arange(rows.start, rows.stop, device=self.token_ids.device)
-        return self._index[rows]
+        if self._index is not None:
+            return self._index[rows]
+        if self._numbers is None:
+            self._numbers = torch.arange(self._count, device=self.token_ids.device)
+        return self._numbers[rows]
+
+    def ignored(self, rows: slice) -> Tensor | None:
+        """[n] bool, those of these rows that do not count; None: they all do."""
+        return None if self._ignored is None else self._ignored[rows]
 
     def scatter(self, x: Tensor) -> Tensor:
         """[N, ...], 0 in ignored rows."""

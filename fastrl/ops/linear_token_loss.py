@@ -107,9 +107,8 @@ class _LinearTokenLoss(torch.autograd.Function):
             rows = CountedRows(hidden, token_ids, ignore_index)
             head = Head(rows.hidden, weight, bias, softcap)
             gradients = _Gradients(head, needs)
-            loss = hidden.new_zeros((), dtype=torch.float64)
-            logprobs = hidden.new_empty(len(rows.token_ids), dtype=torch.float32)
-            entropy = torch.empty_like(logprobs)
+            nothing = hidden.new_empty(0, dtype=torch.float32)
+            logprobs, entropy = [nothing], [nothing]  # part by part
             for parts in head.row_slices():
                 whole = slice(parts[0].start, parts[-1].stop)
                 room = head.room_for_gradient(whole.stop - whole.start) if any(needs) else None
@@ -117,13 +116,14 @@ class _LinearTokenLoss(torch.autograd.Function):
                     logits = head.logits(part, ALL, for_backward=any(needs))
                     ids = rows.token_ids[part]
                     found = _fwd(logits, ids, temperature, ignore_index, True, False)
-                    logprobs[part], entropy[part] = found[0], found[1]
-                    total, g, h = loss_fn(found[0], found[1], rows.index(part), ids != ignore_index)
-                    loss += total
+                    logprobs.append(found[0])
+                    entropy.append(found[1])
+                    ignored = rows.ignored(part)
+                    g, h = loss_fn(found[0], found[1], rows.index(part), ignored)
                     if any(needs):
                         scale = None
                         if head.has_half_factors:
-                            g, h, scale = _for_half_factors(g, h)
+                            g, h, scale = _for_half_factors(g, h, ignored)
                         saved = (ids, *found, temperature, ignore_index, 0)
                         grad = head.gradient(logits, g, h, *saved, out=_within(room, part, whole))
                     del logits  # before there are others: a slice at a time
@@ -131,11 +131,12 @@ class _LinearTokenLoss(torch.autograd.Function):
                     gradients.add(whole, grad if room is None else room, scale)
                     del grad
             ctx.gradients = gradients.of_inputs(rows)
+            loss = loss_fn.total(hidden).float()
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        logprobs, entropy = rows.scatter(logprobs), rows.scatter(entropy)
-        ctx.mark_non_differentiable(logprobs, entropy)
+        of_rows = rows.scatter(torch.cat(logprobs)), rows.scatter(torch.cat(entropy))
+        ctx.mark_non_differentiable(*of_rows)
         ctx.set_materialize_grads(False)
-        return loss.float(), logprobs, entropy
+        return loss, *of_rows
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
@@ -148,17 +149,23 @@ class _LinearTokenLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if grad_loss is None:
             return (None,) * 9
-        # Over themselves, in float32: a copy of the weight's gradient would double the memory, and
-        # before a loss scale is multiplied in, float16 could not hold them.
-        if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
-            for grad in gradients:
-                if grad is not None:
-                    grad.mul_(grad_loss)
-        cast = [
-            None if x is None else x.to(dtype)
+        is_one = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+        given = [
+            None if x is None else _times(x, None if is_one else grad_loss, dtype)
             for x, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return *cast, *(None,) * 6
+        return *given, *(None,) * 6
+
+
+def _times(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """grad times factor, multiplied in float32: before a loss scale is in it, float16 could not
+    hold it. Over itself where it stays float32, since a copy would double the memory."""
+    if factor is None:
+        return grad.to(dtype)
+    if grad.dtype == dtype or grad.device.type == "cpu":  # which would cast a copy as large
+        return grad.mul_(factor).to(dtype)
+    # A GPU casts what it writes: one pass over the weight's gradient and not two.
+    return torch.mul(grad, factor, out=grad.new_empty(grad.shape, dtype=dtype))
 
 
 def _within(room: Tensor | None, part: slice, whole: slice) -> Tensor | None:
@@ -167,10 +174,12 @@ def _within(room: Tensor | None, part: slice, whole: slice) -> Tensor | None:
 
 
 def _for_half_factors(
-    g: Tensor | None, h: Tensor | None
+    g: Tensor | None, h: Tensor | None, ignored: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Scaled so that the largest is 1: no loss scale is in them yet, and p g would vanish in
     float16. Last, what the products are to be multiplied by."""
+    if ignored is not None:
+        g, h = (None if x is None else x.masked_fill(ignored, 0.0) for x in (g, h))
     given = [x.abs().amax() for x in (g, h) if x is not None]
     if not given:
         return g, h, torch.ones(())
