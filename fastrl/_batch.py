@@ -16,6 +16,7 @@ from fastrl._segments import (
     unpacked,
 )
 from fastrl._split import bins_of_trees
+from fastrl._transfer import on_device
 from fastrl.layout import PackedLayout
 
 _Batch = TypeVar("_Batch", bound="PackedBatch")
@@ -58,12 +59,15 @@ class PackedBatch:
 
         device = token_ids.device
         self.token_ids, self.layout = token_ids, layout.to(device)
-        self.segment_order = segment_order.to(device)
-        self.target_index = target_index.to(device)
+        numbers = [
+            segment_order, target_index, layout.predecessor[target_index],
+            self._host_completion_segments, self._host_completion_bounds.int(),
+        ]  # fmt: skip
+        self.segment_order, self.target_index, self.predict_index, *rest = on_device(
+            numbers, device
+        )
+        self.completion_segments, self.completion_cu_seqlens = rest
         self.target_ids = token_ids[self.target_index]
-        self.predict_index = layout.predecessor[target_index].to(device)
-        self.completion_segments = self._host_completion_segments.to(device)
-        self.completion_cu_seqlens = self._host_completion_bounds.int().to(device)
 
     @classmethod
     def from_segments(
@@ -279,11 +283,10 @@ def _micro_batches(batch: PackedBatch, of_segment: Tensor, count: int) -> list[M
         parents = torch.where(parents >= 0, place[parents], -1)
         ends = torch.nn.functional.pad(lengths[segments].cumsum(0), (1, 0))
         layout = PackedLayout(ends.int(), parents.int())
-        source_tokens = tokens.to(device)
+        sources = on_device([tokens, targets, completions], device)
         order = batch._host_segment_order[segments]
-        micro = MicroBatch(batch.token_ids[source_tokens], layout, is_target[tokens], order)
-        micro.source_tokens, micro.source_targets = source_tokens, targets.to(device)
-        micro.source_completions = completions.to(device)
+        micro = MicroBatch(batch.token_ids[sources[0]], layout, is_target[tokens], order)
+        micro.source_tokens, micro.source_targets, micro.source_completions = sources
         micro_batches.append(micro)
     return micro_batches
 

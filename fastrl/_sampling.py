@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl._transfer import on_device
 from fastrl.layout import PackedBatch, pack_groups
 
 Environment = Callable[[int, list[int], list[int]], "list[int] | None"]
@@ -25,18 +26,19 @@ class Stop:
         eos_token_id: int | Sequence[int] | None,
         strings: Sequence[str],
         decode: Callable[[list[int]], str] | None,
-        device: torch.device,
     ) -> None:
-        ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-        self._eos = torch.tensor(ids, dtype=torch.int64, device=device)
+        self._eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
         self.strings, self._decode = list(strings), decode
         self._window = max(map(len, self.strings), default=0) + _SPARE_TOKENS
 
     def at_eos(self, token_ids: Tensor) -> Tensor:
-        """[R] bool."""
-        if len(self._eos) == 1:
-            return token_ids == self._eos
-        return torch.isin(token_ids, self._eos)
+        """[R] bool, on the host."""
+        if not self._eos:
+            return torch.zeros(len(token_ids), dtype=torch.bool, device="cpu")
+        ends = token_ids == self._eos[0]
+        for other in self._eos[1:]:
+            ends |= token_ids == other
+        return ends.cpu()
 
     def at_string(self, turn: list[int]) -> bool:
         """Whether the turn's last token completes a stop string."""
@@ -46,7 +48,11 @@ class Stop:
 
 
 class Completions:
-    """The completions of one call of generate, as they grow."""
+    """The completions of one call of generate, as they grow.
+
+    How long they are, and which of them run, is counted on the host: a GPU is asked once a token
+    for what it has drawn, and not at all where nothing that is drawn can end a completion.
+    """
 
     def __init__(
         self,
@@ -57,41 +63,36 @@ class Completions:
         environment: Environment | None,
         vocab_size: int,
     ) -> None:
-        device, count = prompts[0].device, len(prompts) * completions_per_prompt
-        self.ended = torch.zeros(count, dtype=torch.bool, device=device)
+        self._device, count = prompts[0].device, len(prompts) * completions_per_prompt
+        self.ended = torch.zeros(count, dtype=torch.bool, device="cpu")
         self._prompts, self._per_prompt = prompts, completions_per_prompt
         self._limit, self._stop, self._environment = max_new_tokens, stop, environment
         self._vocab_size = vocab_size
-        self._lengths = torch.zeros(count, dtype=torch.int64, device=device)
-        self._steps: list[tuple[Tensor, ...]] = []  # rows, token ids, logprobs, values, written
+        self._lengths = torch.zeros(count, dtype=torch.int64, device="cpu")
+        self._steps: list[tuple[Tensor, ...]] = []  # rows, written; token ids, logprobs, values
         # On the host, for those who look at tokens one by one.
         self._on_host = bool(stop.strings) or environment is not None
         self._ids: list[list[int]] = [[] for _ in range(count if self._on_host else 0)]
         self._turns: list[list[int]] = [[] for _ in self._ids]
         self._answers: dict[int, deque[int]] = {}  # what is still to be read, by completion
 
-    def lengths(self, rows: Tensor) -> Tensor:
-        """[R] int64, tokens of the given completions so far."""
-        return self._lengths[rows]
-
     def add(
         self, rows: Tensor, token_ids: Tensor, logprobs: Tensor, values: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Add a token to each of the completions `rows` [R].
+        """Add a token to each of the completions `rows` [R], which are on the host.
 
         Returns:
             token_ids: [R], those sampled, or what a completion is answered.
-            running: [n] int64, which of the R rows go on; None where all do.
+            running: [n] int64 on the host, which of the R rows go on; None where all do.
         """
-        ends, written = self._stop.at_eos(token_ids), None
-        lengths = self._lengths[rows] + 1
-        self._lengths[rows] = lengths
-        full = lengths >= self._limit
+        self._lengths[rows] += 1
+        full = self._lengths[rows] >= self._limit
         if self._on_host:
-            token_ids, ends, written = self._on_the_host(rows, token_ids, ends, full)
+            token_ids, ends, written = self._on_the_host(rows, token_ids, full)
+        else:
+            ends, written = self._stop.at_eos(token_ids), torch.ones_like(full)
         seen = logprobs if values is None else values.float()
-        own = torch.ones_like(ends) if written is None else written
-        self._steps.append((rows, token_ids, logprobs, seen, own))
+        self._steps.append((rows, written, token_ids, logprobs, seen))
         running = (~(ends | full)).nonzero().squeeze(1)
         if len(running) == len(rows):
             return token_ids, None
@@ -99,10 +100,12 @@ class Completions:
         return token_ids, running
 
     def _on_the_host(
-        self, rows: Tensor, token_ids: Tensor, ends: Tensor, full: Tensor
+        self, rows: Tensor, token_ids: Tensor, full: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Answers, stop strings: the tokens, which completions end, which tokens were written."""
-        ids, ended, written = token_ids.tolist(), ends.tolist(), [True] * len(rows)
+        sampled = token_ids.cpu()
+        ids, written = sampled.tolist(), [True] * len(rows)
+        ended = self._stop.at_eos(sampled).tolist()
         for i, (row, is_full) in enumerate(zip(rows.tolist(), full.tolist(), strict=True)):
             answer = self._answers.get(row)
             if answer:
@@ -120,27 +123,28 @@ class Completions:
                     new = checked_answer(answered, row, self._vocab_size)
                     self._answers[row], self._turns[row] = deque(new), []
                     ended[i] = False
-        device = token_ids.device
+        if not all(written):
+            (token_ids,) = on_device([torch.tensor(ids, device="cpu")], self._device)
         return (
-            torch.tensor(ids, device=device),
-            torch.tensor(ended, device=device),
-            torch.tensor(written, device=device),
+            token_ids,
+            torch.tensor(ended, device="cpu"),
+            torch.tensor(written, device="cpu"),
         )
 
     def packed(self) -> tuple[PackedBatch, Tensor, Tensor]:
         """The batch, and the log-probabilities and values of its targets."""
         columns = zip(*self._steps, strict=True)
-        rows, token_ids, logprobs, values, written = (torch.cat(column) for column in columns)
+        rows, written, token_ids, logprobs, values = (torch.cat(column) for column in columns)
         order = torch.argsort(rows, stable=True)  # by completion; time order stays within each
-        token_ids, written = token_ids[order], written[order]
+        written = written[order]
+        order, own = on_device([order, order[written]], self._device)
         lengths = self._lengths.tolist()
-        segments, count = list(token_ids.split(lengths)), self._per_prompt
+        segments, count = list(token_ids[order].split(lengths)), self._per_prompt
         if not self._answers:
             groups = [segments[i : i + count] for i in range(0, len(segments), count)]
             batch = pack_groups(self._prompts, groups)
         else:
             batch = self._with_answers(segments, list(written.split(lengths)))
-        own = order[written]
         return batch, logprobs[own], values[own]
 
     def _with_answers(self, segments: list[Tensor], written: list[Tensor]) -> PackedBatch:
@@ -151,7 +155,8 @@ class Completions:
             group = slice(p * self._per_prompt, (p + 1) * self._per_prompt)
             parents += [-1] + [len(every)] * self._per_prompt
             every += [prompt, *segments[group]]
-            masks += [torch.zeros_like(prompt, dtype=torch.bool), *written[group]]
+            unwritten = torch.zeros(len(prompt), dtype=torch.bool, device="cpu")
+            masks += [unwritten, *written[group]]
         return PackedBatch.from_segments(every, parents, masks)
 
 

@@ -11,6 +11,7 @@ from fastrl._picture import draw_mask
 from fastrl._schedule import at_least_two, attention_parts, with_any_length
 from fastrl._segments import check_bounds, check_lists, last_tokens_before, subtree_ends, unpacked
 from fastrl._tiles import attention_tiles
+from fastrl._transfer import on_device
 
 
 class PackedLayout:
@@ -132,9 +133,10 @@ class PackedLayout:
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout on another device."""
         moved = object.__new__(PackedLayout)
-        for name, value in vars(self).items():
-            on_device = isinstance(value, Tensor) and not name.startswith("_host_")
-            setattr(moved, name, value.to(device) if on_device else value)
+        vars(moved).update(vars(self))
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        names = [name for name in tensors if not name.startswith("_host_")]
+        vars(moved).update(zip(names, on_device([tensors[n] for n in names], device), strict=True))
         with_any_length([moved.cu_seqlens, moved.prefix])
         if moved.cu_seqlens.device != self.cu_seqlens.device:
             moved.schedule = with_any_length(moved._schedule_for(moved.cu_seqlens.device))
@@ -144,7 +146,7 @@ class PackedLayout:
         segments = self._host_bounds[:-1], self._host_bounds[1:], self._host_until
         if device.type == "cpu":
             return [at_least_two(attention_parts(*segments))]
-        return [table.to(device) for table in attention_tiles(*segments)]
+        return on_device(attention_tiles(*segments), device)
 
     def __repr__(self) -> str:
         """Sizes and trees: "3 + (2, 0, 1)" is a segment of 3 tokens and the three that continue it,
@@ -154,8 +156,8 @@ class PackedLayout:
         return f"PackedLayout({text}{'' if device.type == 'cpu' else f', on {device}'})"
 
     def _set_on_device(self, **tensors: Tensor) -> None:
-        for name, tensor in tensors.items():
-            setattr(self, name, tensor.to(self.cu_seqlens.device))
+        moved = on_device(list(tensors.values()), self.cu_seqlens.device)
+        vars(self).update(zip(tensors, moved, strict=True))
 
 
 # These are made of the class above, and public here.

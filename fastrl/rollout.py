@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrl import ops as fast_ops
 from fastrl._sampling import Completions, Environment, Stop, check_lengths, check_sampling
+from fastrl._transfer import on_device
 from fastrl.layout import PackedBatch
 from fastrl.models.protocol import PolicyModel
 
@@ -61,7 +62,17 @@ class Rollout:
         """[M] bool, the targets of the completions that are used."""
         if self.is_used is None:
             return torch.ones_like(self.token_ids, dtype=torch.bool)
-        return self.is_used.repeat_interleave(self.lengths)
+        return self.over_targets(self.is_used)
+
+    def over_targets(self, x: Tensor) -> Tensor:
+        """[C] -> [M]: each completion's number at its targets."""
+        # Who is not told how many there are asks the device, and waits for it.
+        return x.repeat_interleave(self.lengths, output_size=len(self.token_ids))
+
+    def per_completion(self, x: Tensor, how: str, initial: float) -> Tensor:
+        """[M] -> [C]: "sum", "min" or "max" over each completion's targets, and `initial`."""
+        # Lengths that are not taken as they are, though they are the batch's, are waited for too.
+        return torch.segment_reduce(x, how, lengths=self.lengths, initial=initial, unsafe=True)
 
     @property
     def completion_ids(self) -> list[Tensor]:
@@ -145,8 +156,9 @@ def generate(
     check_sampling(prompts, seeds, num_completions, max_new_tokens, max_rows, stop_strings, decode)
     check_lengths(prompts, max_new_tokens, getattr(model, "num_positions", None))
     device = prompts[0].device
-    seeds = seeds.to(device)
-    stop = Stop(eos_token_id, stop_strings, decode, device)
+    (seeds,) = on_device([seeds], device)
+    mixed_steps = _mix(torch.arange(max_new_tokens, device=device))
+    stop = Stop(eos_token_id, stop_strings, decode)
     completions = Completions(
         prompts, completions_per_prompt, max_new_tokens, stop, environment, model.vocab_size
     )
@@ -155,7 +167,9 @@ def generate(
     logits_of = model.head.for_sampling(limit)
     # The logits of a prompt's first token are computed once, and sampled from by each completion.
     waiting: dict[int, Tensor] = {}  # last hidden states of prompts whose rows are not all open
-    rows = torch.empty(0, dtype=torch.int64, device=device)  # the completions that are running
+    # The completions that are running, on the host: what is known there need not be waited for.
+    rows = torch.empty(0, dtype=torch.int64, device="cpu")
+    seeds_of_rows = steps = seeds[:0]  # their seeds, and how many tokens each one has
     hidden: Tensor | None = None
     num_read = num_opened = 0
     while True:
@@ -172,7 +186,9 @@ def generate(
             decoder.open(owners)
             first = torch.stack([waiting[owner] for owner in owners])
             hidden = first if hidden is None else torch.cat([hidden, first])
-            rows = torch.cat([rows, torch.arange(new.start, new.stop, device=device)])
+            rows = torch.cat([rows, torch.arange(new.start, new.stop, device="cpu")])
+            seeds_of_rows = torch.cat([seeds_of_rows, seeds[new.start : new.stop]])
+            steps = torch.cat([steps, torch.zeros_like(seeds[new.start : new.stop])])
             num_opened += free
             waiting = {p: x for p, x in waiting.items() if p >= owners[-1]}
         if rows.numel() == 0:
@@ -183,20 +199,24 @@ def generate(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            seeds=_step_seeds(seeds[rows], completions.lengths(rows)),
+            seeds=_mix(seeds_of_rows ^ mixed_steps[steps]),
         )
+        steps = steps + 1
         values = None if value_fn is None else value_fn(hidden)
         token_ids, running = completions.add(rows, token_ids, logprobs, values)
         if running is not None:
-            rows, token_ids = rows[running], token_ids[running]
+            rows = rows[running]
+            (running,) = on_device([running], device)
+            token_ids, steps = token_ids[running], steps[running]
+            seeds_of_rows = seeds_of_rows[running]
             decoder.keep(running)
         hidden = decoder.step(token_ids) if rows.numel() else None
     batch, logprobs, values = completions.packed()
-    groups = torch.arange(len(prompts), device=device)
+    (ended,) = on_device([completions.ended], device)
     return Rollout(
         batch=batch,
-        group_ids=groups.repeat_interleave(completions_per_prompt),
-        ended=completions.ended,
+        group_ids=torch.arange(num_completions, device=device) // completions_per_prompt,
+        ended=ended,
         logprobs=logprobs,
         values=None if value_fn is None else values,
     )
@@ -216,11 +236,6 @@ def completion_seeds(seed: int, stream: int, keys: Tensor, completions_per_promp
     sample = torch.arange(completions_per_prompt)
     base = _mix(_mix(torch.tensor(seed & 0x7FFFFFFFFFFFFFFF)) + stream)
     return (_mix(_mix(base + keys)[:, None] + sample) & 0x7FFFFFFFFFFFFFFF).flatten()
-
-
-def _step_seeds(seeds: Tensor, steps: Tensor) -> Tensor:
-    """[R] int64: a seed for each row's next draw, from its own and how far it has come."""
-    return _mix(seeds ^ _mix(steps))
 
 
 def _mix(x: Tensor) -> Tensor:

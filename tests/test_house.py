@@ -22,7 +22,7 @@ LAYERS = [
     {"ops"},
     {"kernels", "_C", "reference"},
     {"layout", "_batch", "_notation", "_paths", "_picture", "_schedule", "_segments", "_split"}
-    | {"_tiles", "_vocabulary"},
+    | {"_tiles", "_transfer", "_vocabulary"},
 ]
 ALONE = {
     "reference": {"torch", "fastrl"},
@@ -35,6 +35,7 @@ ALONE = {
     "_segments": {"torch"},
     "_split": {"torch"},
     "_tiles": {"torch"},
+    "_transfer": {"torch"},
     "_vocabulary": {"torch"},
 }
 # The core's own dependencies may be imported anywhere; those of the extras not at import time.

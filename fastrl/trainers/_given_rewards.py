@@ -41,9 +41,12 @@ class CompletionTokens:
     def __init__(self, rollout: Rollout) -> None:
         ids = rollout.completion_ids
         ends = list(accumulate(map(len, ids), initial=0))
-        # All at once: from a GPU, every copy waits.
+        # All at once: from a GPU, every copy waits. What is a target stands on the host as well.
         flat_ids = torch.cat(ids).tolist()
-        flat_targets = torch.cat(rollout.is_target).tolist()
+        batch = rollout.batch
+        segments = batch.layout.unpack(batch._host_is_target)
+        is_target = [segments[s] for s in batch._host_completion_segments.tolist()]
+        flat_targets = torch.cat(is_target).tolist()
         spans = [slice(*span) for span in zip(ends, ends[1:], strict=False)]
         self.ids: list[list[int]] = [flat_ids[span] for span in spans]
         self.is_target: list[list[bool]] = [flat_targets[span] for span in spans]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastrl._transfer import on_device
 from fastrl.rollout import Rollout
 from fastrl.trainers import checkpoint, sampling
 from fastrl.trainers._attachments import Part, Record, StopTraining
@@ -20,7 +21,6 @@ from fastrl.trainers.metrics import Samples, metrics_of_given_rewards, rollout_m
 from fastrl.trainers.prompts import Example
 from fastrl.trainers.schedules import learning_rate
 from fastrl.trainers.scoring import Scores
-from fastrl.trainers.tokens import to_numbers
 from fastrl.trainers.update import learn
 
 if TYPE_CHECKING:
@@ -106,11 +106,8 @@ def _score(
     if rollout.rewards is not None:  # who made the rollout has rewarded it
         return None, sampling.with_usable_rewards(rollout)
     scores = trainer.scored(examples, rollout, trainer.dataset)
-    return scores, replace(
-        rollout,
-        rewards=scores.rewards.to(trainer.device),
-        is_used=scores.is_used.to(trainer.device),
-    )
+    rewards, is_used = on_device([scores.rewards, scores.is_used], trainer.device)
+    return scores, replace(rollout, rewards=rewards, is_used=is_used)
 
 
 def _update(trainer: "Trainer", rollout: Rollout) -> tuple[Record, str | None]:
@@ -124,8 +121,8 @@ def _update(trainer: "Trainer", rollout: Rollout) -> tuple[Record, str | None]:
     }  # fmt: skip
     known, metrics = gather(trainer, rollout)
     trainer.truncation.look(trainer, known)
-    learned, problem = learn(trainer, known)
-    numbers |= to_numbers(metrics) | learned
+    learned, problem = learn(trainer, known, metrics)
+    numbers |= learned
     if "kl" in numbers:
         trainer.kl.update(numbers["kl"], len(rollout.ended))
     trainer.entropy.update(numbers["entropy"])

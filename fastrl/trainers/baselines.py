@@ -54,7 +54,7 @@ def leave_one_out(
     num_others = used[group] - is_used.long()
     exists = steps < lengths[:, None]
     baseline = (sums[group] - table) / num_others.clamp(min=1)[:, None]
-    is_known = (is_used & (num_others > 0)).repeat_interleave(lengths)
+    is_known = trajectories.over(is_used & (num_others > 0))
     return baseline[exists].to(returns.dtype), is_known
 
 

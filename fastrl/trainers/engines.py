@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastrl._transfer import on_device
 from fastrl.layout import PackedBatch, pack_groups
 from fastrl.rollout import Rollout
 
@@ -60,8 +62,8 @@ def rollout_of(
         ended = [bool(len(c)) and int(c[-1]) in stops for c in flat]
     else:
         ended = [bool(x) for group in _groups(result, "ended", len(prompts), counts) for x in group]
-    tensors = [[torch.as_tensor(c, dtype=torch.int64).to(device) for c in group] for group in ids]
-    batch = _batch(prompts, tensors, masks)
+    moved = iter(on_device([torch.as_tensor(c, dtype=torch.int64) for c in flat], device))
+    batch = _batch(prompts, [list(islice(moved, count)) for count in counts], masks)
     given = torch.tensor([x for row in logprobs for x in row], dtype=torch.float32)
     if masks is not None:
         given = given[torch.tensor([bool(x) for row in masks for x in row], dtype=torch.bool)]
@@ -69,12 +71,9 @@ def rollout_of(
         bad = float(given[~(given <= 0)][0])
         raise _wrong("logprobs <= 0 of the ids that the policy wrote", bad)
     groups = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))
-    return Rollout(
-        batch=batch,
-        group_ids=groups.to(device),
-        ended=torch.tensor(ended, dtype=torch.bool, device=device),
-        logprobs=given.clamp(min=-1e30).to(device),
-    )
+    per_completion = [groups, torch.tensor(ended, dtype=torch.bool), given.clamp(min=-1e30)]
+    group_ids, is_ended, sampled = on_device(per_completion, device)
+    return Rollout(batch=batch, group_ids=group_ids, ended=is_ended, logprobs=sampled)
 
 
 def _checked(rollout: Rollout, num_prompts: int) -> Rollout:
@@ -115,10 +114,8 @@ def _batch(
     for prompt, group in zip(prompts, completions, strict=True):
         parents += [-1] + [len(segments)] * len(group)
         segments += [prompt, *group]
-        loss_mask.append(torch.zeros_like(prompt, dtype=torch.bool))
-        for completion in group:
-            mask = torch.tensor([bool(x) for x in next(rest)], dtype=torch.bool)
-            loss_mask.append(mask.to(completion.device))
+        loss_mask.append(torch.zeros(len(prompt), dtype=torch.bool))
+        loss_mask += [torch.tensor([bool(x) for x in next(rest)], dtype=torch.bool) for _ in group]
     return PackedBatch.from_segments(segments, parents, loss_mask)
 
 

@@ -62,10 +62,9 @@ class Experience:
 
 def completions_with(rollout: Rollout, tokens: Tensor) -> Tensor:
     """[C] bool: the completions with one of these tokens, [M] bool."""
-    lengths = rollout.lengths
-    if not len(lengths):
-        return lengths.bool()
-    return torch.segment_reduce(tokens.double(), "max", lengths=lengths, initial=0) > 0
+    if not len(rollout.lengths):
+        return rollout.lengths.bool()
+    return rollout.per_completion(tokens.double(), "max", initial=0) > 0
 
 
 def gather(trainer: "Trainer", rollout: Rollout) -> tuple[Experience, dict[str, Tensor]]:
@@ -75,7 +74,7 @@ def gather(trainer: "Trainer", rollout: Rollout) -> tuple[Experience, dict[str, 
     rollout, is_fresh = trainer.with_replayed(rollout)
     is_learned, weights = rollout.loss_mask, None
     if config.mask_truncated:
-        is_learned = is_learned & rollout.ended.repeat_interleave(rollout.lengths)
+        is_learned = is_learned & rollout.over_targets(rollout.ended)
     paths = Trajectories(rollout)  # a turn of which no path can be learned from is not either
     is_learned = paths.any(paths.over(paths.whole(is_learned)))
     old = _old_logprobs(trainer, rollout, is_fresh)

@@ -44,8 +44,10 @@ class TruncationWatch:
         """At what a step is about to learn from."""
         if not trainer.config.mask_truncated or self._has_warned:
             return
-        learns = bool(known.is_learned.any())
-        self._steps = 0 if learns or not bool(known.rollout.loss_mask.any()) else self._steps + 1
+        learns, is_usable = torch.stack(
+            [known.is_learned.any(), known.rollout.loss_mask.any()]
+        ).tolist()
+        self._steps = 0 if learns or not is_usable else self._steps + 1
         if self._steps == _STEPS_WITHOUT_AN_END:
             self._has_warned = True
             warnings.warn(

@@ -134,9 +134,10 @@ def clip_counts(
     if not trainer.is_per_token:  # a sequence's ratio is that of each of its tokens
         lengths = cu_seqlens.diff().long()
         sums = torch.segment_reduce(
-            torch.stack([log_ratio, counted.to(log_ratio)], 1), "sum", lengths=lengths
+            torch.stack([log_ratio, counted.to(log_ratio)], 1), "sum", lengths=lengths, unsafe=True
         )
-        log_ratio = (sums[:, 0] / sums[:, 1].clamp(min=1)).repeat_interleave(lengths)
+        means = sums[:, 0] / sums[:, 1].clamp(min=1)
+        log_ratio = means.repeat_interleave(lengths, output_size=len(log_ratio))
     ratio = log_ratio.exp()
     low = counted & (ratio < 1 - trainer.config.clip_low) & (advantages < 0)
     high = counted & (ratio > 1 + trainer.config.clip_high) & (advantages > 0)

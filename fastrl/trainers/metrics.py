@@ -34,9 +34,14 @@ if TYPE_CHECKING:
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Of the completions' lengths and rewards."""
-    lengths, ended = rollout.lengths.double(), rollout.ended
-    nan = lengths.new_tensor(torch.nan)
+    """Of the completions' lengths and rewards; computed on the host, from one transfer."""
+    lengths = rollout.batch._host_completion_bounds.diff().double()
+    columns = [rollout.ended.double()]
+    if rollout.rewards is not None and rollout.is_used is not None and len(lengths):
+        totals = rollout.per_completion(rollout.rewards.double(), "sum", initial=0)
+        columns += [totals, rollout.is_used.double(), rollout.group_ids.double()]
+    flags, *of_rewards = torch.stack(columns).cpu()
+    ended, nan = flags > 0, lengths.new_full((), torch.nan)
     metrics = {
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min() if len(lengths) else nan,
@@ -44,12 +49,13 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "completions/clipped_ratio": 1 - ended.double().mean(),
         "completions/mean_terminated_length": lengths[ended].sum() / ended.sum().clamp(min=1),
     }
-    if rollout.rewards is not None and rollout.is_used is not None and len(lengths):
-        totals = torch.segment_reduce(rollout.rewards.double(), "sum", lengths=rollout.lengths)
-        _, group = rollout.group_ids.unique(return_inverse=True)
+    if of_rewards:
+        totals, is_used, group = of_rewards
+        names, group = group.unique(return_inverse=True)
+        used = is_used > 0
         ends = [
-            torch.full_like(totals[: int(group.max()) + 1], fill).scatter_reduce_(
-                0, group[rollout.is_used], totals[rollout.is_used], kind
+            torch.full((len(names),), fill, dtype=torch.float64).scatter_reduce_(
+                0, group[used], totals[used], kind
             )
             for kind, fill in (("amin", torch.inf), ("amax", -torch.inf))
         ]
@@ -68,11 +74,11 @@ def metrics_of_given_rewards(given: Rollout, rollout: Rollout) -> dict[str, floa
     if not len(rollout.lengths):
         return {}
     totals, bad = (
-        torch.segment_reduce(x.double(), "sum", lengths=rollout.lengths, initial=0)
+        rollout.per_completion(x.double(), "sum", initial=0)
         for x in (rollout.rewards, ~given.rewards.isfinite())
     )
     used = totals if rollout.is_used is None else totals[rollout.is_used]
-    spread = used.std() if len(used) > 1 else used.new_tensor(torch.nan)
+    spread = used.std() if len(used) > 1 else used.new_full((), torch.nan)
     return to_numbers({"reward": used.mean(), "reward_std": spread, "rewards/bad": (bad > 0).sum()})
 
 
@@ -90,7 +96,7 @@ class Samples:
         eos = self._trainer.eos_token_ids
         completions = [dataset.decode(ids.tolist(), eos) for ids in rollout.completion_ids]
         assert rollout.rewards is not None and rollout.is_used is not None
-        totals = torch.segment_reduce(rollout.rewards.double(), "sum", lengths=rollout.lengths)
+        totals = rollout.per_completion(rollout.rewards.double(), "sum", initial=0)
         rewards = totals.where(rollout.is_used, torch.nan).tolist()
         columns = {} if self._scores is None else self._scores.columns
         return [

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastrl._transfer import on_device
 from fastrl.rollout import Rollout, completion_seeds, generate
 from fastrl.trainers.engines import check_ids, rollout_of
 from fastrl.trainers.prompts import Example, decode_all
@@ -23,7 +24,7 @@ def collect(trainer: "Trainer", examples: list[Example], positions: Tensor) -> R
     config = trainer.config
     count = config.completions_per_prompt
     seeds = completion_seeds(config.seed, TRAINING, positions, count)
-    prompts = [example.token_ids.to(trainer.device) for example in examples]
+    prompts = on_device([example.token_ids for example in examples], trainer.device)
     if trainer.rollout_function is None:
         return sample(
             trainer,
@@ -34,7 +35,7 @@ def collect(trainer: "Trainer", examples: list[Example], positions: Tensor) -> R
             value_fn=trainer.values_while_sampling(),
         )
     result = trainer.rollout_function(
-        prompts=[prompt.tolist() for prompt in prompts],
+        prompts=[example.token_ids.tolist() for example in examples],
         completions_per_prompt=count,
         max_new_tokens=config.max_new_tokens,
         temperature=trainer.temperature,
@@ -70,10 +71,9 @@ def with_usable_rewards(rollout: Rollout) -> Rollout:
     """A rollout that came with rewards: completions with bad ones are not used."""
     assert rollout.rewards is not None
     is_finite = rollout.rewards.isfinite()
-    lengths = rollout.lengths
-    good = torch.segment_reduce(is_finite.double(), "min", lengths=lengths, initial=1) > 0
+    good = rollout.per_completion(is_finite.double(), "min", initial=1) > 0
     is_used = good if rollout.is_used is None else good & rollout.is_used
-    owner = is_used.repeat_interleave(lengths)
+    owner = rollout.over_targets(is_used)
     return replace(rollout, rewards=rollout.rewards.masked_fill(~owner, 0), is_used=is_used)
 
 

@@ -32,8 +32,10 @@ class Trajectories:
         )
         if not self.is_shared:
             self.cu_seqlens, self.group_ids = rollout.cu_seqlens, rollout.group_ids
+            self._num_tokens = len(rollout.token_ids)
             return
         self._paths = self._batch.paths()
+        self._num_tokens = len(self._paths.index)
         self.cu_seqlens = self._paths.cu_seqlens
         completion = torch.zeros_like(parents)  # of each segment; a bare root's path is empty
         completion[is_completion] = torch.arange(int(is_completion.sum()))
@@ -71,10 +73,11 @@ class Trajectories:
 
     def over(self, x: Tensor) -> Tensor:
         """[L] -> [P]: each trajectory's number at its tokens."""
-        return x.repeat_interleave(self.cu_seqlens.diff().long())
+        lengths = self.cu_seqlens.diff().long()
+        return x.repeat_interleave(lengths, output_size=self._num_tokens)
 
     def _reduced(self, x: Tensor, how: str, initial: float) -> Tensor:
         along, lengths = self.along(x).double(), self.cu_seqlens.diff().long()
         if not len(lengths):
             return along
-        return torch.segment_reduce(along, how, lengths=lengths, initial=initial)
+        return torch.segment_reduce(along, how, lengths=lengths, initial=initial, unsafe=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fastrl._transfer import on_device
 from fastrl.rollout import completion_seeds
 from fastrl.trainers.experience import Experience, completions_with, scores
 from fastrl.trainers.losses import Passed, clip_counts, micro_loss, token_weights
@@ -27,6 +28,7 @@ class Seen:
         logprobs, entropy: [M], as each token was seen first; NaN where it was not.
         values: [M], likewise; NaN without a critic.
         is_first: [M] bool, seen before the first gradient step.
+        is_nothing: no token was seen yet.
         clipped: how many tokens' ratios left their bounds: below, above; and of how many.
     """
 
@@ -35,6 +37,7 @@ class Seen:
     values: Tensor
     is_first: Tensor
     clipped: Tensor
+    is_nothing: bool = True
 
     @classmethod
     def nothing(cls, like: Tensor) -> "Seen":
@@ -43,23 +46,30 @@ class Seen:
 
     def add(self, at: Tensor, passed: Passed, *, is_first: bool) -> None:
         """What a pass over the tokens `at` computed."""
-        fresh = self.logprobs[at].isnan()
-        new = at[fresh]
-        self.logprobs[new], self.entropy[new] = passed.logprobs[fresh], passed.entropy[fresh]
+        before = self.logprobs[at]
+        fresh = before.isnan()  # selecting these would wait for the device
+        self.logprobs[at] = passed.logprobs.where(fresh, before)
+        self.entropy[at] = passed.entropy.where(fresh, self.entropy[at])
         if passed.values is not None:
-            self.values[new] = passed.values[fresh]
-        self.is_first[new] = is_first
+            self.values[at] = passed.values.to(before.dtype).where(fresh, self.values[at])
+        if is_first:
+            self.is_first[at] |= fresh
+        self.is_nothing &= not len(at)
 
 
-def learn(trainer: "Trainer", experience: Experience) -> tuple[dict[str, float], str | None]:
+def learn(
+    trainer: "Trainer", experience: Experience, metrics: dict[str, Tensor] | None = None
+) -> tuple[dict[str, float], str | None]:
     """Gradient steps on an experience.
 
+    Args:
+        metrics: 0-d, known already; they come to the host with the others.
     Returns:
-        numbers: "loss" and "grad_norm" (means over the gradient steps), "entropy", "logprob_gap",
-            "clip_ratio/..." and the algorithm's own.
+        numbers: these, "loss" and "grad_norm" (means over the gradient steps), "entropy",
+            "logprob_gap", "clip_ratio/..." and the algorithm's own.
         problem: why an update was skipped, if one was; no further one is made then.
     """
-    config = trainer.config
+    config, metrics = trainer.config, metrics or {}
     seen = Seen.nothing(experience.old_logprobs)
     losses: list[float] = []
     norms: list[float] = []
@@ -70,16 +80,16 @@ def learn(trainer: "Trainer", experience: Experience) -> tuple[dict[str, float],
             if problem is not None:
                 break
             # What taught nothing has changed nothing: the first step is the first that saw tokens.
-            is_first = bool(seen.logprobs.isnan().all())
             loss, norm, problem = _gradient_step(
-                trainer, experience, completions, seen, is_first=is_first
+                trainer, experience, completions, seen, is_first=seen.is_nothing
             )
             losses.append(loss)
             norms.append(norm)
-    if not bool(seen.is_first.any()):
+    if seen.is_nothing:
         _look(trainer, experience, seen)
-    numbers = {"loss": _mean(losses), "grad_norm": _mean(norms)}
-    return numbers | _metrics(trainer, experience, seen), problem
+    found = to_numbers(metrics | _metrics(trainer, experience, seen))
+    known = {name: found.pop(name) for name in metrics}
+    return known | {"loss": _mean(losses), "grad_norm": _mean(norms)} | found, problem
 
 
 def _minibatches(trainer: "Trainer", experience: Experience, epoch: int) -> list[Tensor]:
@@ -87,12 +97,14 @@ def _minibatches(trainer: "Trainer", experience: Experience, epoch: int) -> list
     count, groups = trainer.config.minibatches, experience.rollout.group_ids
     if count == 1:
         return [torch.ones_like(groups, dtype=torch.bool)]
+    groups = groups.cpu()
     names = groups.unique()
     key = torch.tensor([trainer.step * trainer.config.epochs + epoch])
     seed = int(completion_seeds(trainer.config.seed, _MINIBATCHES, key, 1))
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
-    parts = names[order.to(names.device)].tensor_split(count)
-    return [torch.isin(groups, part) for part in parts if len(part)]
+    parts = names[order].tensor_split(count)
+    masks = [torch.isin(groups, part) for part in parts if len(part)]
+    return on_device(masks, experience.rollout.group_ids.device)
 
 
 def _gradient_step(
@@ -105,13 +117,14 @@ def _gradient_step(
 ) -> tuple[float, float, str | None]:
     """One step of the optimizer; the loss, the gradient's norm, and why it was skipped."""
     config = trainer.config
-    in_batch = completions.repeat_interleave(whole.rollout.lengths)
-    counted = whole.is_learned & in_batch
-    if not bool(counted.any()):
-        return 0.0, 0.0, None  # all of them truncated, or without another to compare with
-    weighted = replace(whole, token_weights=token_weights(trainer, whole, counted))
+    counted = whole.is_learned & whole.rollout.over_targets(completions)
     # What has no gradient is not computed: its weight in the denominators is in token_weights.
     active = completions_with(whole.rollout, counted & trainer.teaches(whole))
+    *host, counts = torch.cat([active, counted.any()[None]]).tolist()
+    if not counts:
+        return 0.0, 0.0, None  # all of them truncated, or without another to compare with
+    active = torch.tensor(host, dtype=torch.bool)
+    weighted = replace(whole, token_weights=token_weights(trainer, whole, counted))
     trainer.optimizer.zero_grad()
     total = whole.old_logprobs.new_zeros((), dtype=torch.float64)
     if bool(active.any()):
@@ -148,21 +161,22 @@ def _look(trainer: "Trainer", experience: Experience, seen: Seen) -> None:
     part = rollout.take(rollout.group_ids == rollout.group_ids[0])
     at = part.batch.source_targets  # type: ignore[attr-defined]
     seen.logprobs[at], seen.entropy[at] = scores(trainer, trainer.policy, part)
-    seen.is_first[at] = True
+    seen.is_first[at], seen.is_nothing = True, False
 
 
-def _metrics(trainer: "Trainer", experience: Experience, seen: Seen) -> dict[str, float]:
+def _metrics(trainer: "Trainer", experience: Experience, seen: Seen) -> dict[str, Tensor]:
     """Means over the tokens that count, as they were seen first."""
     known = ~seen.logprobs.isnan()
-    if bool((known & experience.is_learned).any()):
-        known &= experience.is_learned
+    learned = known & experience.is_learned
+    known = learned.where(learned.any(), known)
     first = known & seen.is_first
     if experience.is_fresh is not None:
         first &= experience.is_fresh
-    gap = (seen.logprobs - experience.rollout.logprobs).abs()[first]
+    gap = (seen.logprobs - experience.rollout.logprobs).abs().masked_fill(~first, -math.inf)
+    largest = gap.max() if len(gap) else gap.new_full((), math.nan)
     metrics = {
         "entropy": token_mean(seen.entropy, known),
-        "logprob_gap": gap.max() if len(gap) else gap.new_tensor(math.nan),
+        "logprob_gap": largest.masked_fill(~first.any(), math.nan),
     }
     low, high, count = seen.clipped
     if trainer.has_bounds:
@@ -170,7 +184,7 @@ def _metrics(trainer: "Trainer", experience: Experience, seen: Seen) -> dict[str
             metrics[f"clip_ratio/{name}_mean"] = number / count.clamp(min=1)
     if experience.returns is not None:
         metrics |= _critic_metrics(experience.returns, seen.values, known)
-    return to_numbers(metrics)
+    return metrics
 
 
 def _critic_metrics(returns: Tensor, values: Tensor, known: Tensor) -> dict[str, Tensor]:
