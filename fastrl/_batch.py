@@ -57,10 +57,12 @@ class PackedBatch:
         ends = counts[is_completion].cumsum(0)
         self._host_completion_bounds = torch.nn.functional.pad(ends, (1, 0))  # [C + 1] int64
 
+        self._host_predict_index = layout.predecessor[target_index]
+
         device = token_ids.device
         self.token_ids, self.layout = token_ids, layout.to(device)
         numbers = [
-            segment_order, target_index, layout.predecessor[target_index],
+            segment_order, target_index, self._host_predict_index,
             self._host_completion_segments, self._host_completion_bounds.int(),
         ]  # fmt: skip
         self.segment_order, self.target_index, self.predict_index, *rest = on_device(
@@ -149,8 +151,11 @@ class PackedBatch:
     def to(self: _Batch, device: torch.device | str) -> _Batch:
         """The same batch on another device."""
         moved = object.__new__(type(self))
-        for name, value in vars(self).items():
-            setattr(moved, name, value if name.startswith("_host_") else value.to(device))
+        vars(moved).update(vars(self))
+        moved.layout = self.layout.to(device)
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        names = [name for name in tensors if not name.startswith("_host_")]
+        vars(moved).update(zip(names, on_device([tensors[n] for n in names], device), strict=True))
         return moved
 
     def unpack(self, x: Tensor, dim: int = 0) -> list[Tensor]:

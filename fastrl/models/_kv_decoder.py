@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrl import ops
+from fastrl._transfer import on_device
 from fastrl.layout import PackedLayout
 from fastrl.models._kv_cache import KVCache
 from fastrl.models._kv_prompts import Prompts
@@ -102,7 +103,8 @@ class KVDecoder:
         if sorted(self._stored) != list(range(self._num_layers)):
             expected = f"keys from each of {self._num_layers} layers, once"
             raise fail("decoder", expected, f"those of layers {self._stored}", _OTHER_MODEL)
-        return output.last_hidden_state[0, (bounds[1:] - 1).to(self._device)]
+        (last,) = on_device([bounds[1:] - 1], self._device)
+        return output.last_hidden_state[0, last]
 
     def store(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
         """Of the attention function: keys and values [1, Hkv, N, D] of the prompts being read."""
@@ -128,7 +130,8 @@ class KVDecoder:
             limit = f"at most max_rows = {self._cache.max_rows} rows"
             raise fail("decoder", limit, begin + count, "Open fewer.")
         self._owners += prompts
-        lengths = self._on_device([self._prompts.length_of(prompt) for prompt in prompts])
+        numbers = torch.tensor([self._prompts.length_of(prompt) for prompt in prompts])
+        (lengths,) = on_device([numbers], self._device)
         new = torch.arange(begin, begin + count, device=self._device)
         self._prompts.last_opened = prompts[-1]
         self._rows = torch.cat([self._rows, new])
@@ -236,17 +239,13 @@ class KVDecoder:
     def _settle(self) -> None:
         """What attention is told of the prompts, once after a change of rows or prompts."""
         self._prompts.forget_leading(self._owners)
-        places, lengths, bounds = self._prompts.in_use(self._owners)
-        self._prefixes = {
-            "prefix_end": self._on_device(lengths).int(),
-            "prefix_cu_rows": self._on_device(bounds).int(),
-        }
+        places, *numbers = self._prompts.in_use(self._owners)
+        of_prompts = [torch.tensor(x, dtype=torch.int32) for x in numbers]
+        lengths, bounds = on_device(of_prompts, self._device)
+        self._prefixes = {"prefix_end": lengths, "prefix_cu_rows": bounds}
         rows = slice(len(self._owners))
         self._accepted.clear()
         for index, x in self._cache.layers.items():
             flat = (x.key.flatten(0, 1).flatten(1), x.value.flatten(0, 1).flatten(1))
             own = (x.key[rows].transpose(1, 2), x.value[rows].transpose(1, 2))
             self._in_use[index] = *flat, *own, x.prompt_key[places], x.prompt_value[places]
-
-    def _on_device(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, device=self._device)

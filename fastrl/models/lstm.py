@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrl._paths import ranges
+from fastrl._transfer import on_device
 from fastrl.layout import PackedBatch
 from fastrl.models.protocol import Head
 
@@ -119,8 +120,8 @@ class LSTMLanguageModel(nn.Module):
         if batch_sizes.numel() == 0:
             return self.lm_head.weight.new_zeros(0, self.hidden_dim), state
 
-        device = token_ids.device
-        time_major, by_length, rank = (x.to(device) for x in (time_major, by_length, rank))
+        orders = time_major, torch.argsort(time_major), by_length, rank
+        time_major, packed, by_length, rank = on_device(orders, token_ids.device)
         state = self._select(state, by_length)
         running = int(batch_sizes[0])  # empty sequences stand last and never run
         inputs = PackedSequence(self._embed(token_ids[time_major]), batch_sizes)
@@ -128,7 +129,7 @@ class LSTMLanguageModel(nn.Module):
         final = tuple(
             torch.cat([f, x[:, running:]], dim=1) for f, x in zip(final, state, strict=True)
         )
-        return output.data[torch.argsort(time_major)], self._select(final, rank)
+        return output.data[packed], self._select(final, rank)
 
     def packed_hidden(self, batch: PackedBatch) -> Tensor:
         """The hidden states that predict a packed batch's targets; each token is read once.
@@ -151,18 +152,18 @@ class LSTMLanguageModel(nn.Module):
         for level in range(int(depth.max()) + 1 if len(depth) else 0):
             segments = (depth == level).nonzero().squeeze(1)
             place[segments] = torch.arange(len(segments))
+            tokens = ranges(starts[segments], lengths[segments])
+            above, read = on_device([place[parents[segments]], tokens], device)
             if state is not None:
                 # Indexing, not index_select: its backward is a sum in a fixed order everywhere.
-                above = place[parents[segments]].to(device)
                 state = state[0][:, above], state[1][:, above]
-            tokens = ranges(starts[segments], lengths[segments])
             ends = torch.nn.functional.pad(lengths[segments].cumsum(0), (1, 0))
-            token_ids = batch.token_ids[tokens.to(device)]
-            here, state = self.packed_hidden_states(token_ids, ends, state)
+            here, state = self.packed_hidden_states(batch.token_ids[read], ends, state)
             row[tokens] = torch.arange(num_read, num_read + len(tokens))
             hidden.append(here)
             num_read += len(tokens)
-        return torch.cat(hidden)[row[batch.predict_index.cpu()].to(device)]
+        (predicting,) = on_device([row[batch._host_predict_index]], device)
+        return torch.cat(hidden)[predicting]
 
     def decoder(self, max_rows: int, max_new_tokens: int) -> "LSTMDecoder":
         """See `fastrl.models.PolicyModel`; nothing here is as large as the limits allow."""
@@ -218,7 +219,8 @@ class LSTMDecoder:
         passed = prompts[0] - self._num_forgotten
         self._prompts = self._prompts[0][:, passed:], self._prompts[1][:, passed:]
         self._num_forgotten = prompts[0]
-        numbers = torch.tensor(prompts, device=self._rows[0].device) - self._num_forgotten
+        passed_by = [prompt - self._num_forgotten for prompt in prompts]
+        (numbers,) = on_device([torch.tensor(passed_by)], self._rows[0].device)
         self._rows = _joined(self._rows, self.model._select(self._prompts, numbers))
 
     def step(self, token_ids: Tensor) -> Tensor:
@@ -246,7 +248,7 @@ def _lengths_read(batch: PackedBatch) -> Tensor:
     """[S]: tokens of each segment without those at its end that predict nothing."""
     bounds, parents = batch.layout._host_bounds, batch.layout._host_prefix
     lengths = bounds.diff()
-    predict_index = batch.predict_index.cpu()
+    predict_index = batch._host_predict_index
     segment = torch.bucketize(predict_index, bounds[1:], right=True)
     needed = torch.zeros_like(lengths)
     needed.scatter_reduce_(0, segment, predict_index - bounds[segment] + 1, "amax")
