@@ -15,7 +15,7 @@ from bench.case import Arguments, Case, Outputs, Unavailable, Workload, bound
 from bench.gate import Gate
 from bench.peers import Peer
 from bench.results import CaseResult, Entry
-from bench.timing import SLOW, Budget, Contestant, synchronize
+from bench.timing import SLOW, Budget, Contestant, described, synchronize
 
 _ANOTHER_FUNCTION = 0.05  # a peer whose error is larger does not compute what the case asks for
 
@@ -78,6 +78,12 @@ class Field:
 
     def enter_peer(self, peer: Peer) -> None:
         """Into the list of contestants, or into that of the missing, with the reason."""
+        if not self._try_to_enter(peer):
+            # Out here, where the frames that held what did not fit are gone.
+            memory.release(self._device)
+
+    def _try_to_enter(self, peer: Peer) -> bool:
+        """False where it has raised what it should not."""
         try:
             arguments, restore = self._scratch(peer.overwrites)
             call = peer.call_for(self._case, arguments)
@@ -91,17 +97,15 @@ class Field:
             if peer is peers.REFERENCE and self._result.eager_error is None:
                 self._result.eager_error = error
         except Unavailable as reason:
-            self.miss(peer, str(reason))
+            self.miss(peer.name, peer.version, str(reason))
         except Exception as raised:  # whatever a foreign library does: it is shown, not hidden
-            first_line = str(raised).strip().split("\n")[0][:120]
-            self.miss(peer, f"raised {type(raised).__name__}: {first_line}")
-            del raised  # its frames hold what did not fit
-            memory.release(self._device)
+            self.miss(peer.name, peer.version, described(raised))
+            return False
+        return True
 
-    def miss(self, peer: Peer, reason: str) -> None:
+    def miss(self, name: str, version: str, reason: str) -> None:
         """Into the list of those that did not take part."""
-        entry = {"name": peer.name, "version": peer.version, "reason": reason}
-        self._result.missing.append(entry)
+        self._result.missing.append({"name": name, "version": version, "reason": reason})
 
     def _scratch(self, overwrites: tuple[str, ...]) -> tuple[Arguments, Callable[[], None] | None]:
         """The arguments, copies in place of those that a call writes over, and what restores
@@ -178,6 +182,10 @@ class Field:
         ours = self._entered.get("fastrl")
         our_p50 = None if ours is None else statistics.median(ours.contestant.kept)
         for name, entered in self._entered.items():
+            if entered.contestant.failed is not None:
+                reason = f"while being timed, {entered.contestant.failed}"
+                self.miss(name, entered.version, reason)
+                continue
             times = sorted(entered.contestant.kept)
             p50 = statistics.median(times)
             flops = self._result.counted_flops

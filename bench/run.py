@@ -58,7 +58,6 @@ class Bench:
         # what is to be timed.
         torch.compiler.reset()
         workload = WORKLOADS[case.op]
-        arguments = workload.make(case, self.device)
         result = CaseResult(
             op=case.op,
             name=case.name,
@@ -66,14 +65,16 @@ class Bench:
             shape=list(case.shape),
             dtype=str(case.dtype).removeprefix("torch."),
             mode=case.mode,
-            counted_bytes=workload.count_bytes(case, arguments),
-            counted_flops=workload.count_flops(case, arguments),
+            counted_bytes=0,
         )
-        field = Field(
-            case, workload, arguments, result,
-            device=self.device, budget=self.budget, ops=self.ops,
-        )  # fmt: skip
         try:
+            arguments = workload.make(case, self.device)
+            result.counted_bytes = workload.count_bytes(case, arguments)
+            result.counted_flops = workload.count_flops(case, arguments)
+            field = Field(
+                case, workload, arguments, result,
+                device=self.device, budget=self.budget, ops=self.ops,
+            )  # fmt: skip
             field.enter_ours()
         except NotImplementedError as error:
             result.missing.append({"name": "fastrl", "version": "", "reason": str(error)})
@@ -86,13 +87,14 @@ class Bench:
             return result
         for peer in self.peers_of(case.op):
             if stop is not None and time.monotonic() > stop:
-                field.miss(peer, "the time was used up before it had its turn")
+                reason = "the time was used up before it had its turn"
+                field.miss(peer.name, peer.version, reason)
             else:
                 field.enter_peer(peer)
         if field.contestants:
             try:
                 self._take_turns(case, workload, field, result, run_rounds)
-            except Exception as error:  # of any contestant: this case is lost, the others are not
+            except Exception as error:  # of ours: this case is lost, the others are not
                 traceback.print_exc()
                 result.wrong = f"{case.op}: while being timed, {type(error).__name__}: {error}"
                 result.entries.clear()

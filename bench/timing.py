@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bench import memory
 from bench.quiet import Probe
 
 
@@ -47,6 +48,7 @@ class Contestant:
     times: seconds per launch, by round.
     probes: the slower of the two around each of these turns.
     kept: the times of the turns in quiet moments, or of the quietest ones.
+    failed: what it raised in a turn; it takes no more of them.
     """
 
     call: Callable[[], Any]
@@ -57,6 +59,7 @@ class Contestant:
     probes: dict[int, float] = field(default_factory=dict)
     kept: list[float] = field(default_factory=list)
     is_slow: bool = False
+    failed: str | None = None
 
     def plan(self, budget: Budget, device: torch.device, once: float) -> None:
         """Launches per turn and number of rounds, from the seconds of one call."""
@@ -87,6 +90,10 @@ class Contestant:
         for _ in range(self.launches):
             self.call()
 
+    def fail(self, reason: str) -> None:
+        """Without what its calls hold: the others need the memory."""
+        self.failed, self.call, self.before = reason, lambda: None, None
+
     @property
     def wanted(self) -> int:
         """Quiet turns that are enough."""
@@ -100,6 +107,12 @@ class Contestant:
         by_slowness = sorted(self.times, key=lambda r: probe.slowness(self.probes[r]))
         quiet = sum(map(probe.is_quiet, self.probes.values()))
         self.kept = [self.times[r] for r in by_slowness[: max(quiet, self.wanted)]]
+
+
+def described(raised: Exception) -> str:
+    """In one line."""
+    first_line = str(raised).strip().split("\n")[0][:120]
+    return f"raised {type(raised).__name__}: {first_line}"
 
 
 def synchronize(device: torch.device) -> None:
@@ -136,7 +149,8 @@ def take_turns(
     """Fill in `times` and `kept`. In each round the others take their turns, then we take ours.
 
     A contestant that has fewer rounds than we do takes them spread over the whole time. Who has
-    had too few turns in quiet moments then waits for some, as long as patience lasts.
+    had too few turns in quiet moments then waits for some, as long as patience lasts. One of the
+    others that raises is out, and the rest go on.
 
     Args:
         run_rounds: times our turns; pytest-benchmark's clock in place of our own.
@@ -151,8 +165,17 @@ def take_turns(
         before = after
 
     def take_turn(contestant: Contestant, r: int) -> None:
-        contestant.warm()
-        contestant.times[r] = _seconds(contestant, device) / contestant.launches
+        if contestant.failed is not None:
+            return
+        try:
+            contestant.warm()
+            contestant.times[r] = _seconds(contestant, device) / contestant.launches
+        except Exception as raised:
+            if contestant is ours:
+                raise
+            contestant.fail(described(raised))
+        if contestant.failed is not None:  # and the frames that held what did not fit are gone
+            memory.release(device)
         end_turn(contestant, r)
 
     def before_round(r: int) -> None:
@@ -171,6 +194,8 @@ def take_turns(
         ours.times.update({r: s / ours.launches for r, s in enumerate(seconds)})
         for r in range(total, 2 * total) if run_rounds is None else ():
             for contestant in (ours, *others):
+                if contestant.failed is not None:
+                    continue
                 if patience_seconds > 0 and contestant.lacks_quiet_turns(probe):
                     start = time.perf_counter()
                     probe.wait(patience_seconds)
@@ -178,7 +203,8 @@ def take_turns(
                     take_turn(contestant, r)
                     patience_seconds -= time.perf_counter() - start
     for contestant in (ours, *others):
-        contestant.keep_quiet_turns(probe)
+        if contestant.failed is None:
+            contestant.keep_quiet_turns(probe)
 
 
 RunRounds = Callable[[Contestant, Callable[[int], None], int, torch.device], list[float]]

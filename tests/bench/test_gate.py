@@ -1,12 +1,14 @@
 """The gate: a planted error is caught before anything is timed."""
 
 import types
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 import fastrl
-from bench import gate
+from bench import gate, memory
 from bench.case import Case, Unavailable
 from bench.peers import REFERENCE, Peer
 from bench.run import Bench
@@ -131,21 +133,61 @@ def test_a_missing_peer_is_listed_with_its_reason():
     assert [entry.name for entry in result.entries] == ["fastrl"]
 
 
-def test_a_contestant_that_breaks_while_timed_costs_its_case_alone(capsys):
-    calls = []
+def tired(calls):
+    """A gae that has no memory left once it has been let in."""
+    made = []
+
+    def gae(**arguments):
+        made.append(1)
+        if len(made) > calls:
+            raise MemoryError("no more")
+        return fastrl.gae(**arguments)
+
+    return gae
+
+
+def test_a_peer_that_breaks_while_timed_is_missing_and_the_others_are_timed():
+    gae = tired(4)
+    peer = Peer("tired", "torch", lambda case, a: lambda: gae(**a, **case.options))
+    result = bench(peers=[peer, REFERENCE]).run(GAE)
+    assert [entry.name for entry in result.entries] == ["fastrl", "fastrl.reference"]
+    (missing,) = result.missing
+    assert missing["name"] == "tired"
+    assert missing["reason"] == "while being timed, raised MemoryError: no more"
+    assert result.wrong is None
+
+
+def test_an_op_that_breaks_while_timed_costs_its_case_alone(capsys):
+    result = bench(types.SimpleNamespace(gae=tired(6)), [REFERENCE]).run(GAE)
+    assert result.wrong == "gae: while being timed, MemoryError: no more" and not result.entries
+    capsys.readouterr()
+
+
+def test_inputs_that_do_not_fit_cost_their_case_alone(monkeypatch, capsys):
+    def make(case, device):
+        raise MemoryError("too large")
+
+    monkeypatch.setitem(WORKLOADS, "gae", replace(WORKLOADS["gae"], make=make))
+    result = bench().run(GAE)
+    assert result.wrong == "gae: raised MemoryError: too large" and not result.entries
+    capsys.readouterr()
+
+
+def test_what_a_peer_could_not_hold_is_free_for_the_next_one(monkeypatch):
+    """The error's frames hold the peer's tensors for as long as the error is looked at."""
+    held, left = [], []
 
     def build(case, arguments):
         def call():
-            calls.append(1)
-            if len(calls) > 4:  # well after it was let in
-                raise MemoryError("no more")
-            return fastrl.gae(**arguments, **case.options)
+            large = torch.zeros(1000)
+            held.append(weakref.ref(large))
+            raise MemoryError("no more")
 
         return call
 
-    result = bench(peers=[Peer("tired", "torch", build)]).run(GAE)
-    assert result.wrong == "gae: while being timed, MemoryError: no more" and not result.entries
-    capsys.readouterr()
+    monkeypatch.setattr(memory, "release", lambda device: left.append(held[-1]() is not None))
+    bench(peers=[Peer("large", "torch", build)]).run(GAE)
+    assert left == [False]
 
 
 def no_kernel(**arguments):
