@@ -1,12 +1,14 @@
 """One GRPO update of a small Llama: each prompt once for all its completions, beside padded copies.
 
     python -m bench.grpo_update     # 4 layers, 4 prompts x 16 completions, 256 + 64 tokens, V 8192
-    python -m bench.grpo_update --device cuda --dtype bfloat16 --layers 16 --hidden 2048
+    python -m bench.grpo_update --device cuda --dtype bfloat16 --layers 16 --hidden 2048 \
+        --key-heads 8 --vocab 128256 --prompts 1 --prompt-tokens 4096 --tokens 1024 --rows 2
 
 Four do the same update, in turns. Three have a copy of every prompt for each of its completions,
 padded, through torch's attention: with log_softmax over all logits that the model gives; over those
 of the completions alone, as the better trainers do; and with `linear_token_loss`. The fourth is the
-packed batch through `fastrl.hf`. All start from the same weights; their gradients are compared.
+packed batch through `fastrl.hf`. All start from the same weights; their gradients are compared. One
+that does not fit into a GPU's memory is listed with that reason, and the others go on.
 """
 
 import argparse
@@ -42,6 +44,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt-tokens", type=int, default=256)
     p.add_argument("--tokens", type=int, default=64, help="of a completion")
     p.add_argument("--ragged", action="store_true", help="lengths from half of these up to them")
+    p.add_argument(
+        "--rows", type=int, metavar="N",
+        help="padded copies at a time, their gradients added up; default: all of them",
+    )  # fmt: skip
     p.add_argument("--vocab", type=int, default=8192)
     p.add_argument("--hidden", type=int, default=256)
     p.add_argument("--head-size", type=int, default=64)
@@ -94,11 +100,13 @@ def language_model(options: argparse.Namespace, attention: str) -> Any:
 
 
 def learn_by_our_head(
-    hidden: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: Tensor
+    hidden: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: Tensor, count: int
 ) -> Tensor:
+    """count: of the whole batch's targets, by which the loss is divided."""
+
     def per_token(logprobs: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
         losses = fastrl.ppo_loss(logprobs, old[rows], advantages[rows], reduction="none")
-        return losses / len(ids)
+        return losses / count
 
     loss, _, _ = fastrl.linear_token_loss(hidden, weight, ids, per_token)
     loss.backward()
@@ -115,7 +123,7 @@ def packed(
             batch.token_ids[None], position_ids=batch.layout.position_ids[None], layout=batch.layout
         ).last_hidden_state[0]
         rows, weight = hidden[batch.predict_index], model.lm_head.weight
-        return learn_by_our_head(rows, weight, batch.target_ids, old, advantages)
+        return learn_by_our_head(rows, weight, batch.target_ids, old, advantages, len(old))
 
     return model, update
 
@@ -139,44 +147,69 @@ def padded(
         at = slice(before - len(prompt), before + len(completion))
         ids[row, at], exists[row, at] = torch.cat([prompt, completion]), 1
     ids, exists = ids.to(options.device), exists.to(options.device)
-    is_target = exists[:, before:].bool()
-    given: dict[str, Any] = {"attention_mask": exists} if not bool(exists.all()) else {}
-    if given:
-        given["position_ids"] = (exists.cumsum(1) - 1).clamp(min=0)
+    every: dict[str, Tensor] = {} if bool(exists.all()) else {"attention_mask": exists}
+    if every:
+        every["position_ids"] = (exists.cumsum(1) - 1).clamp(min=0)
+    step = options.rows or len(ids)
+    parts = [slice(i, i + step) for i in range(0, len(ids), step)]
+    ends = [0, *exists[:, before:].sum(1).cumsum(0).tolist()]  # of each row's targets
 
-    def update() -> Tensor:
-        targets = ids[:, before:]
+    def learn(part: slice) -> Tensor:
+        at = slice(ends[part.start], ends[min(part.stop, len(ids))])
+        known = old[at], advantages[at]
+        given = {key: x[part] for key, x in every.items()}
+        targets, is_target = ids[part, before:], exists[part, before:].bool()
         if name == OUR_HEAD:
-            hidden = model.model(ids, **given).last_hidden_state[:, before - 1 : -1][is_target]
-            weight = model.lm_head.weight
-            return learn_by_our_head(hidden, weight, targets[is_target], old, advantages)
+            hidden = model.model(ids[part], **given).last_hidden_state[:, before - 1 : -1]
+            weight, chosen = model.lm_head.weight, targets[is_target]
+            return learn_by_our_head(hidden[is_target], weight, chosen, *known, len(old))
         kept = after + 1 if name == NEEDED_LOGITS else 0  # 0: all
-        logits = model(ids, logits_to_keep=kept, **given).logits[:, -after - 1 : -1]
-        every = logits.float().log_softmax(-1)
-        logprobs = every.gather(-1, targets[..., None])[..., 0][is_target]
-        loss = fastrl.ppo_loss(logprobs, old, advantages)
+        logits = model(ids[part], logits_to_keep=kept, **given).logits[:, -after - 1 : -1]
+        each = logits.float().log_softmax(-1)
+        logprobs = each.gather(-1, targets[..., None])[..., 0][is_target]
+        loss = fastrl.ppo_loss(logprobs, *known, normalizer=len(old))
         loss.backward()
         return loss.detach()
 
-    return model, update
+    return model, lambda: torch.stack([learn(part) for part in parts]).sum()
 
 
 def measure(updates: dict[str, tuple[Any, Update]], options: argparse.Namespace) -> dict[str, Any]:
-    """Of each: seconds of its rounds, peak MiB, its loss and its gradients from the first call."""
+    """Of each: seconds of its rounds, peak MiB, its loss and its gradients from the first call; or
+    why it is missing, and then it is out of `updates`, which holds its weights."""
     device = torch.device(options.device)
     found: dict[str, Any] = {}
-    for name, (model, update) in updates.items():
-        loss = float(update())
-        grads = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
-        peak = memory.peak_extra_mib(update, device) if memory.can_measure(device) else None
-        found[name] = {"seconds": [], "loss": loss, "grads": grads, "peak": peak}
-    for _ in range(options.rounds):
-        for name, (model, update) in updates.items():
+
+    def attempt(name: str, part: Callable[..., None]) -> None:
+        try:
+            part(*updates[name])
+        except torch.OutOfMemoryError as error:
+            found[name] = {"missing": str(error).split(". ")[0]}
+        if name in updates:
+            updates[name][0].zero_grad()
+        if "missing" in found[name]:  # and the frames that held what did not fit are gone
+            del updates[name]
+            memory.release(device)
+
+    for name in list(updates):
+
+        def first(model: Any, update: Update, name: str = name) -> None:
+            loss = float(update())
+            grads = [p.grad.cpu().clone() for p in model.parameters()]
             model.zero_grad()
-            start = now(options.device)
-            update()
-            found[name]["seconds"].append(now(options.device) - start)
+            peak = memory.peak_extra_mib(update, device) if memory.can_measure(device) else None
+            found[name] = {"seconds": [], "loss": loss, "grads": grads, "peak": peak}
+
+        attempt(name, first)
+    for _ in range(options.rounds):
+        for name in list(updates):
+
+            def once(model: Any, update: Update, name: str = name) -> None:
+                start = now(options.device)
+                update()
+                found[name]["seconds"].append(now(options.device) - start)
+
+            attempt(name, once)
     return found
 
 
@@ -204,9 +237,15 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
     )
     print(f"{'':32}{'s':>9}{'/ packed':>10}{'peak MiB':>10}{'/ packed':>10}{'loss':>12}{'grad':>9}")
     ours = found[PACKED]
-    mine = statistics.median(ours["seconds"])
     for name, run in found.items():
+        if "missing" in run:
+            print(f"{name:32}  {run['missing']}")
+            continue
         seconds, peak = statistics.median(run["seconds"]), run["peak"]
+        if "missing" in ours:
+            print(f"{name:32}{seconds:9.3f}")
+            continue
+        mine = statistics.median(ours["seconds"])
         memories = f"{'?':>10}{'?':>10}"
         if peak is not None:
             memories = f"{peak:10.0f}{peak / max(ours['peak'], 1e-9):9.2f}x"
