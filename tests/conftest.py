@@ -29,6 +29,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
+@pytest.fixture(autouse=True)
+def shared_gpu():
+    """A dozen workers share its memory: none keeps the gigabytes of a test that is over."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(scope="session")
 def two_ranks():
     """two_ranks.run(__file__, folder): what a file's worker(rank, folder) has saved, by rank."""
