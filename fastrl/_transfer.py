@@ -18,20 +18,26 @@ def on_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Ten
     idles while its host goes on.
     """
     device = torch.device(device)
-    if not tensors:
-        return []
-    if device.type != "cuda" or any(x.device.type != "cpu" for x in tensors):
+    if not tensors or device.type != "cuda" or any(x.device.type != "cpu" for x in tensors):
         return [x.to(device) for x in tensors]
     dense = [x.contiguous() for x in tensors]
-    pieces = [x.flatten().view(torch.uint8) for x in dense]
-    padded = [pad(piece, (0, -len(piece) % _ALIGNED)) for piece in pieces]
     # torch gives the locked memory to nobody else before the copy has been made.
-    there = torch.cat(padded).pin_memory().to(device, non_blocking=True)
-    storage, begin = there.untyped_storage(), 0
+    return _cut(_joined(dense).pin_memory().to(device, non_blocking=True), dense)
+
+
+def _joined(dense: list[Tensor]) -> Tensor:
+    """[bytes] uint8: one tensor after another, each from an aligned address on."""
+    pieces = [x.flatten().view(torch.uint8) for x in dense]
+    return torch.cat([pad(piece, (0, -len(piece) % _ALIGNED)) for piece in pieces])
+
+
+def _cut(joined: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """What `_joined` put together, in the same memory."""
+    storage, begin = joined.untyped_storage(), 0
     found = []
-    for x, piece in zip(dense, padded, strict=True):
+    for x in like:
         # Not a view: torch.compile looks for what a view is of.
-        own = torch.empty(0, dtype=x.dtype, device=device)
+        own = torch.empty(0, dtype=x.dtype, device=joined.device)
         found.append(own.set_(storage, begin // x.element_size(), x.shape, x.stride()))
-        begin += len(piece)
+        begin += -(-x.nbytes // _ALIGNED) * _ALIGNED
     return found

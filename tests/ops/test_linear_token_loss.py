@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from budget import assert_within_budget
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrl
 from fastrl import reference
@@ -93,6 +94,35 @@ def test_it_takes_three_products(device, monkeypatch):
     calls.clear()
     fastrl.linear_token_loss(hidden.clone().requires_grad_(), weight, token_ids, loss_fn)
     assert len(calls) == 2
+
+
+class Launches(TorchDispatchMode):
+    """Counts the ops that compute something: on a GPU each is a launch or more."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aliases = [x.alias_info for x in func._schema.returns]
+        is_view = any(x is not None and not x.is_write for x in aliases)
+        self.count += not is_view and "empty" not in func.overloadpacket.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_further_slice_costs_few_launches_beside_those_of_the_loss():
+    def launches(rows):
+        hidden, weight, token_ids, _ = problem(rows, torch.float32, "cpu")
+        token_ids[rows // 2] = 0
+        advantages = torch.randn(rows)
+        x, w = hidden.requires_grad_(), weight.requires_grad_()
+        with Launches() as found:
+            fastrl.linear_token_loss(x, w, token_ids, lambda p, e, r: -advantages[r] * p)
+        return found.count
+
+    # Three products, two passes over the logits, three launches of the loss and three for its
+    # derivatives: nothing that could be done for all slices at once.
+    assert launches(64) - launches(32) <= 2 * 12
 
 
 class HeadOfAGpu(_head.Head):
