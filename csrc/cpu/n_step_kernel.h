@@ -208,7 +208,16 @@ inline void n_step_grads(const Actions& found, const double* g, const double* di
   }
 }
 
+// With windows as long as the row, n-step returns are discounted returns. Each row decides by its
+// own length: its bits would depend on the batch otherwise.
 void n_step_returns(const Trajectories& x, const Piece& p, int64_t n, double* scratch) {
+  if (n >= p.length) {
+    double end[kWindowRows];
+    Affine found[kWindowRows];
+    for (int l = 0; l < p.count; ++l) end[l] = before<DiscountedReturns>(x, p, l);
+    write<DiscountedReturns>(x, p, end, found);
+    return;
+  }
   in_lanes(p, scratch, kWindowScratch,
            [&](const Piece& part, double* own) { n_step_returns_part(x, part, n, own); });
 }
@@ -254,8 +263,9 @@ inline void n_step_returns_bwd_part(const Trajectories& x, const Piece& p, int64
 }
 
 void n_step_returns_bwd(const Trajectories& x, const Piece& p, int64_t n, double* scratch) {
+  const int64_t steps = std::max<int64_t>(1, std::min(n, p.length));
   in_lanes(p, scratch, 2 * kWindowScratch,
-           [&](const Piece& part, double* own) { n_step_returns_bwd_part(x, part, n, own); });
+           [&](const Piece& part, double* own) { n_step_returns_bwd_part(x, part, steps, own); });
 }
 
 constexpr ReturnsKernels kReturns = {

@@ -5,7 +5,6 @@
 namespace fastrl {
 namespace {
 
-// With windows as long as the rows, n-step returns are discounted returns.
 Tensor n_step_returns_cpu(const Tensor& rewards, const Tensor& values, FASTRL_STEPS_ARGUMENTS,
                           int64_t n) {
   STD_TORCH_CHECK(n >= 1, "n_step_returns: n must be at least 1");
@@ -17,7 +16,7 @@ Tensor n_step_returns_cpu(const Tensor& rewards, const Tensor& values, FASTRL_ST
   x.values = rows.floats(values, "values");
   const Tensor returns = rows.empty(result_type({&rewards, &values}, path, end));
   x.results[0] = rows.results(returns);
-  if (n >= rows.longest()) {
+  if (n >= rows.longest()) {  // as each row would be by itself, and long ones by chunks
     run(kernels().returns.discounted_returns, x, rows);
   } else {
     run_windows(kernels().returns.n_step_returns, kWindowScratch, x, rows, n);
@@ -35,9 +34,7 @@ std::tuple<Tensor, Tensor> n_step_returns_bwd_cpu(const Tensor& grad, FASTRL_PAT
   const Tensor grad_rewards = rows.empty(grad_type(grad)), grad_next = rows.empty(grad_type(grad));
   x.results[0] = rows.results(grad_rewards);
   x.results[1] = rows.results(grad_next);
-  const int64_t longest = std::max<int64_t>(1, rows.longest());
-  run_windows(kernels().returns.n_step_returns_bwd, 2 * kWindowScratch, x, rows,
-              std::min(n, longest));
+  run_windows(kernels().returns.n_step_returns_bwd, 2 * kWindowScratch, x, rows, n);
   return {grad_rewards, grad_next};
 }
 

@@ -13,7 +13,8 @@ namespace fastrl::FASTRL_SIMD {
 // first, and again where what came out is not finite; on finite numbers both give the same bits.
 template <bool kGuarded>
 FASTRL_INLINE VecD apply(VecD a, VecD b, VecD x) {
-  return kGuarded ? (a == 0.0 ? b : b + a * x) : b + a * x;
+  const VecD sum = multiply_add(a, x, b);
+  return kGuarded ? (a == 0.0 ? b : sum) : sum;
 }
 // A product of many factors leaves the range of a double where the sums that it weighs need not: it
 // stops at these ends, so that it cuts where a factor is 0 and nowhere else, and times 0 stays 0.
@@ -159,10 +160,12 @@ FASTRL_INLINE void scan_lanes(const Trajectories& row, int64_t t, const Present&
   if constexpr (kWrite) store_results<E, kAll>(row, at, in, formed, exists, x, x_before);
 }
 
-// The same for kDoubles rows side by side.
+// The same for kDoubles rows side by side. A function of its own: inlined, its registers and those
+// of an estimator with many numbers (vtrace) push each other to the stack, in twice the time.
 template <class E, bool kGuarded>
-FASTRL_INLINE bool solve_vectors(const VecD (&given_a)[kDoubles], const VecD (&given_b)[kDoubles],
-                                 Carry& carry, VecD (&x)[kDoubles], VecD& before) {
+__attribute__((noinline)) bool solve_vectors(const VecD (&given_a)[kDoubles],
+                                             const VecD (&given_b)[kDoubles], Carry& carry,
+                                             VecD (&x)[kDoubles], VecD& before) {
   VecD a[kDoubles], b[kDoubles];
   for (int i = 0; i < kDoubles; ++i) a[i] = given_a[i], b[i] = given_b[i];
   compose_vectors<E, kGuarded>(a, b);

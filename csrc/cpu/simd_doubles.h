@@ -70,6 +70,23 @@ FASTRL_INLINE void store_doubles(float* p, VecD v) {
 }
 FASTRL_INLINE void store_doubles(double* p, VecD v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
+// a x + b, rounded once where the machine can. Whether GCC contracts an expression depends on where
+// in a kernel it stands (it looks no further than a basic block), and so would a row's bits.
+FASTRL_INLINE VecD multiply_add(VecD a, VecD x, VecD b) {
+#if defined(__x86_64__) && FASTRL_LANES == 16
+  return bit_cast<VecD>(
+      _mm512_fmadd_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(x), bit_cast<__m512d>(b)));
+#elif defined(__x86_64__) && FASTRL_LANES == 8
+  return bit_cast<VecD>(
+      _mm256_fmadd_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(x), bit_cast<__m256d>(b)));
+#elif defined(__FP_FAST_FMA)
+  for (int l = 0; l < kDoubles; ++l) b[l] = __builtin_fma(a[l], x[l], b[l]);
+  return b;
+#else
+  return a * x + b;
+#endif
+}
+
 FASTRL_INLINE bool all_finite(VecD v) {
 #if defined(__x86_64__) && FASTRL_LANES == 16
   return _mm512_fpclass_pd_mask(bit_cast<__m512d>(v), 0x99) == 0;  // NaN or infinite
