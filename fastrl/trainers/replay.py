@@ -44,8 +44,6 @@ class ReplayBuffer:
 
 def joined(rollouts: list[Rollout]) -> Rollout:
     """Several rollouts as one; their prompts stay apart."""
-    if len(rollouts) == 1:
-        return rollouts[0]
     tokens: list[Tensor] = []
     masks: list[Tensor] = []
     parents: list[Tensor] = []

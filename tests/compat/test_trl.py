@@ -227,6 +227,14 @@ def test_what_is_refused(change, error, message):
             function(**arguments)
 
 
+def test_there_is_no_entropy_of_nothing():
+    for message, logits in ((r"\[..., V\], V >= 1", torch.zeros(2, 0)), ("of dtype", IDS)):
+        with pytest.raises(
+            (ValueError, TypeError), match=f"from_logits: expected logits {message}"
+        ):
+            ours.entropy_from_logits(logits)
+
+
 def test_one_entropy_per_row_has_no_mask_per_id():
     index = IDS[..., None].expand(2, 3, K)
     with pytest.raises(ValueError, match=r"index \(2, 3\) with row_mask, got \(2, 3, 4\)"):

@@ -5,6 +5,7 @@ import torch
 from returns_cases import INPUTS, OPS, call, case, on_tensors
 
 import fastrl
+from fastrl.ops.token_logprobs import _overlaps
 
 IDS = torch.tensor([[2, 0], [4, 1], [3, 0]])[:, 0]  # a column: 3 ids, two numbers apart
 
@@ -36,6 +37,22 @@ def test_of_steps_first_the_results_lie_as_tracing_expects(shape):
     real = fastrl.discounted_returns(rewards, gamma=0.9)
     traced = fastrl.discounted_returns(rewards.to("meta"), gamma=0.9)
     assert traced.shape == real.shape and traced.stride() == real.stride() == rewards.stride()
+
+
+@pytest.mark.parametrize(
+    "shape, strides, is_shared",
+    [
+        ((2, 3), (3, 1), False),
+        ((2, 3), (2, 1), True),
+        ((2, 3), (6, 2), False),
+        ((2, 3), (4, 2), True),
+        ((4, 3), (1, 4), False),
+        ((4, 3), (0, 1), True),
+        ((1, 3), (2, 1), False),  # a lone row's step leads nowhere
+    ],
+)
+def test_entries_that_share_memory_are_known(shape, strides, is_shared):
+    assert _overlaps(torch.zeros(20).as_strided(shape, strides)) == is_shared
 
 
 def test_token_ids_may_be_a_column():

@@ -260,3 +260,12 @@ def test_wrong_results_leave_the_statistics_alone():
     with pytest.raises(ValueError, match="part judge to give a list of 4"):
         call(reward)
     assert call(reward) == [-1, 1, -1, 1]
+
+
+def test_the_minimum_of_one_is_the_sum_of_it_and_forgets_as_fast():
+    rows = [[1.0, 3.0, 1.0, 3.0], [5.0, 4.0, 4.0, 5.0], [0.0, 9.0, 1.0, 2.0]]
+    least, whole = (
+        kind([giving(*rows)], over="running", decay=0.5) for kind in (Minimum, NormalizedSum)
+    )
+    for _ in rows:
+        assert call(least) == call(whole)

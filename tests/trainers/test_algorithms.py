@@ -171,14 +171,18 @@ def test_gspo_clips_on_either_side_and_lets_others_through(make_trainer):
     bounds = {"clip_low": 0.05, "clip_high": 0.05}
     trainer, rollout, rows = moved(make_trainer, "policy_gradient", algorithm="gspo", **bounds)
     advantages, losses, sides = compared(rows, trainer.config, "grpo"), [], set()
+    lost = total = 0  # tokens
     for i in counted(rows, trainer.config):
         s = (rows[i].logprobs - rows[i].old_logprobs).mean().exp()
         losses.append(-clipped(s, advantages[i], 0.05, 0.05))
         side = -1 if s < 0.95 else 1 if s > 1.05 else 0
         sides.add((side, bool(advantages[i] > 0)))
+        total += len(rows[i].rewards)
+        lost += len(rows[i].rewards) * ((side, bool(advantages[i] > 0)) in {(-1, False), (1, True)})
     assert {(-1, False), (1, True)} <= sides  # no gradient
     assert sides & {(-1, True), (1, False), (0, True), (0, False)}
-    assert_learns(trainer, rollout, torch.stack(losses).mean())
+    numbers = assert_learns(trainer, rollout, torch.stack(losses).mean())
+    assert numbers["clip_ratio/region_mean"] == pytest.approx(lost / total)
 
 
 def test_cispo_bounds_the_weight_and_keeps_the_gradient(make_trainer):
