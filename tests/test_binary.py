@@ -34,6 +34,14 @@ def test_only_the_stable_abi_is_used():
     assert [s for s in symbols if s.startswith("aoti_torch_") or s.startswith("torch_")]
 
 
+def test_each_class_of_the_cpu_headers_has_a_name_of_its_own():
+    """Two of one name are one to the linker, which keeps the functions of either."""
+    headers = sorted((ROOT / "csrc" / "cpu").glob("*.h"))
+    named = [re.findall(r"^(?:class|struct) (\w+) [{:]", p.read_text(), re.M) for p in headers]
+    names = sum(named, [])
+    assert len(names) > 60 and sorted(names) == sorted(set(names))
+
+
 def test_build_facts():
     facts = _C.build_facts()
     assert facts["simd_levels"][-1] == "plain"

@@ -9,7 +9,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> kept_ids_cpu(const Tensor& logits, const Tensor& lowest,
                                         const Tensor& last_id) {
-  const Rows rows(logits);
+  const LogitRows rows(logits);
   STD_TORCH_CHECK(lowest.scalar_type() == ScalarType::Float && lowest.is_contiguous() &&
                       last_id.scalar_type() == ScalarType::Long && last_id.is_contiguous() &&
                       lowest.numel() == rows.count && last_id.numel() == rows.count,
@@ -17,6 +17,9 @@ std::tuple<Tensor, Tensor> kept_ids_cpu(const Tensor& logits, const Tensor& lowe
                   "per row of logits");
   const auto* low = ptr<float>(lowest);
   const auto* last = ptr<int64_t>(last_id);
+  const auto kept = [&](int64_t r) {  // of any id below 0 columns could not be taken
+    return Kept{low[r], std::max<int64_t>(last[r], -1)};
+  };
   Tensor cu_seqlens = empty_cpu({rows.count + 1}, ScalarType::Int);
   auto* bounds = mutable_ptr<int32_t>(cu_seqlens);
   std::vector<int64_t> starts(rows.count + 1, 0);
@@ -28,7 +31,7 @@ std::tuple<Tensor, Tensor> kept_ids_cpu(const Tensor& logits, const Tensor& lowe
     const SampleKernels<T>& k = sample_kernels<T>();
     torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        starts[r + 1] = k.count_kept(x + rows.offset(r), rows.vocab, {low[r], last[r]});
+        starts[r + 1] = k.count_kept(x + rows.offset(r), rows.vocab, kept(r));
       }
     });
     for (int64_t r = 0; r < rows.count; ++r) starts[r + 1] += starts[r];
@@ -39,7 +42,7 @@ std::tuple<Tensor, Tensor> kept_ids_cpu(const Tensor& logits, const Tensor& lowe
     auto* out = mutable_ptr<int64_t>(ids);
     torch::stable::parallel_for(0, rows.count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        k.list_kept(x + rows.offset(r), rows.vocab, {low[r], last[r]}, 0, out + starts[r]);
+        k.list_kept(x + rows.offset(r), rows.vocab, kept(r), 0, out + starts[r]);
       }
     });
   });

@@ -12,7 +12,7 @@ struct KeptRows {
   const int64_t* ids;
   const int32_t* bounds;
 
-  KeptRows(const Tensor& kept_ids, const Tensor& cu_seqlens, const Rows& rows)
+  KeptRows(const Tensor& kept_ids, const Tensor& cu_seqlens, const LogitRows& rows)
       : ids(ptr<int64_t>(kept_ids)), bounds(ptr<int32_t>(cu_seqlens)) {
     STD_TORCH_CHECK(kept_ids.scalar_type() == ScalarType::Long && kept_ids.is_contiguous() &&
                         cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() &&
@@ -29,7 +29,7 @@ struct KeptRows {
     STD_TORCH_CHECK(in_range, "kept_logprobs: kept ids must be in [0, ", rows.vocab, ")");
   }
 
-  int64_t grain(const Rows& rows) const {
+  int64_t grain(const LogitRows& rows) const {
     const int64_t mean = bounds[rows.count] / std::max<int64_t>(1, rows.count);
     return std::max<int64_t>(1, 8192 / std::max<int64_t>(64, mean));
   }
@@ -64,8 +64,8 @@ struct Gathered {
 };
 
 template <class T>
-void forward(const T* logits, const Rows& rows, const KeptRows& kept, const LogprobKernels<T>& k,
-             const Forward& f) {
+void forward(const T* logits, const LogitRows& rows, const KeptRows& kept,
+             const LogprobKernels<T>& k, const Forward& f) {
   torch::stable::parallel_for(0, rows.count, kept.grain(rows), [&](int64_t begin, int64_t end) {
     Gathered<T> g;
     for (int64_t r = begin; r < end; ++r) {
@@ -96,7 +96,7 @@ void forward(const T* logits, const Rows& rows, const KeptRows& kept, const Logp
 std::tuple<Tensor, Tensor, Tensor, Tensor> kept_logprobs_fwd_cpu(
     const Tensor& logits, const Tensor& token_ids, const Tensor& kept_ids, const Tensor& cu_seqlens,
     double temperature, int64_t ignore_index, bool return_entropy) {
-  const Rows rows(logits);
+  const LogitRows rows(logits);
   STD_TORCH_CHECK(token_ids.scalar_type() == ScalarType::Long && token_ids.is_contiguous() &&
                       token_ids.numel() == rows.count,
                   "kept_logprobs: token_ids must be contiguous int64, one per row of logits");
@@ -117,7 +117,7 @@ struct Backward {
   int64_t ignore_index;
 
   template <class T>
-  void run(const T* logits, const Rows& in, const KeptRows& kept, const LogprobKernels<T>& k,
+  void run(const T* logits, const LogitRows& in, const KeptRows& kept, const LogprobKernels<T>& k,
            T* grad) const {
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, in.vocab));
     torch::stable::parallel_for(0, in.count, grain, [&](int64_t begin, int64_t end) {
@@ -158,7 +158,7 @@ Tensor kept_logprobs_bwd_cpu(const std::optional<Tensor>& grad_logprobs,
                              const Tensor& cu_seqlens, const Tensor& logprobs,
                              const std::optional<Tensor>& entropy, const Tensor& row_max,
                              const Tensor& log_total, double temperature, int64_t ignore_index) {
-  const Rows rows(logits);
+  const LogitRows rows(logits);
   const KeptRows kept(kept_ids, cu_seqlens, rows);
   const auto check = [&](const Tensor& t, ScalarType dtype) {
     STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous() && t.numel() == rows.count,

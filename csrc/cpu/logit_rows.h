@@ -17,11 +17,11 @@ inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 // Rows of a [..., V] tensor whose last axis is dense; leading axes may have any strides, so that
 // logits[:, :-1] needs no copy.
-struct Rows {
+struct LogitRows {
   std::vector<int64_t> sizes, strides;
   int64_t count = 1, vocab;
 
-  explicit Rows(const Tensor& logits) : sizes(shape_of(logits)) {
+  explicit LogitRows(const Tensor& logits) : sizes(shape_of(logits)) {
     const auto s = logits.strides();
     STD_TORCH_CHECK(!sizes.empty() && (sizes.back() <= 1 || s[sizes.size() - 1] == 1),
                     "fastrl: logits must be dense along the vocabulary");

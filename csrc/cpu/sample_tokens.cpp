@@ -77,7 +77,8 @@ struct Sampler {
 };
 
 template <class T>
-void sample(const T* logits, const Rows& rows, const LogprobKernels<T>& k, const Sampler& sampler) {
+void sample(const T* logits, const LogitRows& rows, const LogprobKernels<T>& k,
+            const Sampler& sampler) {
   const int64_t chunks = (rows.vocab + kVocabChunk - 1) / kVocabChunk;
   const auto chunk_state = [&](const T* row, int64_t chunk) {
     const int64_t start = chunk * kVocabChunk;
@@ -112,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_cpu(const Tensor& logit
                                                              double temperature,
                                                              std::optional<int64_t> top_k,
                                                              std::optional<double> top_p) {
-  const Rows rows(logits);
+  const LogitRows rows(logits);
   STD_TORCH_CHECK(rows.vocab > 0, "sample_tokens: the vocabulary is empty");
   STD_TORCH_CHECK(seeds.scalar_type() == ScalarType::Long && seeds.is_contiguous() &&
                       seeds.numel() == rows.count,

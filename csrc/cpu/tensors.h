@@ -79,10 +79,4 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
-inline void check_like(const Tensor& t, const Tensor& like, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous() && t.numel() == like.numel(),
-                  "fastrl: ", name, " must be contiguous, with ", like.numel(),
-                  " elements and the dtype of its op");
-}
-
 }  // namespace fastrl

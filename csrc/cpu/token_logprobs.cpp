@@ -36,7 +36,7 @@ struct State {
 };
 
 template <class T, class Sink>
-void forward(const T* logits, const Rows& rows, const LogprobKernels<T>& k, const Sink& f) {
+void forward(const T* logits, const LogitRows& rows, const LogprobKernels<T>& k, const Sink& f) {
   const int64_t chunks = (rows.vocab + kVocabChunk - 1) / kVocabChunk;
   const auto chunk_state = [&](const T* row, int64_t chunk) {
     const int64_t start = chunk * kVocabChunk;
@@ -80,7 +80,7 @@ void forward(const T* logits, const Rows& rows, const LogprobKernels<T>& k, cons
   }
 }
 
-void check_forward(const Rows& rows, const Tensor& token_ids) {
+void check_forward(const LogitRows& rows, const Tensor& token_ids) {
   STD_TORCH_CHECK(rows.vocab > 0, "token_logprobs: the vocabulary is empty");
   STD_TORCH_CHECK(token_ids.scalar_type() == ScalarType::Long && token_ids.is_contiguous() &&
                       token_ids.numel() == rows.count,
@@ -89,7 +89,7 @@ void check_forward(const Rows& rows, const Tensor& token_ids) {
 
 Tensor token_logprobs_state_cpu(const Tensor& logits, const Tensor& token_ids, double temperature,
                                 int64_t ignore_index, int64_t vocab_start, bool return_entropy) {
-  const Rows rows(logits);
+  const LogitRows rows(logits);
   check_forward(rows, token_ids);
   Tensor state = empty_cpu({rows.count, State::kSize}, ScalarType::Double);
   const State f{ptr<int64_t>(token_ids),   temperature, ignore_index, vocab_start, return_entropy,
@@ -102,7 +102,7 @@ Tensor token_logprobs_state_cpu(const Tensor& logits, const Tensor& token_ids, d
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd_cpu(
     const Tensor& logits, const Tensor& token_ids, double temperature, int64_t ignore_index,
     bool return_entropy, bool /*inplace_backward: autograd's affair*/) {
-  const Rows rows(logits);
+  const LogitRows rows(logits);
   check_forward(rows, token_ids);
   const LogprobOutputs outputs(token_ids, return_entropy);
   const Forward f = outputs.forward(token_ids, temperature, ignore_index, return_entropy);
@@ -118,7 +118,7 @@ struct Saved {
   const Tensor &row_max, &log_total;
 };
 
-void check_saved(const Saved& s, const Rows& rows) {
+void check_saved(const Saved& s, const LogitRows& rows) {
   const auto check = [&](const Tensor& t, ScalarType dtype) {
     STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous() && t.numel() == rows.count,
                     "token_logprobs: the backward pass takes contiguous tensors, a number per row");
@@ -132,7 +132,7 @@ void check_saved(const Saved& s, const Rows& rows) {
 }
 
 void backward(const Tensor& logits, const Saved& s, double temperature, int64_t ignore_index,
-              int64_t vocab_start, const Rows& in, const Tensor& grad, const Rows& out) {
+              int64_t vocab_start, const LogitRows& in, const Tensor& grad, const LogitRows& out) {
   check_saved(s, in);
   const auto* g = ptr<float>(s.grad_logprobs);
   const auto* h = ptr<float>(s.grad_entropy);
@@ -170,10 +170,10 @@ Tensor token_logprobs_bwd_cpu(const std::optional<Tensor>& grad_logprobs,
                               const std::optional<Tensor>& entropy, const Tensor& row_max,
                               const Tensor& log_total, double temperature, int64_t ignore_index,
                               int64_t vocab_start) {
-  const Rows rows(logits);
+  const LogitRows rows(logits);
   Tensor grad = empty_cpu(shape_of(logits), logits.scalar_type());
   backward(logits, {grad_logprobs, grad_entropy, token_ids, logprobs, entropy, row_max, log_total},
-           temperature, ignore_index, vocab_start, rows, grad, Rows(grad));
+           temperature, ignore_index, vocab_start, rows, grad, LogitRows(grad));
   return grad;
 }
 
@@ -183,7 +183,7 @@ void token_logprobs_bwd_inplace_cpu(const std::optional<Tensor>& grad_logprobs,
                                     const std::optional<Tensor>& entropy, const Tensor& row_max,
                                     const Tensor& log_total, double temperature,
                                     int64_t ignore_index, int64_t vocab_start) {
-  const Rows rows(logits);
+  const LogitRows rows(logits);
   backward(logits, {grad_logprobs, grad_entropy, token_ids, logprobs, entropy, row_max, log_total},
            temperature, ignore_index, vocab_start, rows, logits, rows);
 }
