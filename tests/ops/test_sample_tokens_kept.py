@@ -118,15 +118,15 @@ def test_chi_square_with_top_k_and_top_p(device):
 def test_kept_ids_of_any_pair(any_kernel):
     """Also pairs that sampling does not give, and ids beyond the row."""
     logits = torch.tensor([0.0, 2.0, -math.inf, 1.0, math.nan, 1.0, 1.0]).to(any_kernel)
-    lowest = torch.tensor([1.0, 1.0, 1.0, -math.inf, -math.inf, 3.0, math.nan, 1.5])
-    last_id = torch.tensor([5, -1, 2**40, -1, 2**40, 6, 6, 2**40])
-    expected = [[1, 3, 5], [1], [1, 3, 5, 6], [0, 1, 3, 5, 6], [0, 1, 3, 5, 6], [], [], [1]]
+    lowest = torch.tensor([1.0, 1.0, 1.0, -math.inf, -math.inf, 3.0, math.nan, 1.5, 1.0])
+    last_id = torch.tensor([5, -1, 2**40, -1, 2**40, 6, 6, 2**40, -(2**63)])
+    expected = [[1, 3, 5], [1], [1, 3, 5, 6], [0, 1, 3, 5, 6], [0, 1, 3, 5, 6], [], [], [1], [1]]
     for padding in (0, 300):  # columns before them
         row = torch.full((padding + 7,), -math.inf, device=any_kernel)
         row[padding:] = logits
         limits = last_id.where(last_id < 0, last_id + padding)
         ids, bounds = torch.ops.fastrl.kept_ids(
-            row.expand(8, -1), lowest.to(any_kernel), limits.to(any_kernel)
+            row.expand(9, -1), lowest.to(any_kernel), limits.to(any_kernel)
         )
         assert bounds.dtype == torch.int32 and bounds.tolist() == [
             0, *torch.tensor([len(e) for e in expected]).cumsum(0).tolist(),
