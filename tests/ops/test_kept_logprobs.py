@@ -199,11 +199,13 @@ def test_compiles_without_a_break_or_a_recompile(device):
 
 
 def test_out_of_range_token_ids_give_nan_and_are_not_read(device):
-    logits = torch.randn(2, 5, device=device)
+    logits = torch.randn(2, 5, device=device, requires_grad=True)
     token_ids = torch.tensor([1, 2**40], device=device)
     kept = kept_of([[1, 2], [3, 4]], device)
     out = torch.ops.fastrl.kept_logprobs_fwd(logits, token_ids, *kept, 1.0, -100, False)[0]
     assert out[0].isfinite() and out[1].isnan()
+    out.sum().backward()
+    assert logits.grad[0].isfinite().all() and logits.grad[1, 3:].isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -174,15 +174,51 @@ def test_ignored_rows_may_hold_anything(device):
 
 
 def test_rows_without_a_distribution_are_nan_and_leave_the_others_alone(device):
-    logits = torch.randn(5, 2500, device=device)
+    logits = torch.randn(6, 40001, device=device)
     logits[0, 3], logits[1, 2400], logits[2] = math.nan, math.inf, -math.inf
-    logits[3, :2000] = -math.inf
-    logits[3, 7] = math.nan  # NaN before anything finite
-    token_ids = torch.full((5,), 9, device=device)
+    for row, end in ((3, 4096), (4, 33000)):  # NaN before anything finite: a block, a stretch
+        logits[row, :end] = -math.inf
+        logits[row, 7] = math.nan
+    logits[5, :33000] = -math.inf  # a stretch without a number, and a distribution behind it
+    token_ids = torch.full((6,), 40000, device=device)
     out = run(fastrl.token_logprobs, logits, token_ids, 1.0, 1.0)
     for x in out:
-        assert x[:4].isnan().all() if x.dim() == 1 else x[:4].isnan().any(1).all()
-        assert x[4].isfinite().all()
+        assert x[:5].isnan().all() if x.dim() == 1 else x[:5].isnan().any(1).all()
+        assert x[5].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_sixteen_bits_is_read_as_it_is(any_kernel, dtype):
+    """A row of one logit each: its maximum, and the logit of its token."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    logits, ids = bits[:, None].to(any_kernel), torch.zeros(2**16, dtype=torch.int64)
+    call = torch.ops.fastrl.token_logprobs_fwd
+    logprobs, _, row_max, _ = call(logits, ids.to(any_kernel), 1.0, -100, False, False)
+    finite = bits.isfinite()
+    assert torch.equal(row_max.cpu()[finite], bits.float()[finite])
+    assert not logprobs.cpu()[finite].any() and logprobs.cpu()[~finite].isnan().all()
+
+
+def test_a_token_that_cannot_be_drawn_has_the_gradient_of_the_reference(any_kernel):
+    """Its share of the entropy's is 0, where 0 times -inf would be nan."""
+    logits = torch.randn(2, 40, device=any_kernel)
+    logits[0, 3], logits[1, 3] = -math.inf, -1e4
+    token_ids = torch.tensor([3, 3], device=any_kernel)
+    ours = run(fastrl.token_logprobs, logits, token_ids, 1.0, 1.0)
+    exact = run(reference.token_logprobs, logits.double(), token_ids, 1.0, 1.0)
+    torch.testing.assert_close(ours[2].double(), exact[2], rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_too_large_for_the_caches_has_the_same_bits(any_kernel):
+    """It is written past them, where a row is aligned for that: one in 16 here."""
+    logits = torch.randn(4111, 4099, device=any_kernel)  # 67 MB
+    token_ids = torch.arange(4111, device=any_kernel) % 4099
+    few = slice(None, None, 150)
+    large, small = (
+        run(fastrl.token_logprobs, logits[rows], token_ids[rows], 1.0, 0.5)[2]
+        for rows in (slice(None), few)
+    )
+    assert torch.equal(large[few], small)
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-20, 1e37])
@@ -287,10 +323,13 @@ def test_fake_tensors_hold_nothing_to_check():
 
 
 def test_elsewhere_out_of_range_ids_give_nan_and_are_not_read(device):
-    """Looking would break a graph, or synchronise."""
+    """Looking would break a graph, or synchronise. Nor is there a gradient to learn from."""
     compiled = torch.compile(fastrl.token_logprobs, fullgraph=True, backend="aot_eager")
-    out = compiled(torch.randn(2, 5, device=device), torch.tensor([1, 2**40], device=device))
+    logits = torch.randn(2, 5, device=device, requires_grad=True)
+    out = compiled(logits, torch.tensor([1, 2**40], device=device))
     assert out[0].isfinite() and out[1].isnan()
+    out.sum().backward()
+    assert logits.grad[0].isfinite().all() and logits.grad[1].isnan().all()
 
 
 IDS = torch.zeros(2, dtype=torch.int64)
