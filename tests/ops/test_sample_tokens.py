@@ -35,6 +35,16 @@ def test_the_ends_of_u(any_kernel):
         assert token_ids.tolist() == [40000, kept[0].max().item()]
 
 
+def test_the_last_id_is_drawn_where_rounding_leaves_u_above_the_sum(any_kernel):
+    """Of u = 1 - 2^-24 the masses, added up one by one, fall short in some of these rows."""
+    logits = torch.randn(64, 5000, device=any_kernel)
+    logits[:, 4990:] = -math.inf
+    token_ids, _ = fastrl.sample_tokens(
+        logits, seeds=torch.full((64,), 16390493, device=any_kernel)
+    )
+    assert token_ids.tolist() == [4989] * 64
+
+
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 def test_offsets(any_kernel, offset):
     logits = torch.randn(32, 5000, device=any_kernel) + offset
