@@ -63,8 +63,22 @@ def test_dtypes_may_differ(op):
     widened = arguments | {"next_values": mixed["next_values"].float()}
     for actual, expected in zip(call(fastrl, op, mixed), call(fastrl, op, widened), strict=True):
         assert actual.dtype == torch.float32 and torch.equal(actual, expected)
-    out = call(fastrl, op, arguments | {"rewards": arguments["rewards"].double()})
-    assert all(o.dtype == torch.float64 for o in out)
+    given = case(op, "bootstrap_value", (2, 41), torch.float32)
+    wide = {k: v.double() for k, v in given.items() if torch.is_tensor(v) and k != "log_ratio"}
+    expected = call(fastrl, op, given | wide)
+    for name in wide:  # bootstrap_value alone, too
+        out = call(fastrl, op, given | {name: wide[name]})
+        assert all(o.dtype == torch.float64 for o in out) and all(map(torch.equal, out, expected))
+
+
+@pytest.mark.parametrize("name", ["gamma", "gae_lambda"])
+@every_op
+def test_one_rate_at_every_step_gives_the_bits_of_the_number(op, name):
+    arguments = case(op, "bootstrap_value", (3, 41), torch.float32)
+    if name in arguments:
+        number = call(fastrl, op, arguments | {name: 0.5})
+        per_step = call(fastrl, op, arguments | {name: torch.full((3, 41), 0.5)})
+        assert all(map(torch.equal, number, per_step))
 
 
 def test_hand_computed_gae():
@@ -100,6 +114,18 @@ def test_clips_of_every_size(simd_level, op, clip):
     check(op, arguments | clips, torch.float32)
 
 
+@pytest.mark.parametrize(
+    "dtype, least, most", [(torch.float32, -87, 88), (torch.float64, -708, 709)]
+)
+def test_ratios_are_exponentials_to_their_last_places(simd_level, dtype, least, most):
+    """Without gamma and clips an advantage is the ratio times the reward."""
+    log_ratio = torch.linspace(least, most, 4001, dtype=dtype)
+    log_ratio = torch.cat([log_ratio, log_ratio.new_tensor([-760, 720, -math.inf, math.inf])])
+    rewards, values = torch.ones_like(log_ratio), torch.zeros_like(log_ratio)
+    ratios, _ = fastrl.vtrace(rewards, values, log_ratio, gamma=0.0, rho_clip=math.inf)
+    torch.testing.assert_close(ratios, log_ratio.exp(), rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("op", ["vtrace", "retrace_returns"])
 def test_extreme_ratios(simd_level, op):
     """exp overflows float32 at 89 and float64 at 710, and underflows; a NaN stays one."""
@@ -129,13 +155,14 @@ def test_unclipped_ratios_whose_product_overflows(simd_level, op):
 
 @every_op
 def test_a_nan_reaches_all_steps_before_it_however_far(simd_level, op):
-    """0.5 ** 20000 is 0 in a double."""
+    """0.5 ** 20000 is 0 in a double. A window of n = 19 999 reaches it but from the first step."""
     arguments = case(op, "", (20_000,), torch.float32) | {"gamma": 0.5}
-    arguments |= {"n": 30_000} if op == "n_step_returns" else {}
+    arguments |= {"n": 19_999} if op == "n_step_returns" else {}
     arguments["rewards"][-1] = math.nan
     if "log_ratio" in arguments:
         arguments["log_ratio"].zero_()
-    assert all(o.isnan().all() for o in call(fastrl, op, arguments))
+    first = 1 if op == "n_step_returns" else 0
+    assert all(o[first:].isnan().all() for o in call(fastrl, op, arguments))
 
 
 def time_major(x):
@@ -175,30 +202,35 @@ def test_a_row_gives_the_same_bits_alone_in_a_batch_and_in_every_layout(
             assert torch.equal(restore(actual), expected), name
 
 
+def outputs_and_gradients(op, arguments):
+    """By the tensors shaped like rewards, as they lie."""
+    leaves = [arguments[name].detach().requires_grad_() for name in INPUTS[op]]
+    out = call(fastrl, op, arguments | dict(zip(INPUTS[op], leaves, strict=True)))
+    return [*out, *torch.autograd.grad(sum(o.nan_to_num().sin().sum() for o in out), leaves)]
+
+
+@pytest.mark.parametrize("shape", [(3 * CHUNK,), (3, 2 * CHUNK + 5)])
 @every_op
-def test_one_thread_gives_the_bits_of_several(op):
-    arguments = case(op, "mask bootstrap_value", (3 * CHUNK,), torch.float32)
-    several = call(fastrl, op, arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        one = call(fastrl, op, arguments)
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+def test_threads_do_not_change_a_bit(op, shape):
+    """They share the chunks of a row, and of rows side by side."""
+    arguments = on_tensors(time_major, case(op, "mask bootstrap_value", shape, torch.float32))
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(outputs_and_gradients(op, arguments))
+    torch.set_num_threads(threads)
+    for several in found[1:]:
+        assert all(map(torch.equal, several, found[0]))
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "n_step_returns"])
 def test_gradients_of_long_rows_do_not_depend_on_the_layout(simd_level, op):
     """Backward passes too are cut into chunks, and run over rows side by side."""
     batch = case(op, "mask bootstrap_value", (3, 2 * CHUNK + 5), torch.float32)
-    expected = None
+    expected = outputs_and_gradients(op, batch)
     for name, arguments, restore in layouts(batch):
-        leaf = arguments["rewards"].detach().requires_grad_()
-        out = call(fastrl, op, arguments | {"rewards": leaf})
-        sum(o.nan_to_num().sin().sum() for o in out).backward()
-        expected = leaf.grad if expected is None else expected
-        assert torch.equal(restore(leaf.grad), expected), name
+        for actual, dense in zip(outputs_and_gradients(op, arguments), expected, strict=True):
+            assert torch.equal(restore(actual), dense), name
 
 
 def test_long_rows_stay_exact():
