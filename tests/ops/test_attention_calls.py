@@ -56,6 +56,13 @@ def test_opcheck(device, kind):
             )  # fmt: skip
 
 
+def test_keys_without_queries_have_gradients_of_zero():
+    query, key, value = leaves((2, 4, 0, 16), *[(2, 2, 5, 16)] * 2)
+    output, lse = fastrl.attention(query, key, value, return_lse=True)
+    (output.sum() + lse.sum()).backward()
+    assert query.grad.shape == query.shape and not key.grad.any() and not value.grad.any()
+
+
 def test_compiled_once_for_every_layout(device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -124,7 +124,14 @@ def test_the_compiled_module_reads_no_foreign_memory_whatever_it_is_given():
     prefix = [arguments[n] for n in ("prefix_key", "prefix_value")]
     wild = torch.tensor([-5, 2**31 - 1, -(2**31), 41], dtype=torch.int32)
     op = torch.ops.fastrl.decode_attention.default
-    op(*tensors, wild, wild.flip(0), *prefix, wild[:2], None, 0.25, None, None)
+    found = op(*tensors, wild, wild.flip(0), *prefix, wild[:2], None, 0.25, None, None)
+    start, end, shared = (
+        x.clamp(0, n) for x, n in ((wild, 40), (wild.flip(0), 40), (wild[:2], 24))
+    )
+    bounds = (start.minimum(end), end)  # moved into their range, a row that ends before it starts
+    given = (*tensors, *bounds, *prefix, shared, None, 0.25, None, None)
+    for x, y in zip(found, op(*given), strict=True):
+        assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
     for rows in ([0, 5, 4], [-1, 2, 4], [0, 2, 5], [1, 2, 4]):
         bounds = torch.tensor(rows, dtype=torch.int32)
         with pytest.raises(RuntimeError, match="prefix_cu_rows must rise from 0 to the batch"):
