@@ -199,6 +199,26 @@ def test_every_number_of_sixteen_bits_is_read_as_it_is(any_kernel, dtype):
     assert not logprobs.cpu()[finite].any() and logprobs.cpu()[~finite].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_rounded_to_sixteen_bits_as_torch_rounds(any_kernel, dtype):
+    """The gradient of a token of probability 0 is that of its log-probability: every number of 16
+    bits, what lies half way to the next one, and around it; NaN of any bits stays one."""
+    if any_kernel != "cpu":
+        pytest.skip("one of the C++ kernels")
+    exact = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    half_way = torch.cat([exact, (exact[1:] + exact[:-1]) / 2])
+    upstream = torch.cat(
+        [half_way, half_way.nextafter(half_way + 1), half_way.nextafter(-half_way)]
+    )
+    upstream = torch.cat([upstream, torch.tensor([0x7FFFFFFF, -1]).int().view(torch.float32)])
+    logits = torch.tensor([0.0, -math.inf], dtype=dtype).repeat(len(upstream), 1).requires_grad_()
+    logprobs = fastrl.token_logprobs(logits, torch.ones(len(upstream), dtype=torch.int64))
+    (grad,) = torch.autograd.grad(logprobs, logits, upstream)
+    expected = upstream.to(dtype)
+    assert torch.equal(grad[:, 1].isnan(), expected.isnan())
+    assert torch.equal(grad[:, 1].nan_to_num(1.5), expected.nan_to_num(1.5))
+
+
 def test_a_token_that_cannot_be_drawn_has_the_gradient_of_the_reference(any_kernel):
     """Its share of the entropy's is 0, where 0 times -inf would be nan."""
     logits = torch.randn(2, 40, device=any_kernel)
