@@ -33,6 +33,9 @@ def test_the_ends_of_u(any_kernel):
     for cut in CUTS:
         token_ids, _, kept = fastrl.sample_tokens(logits, seeds=seeds, return_kept=True, **cut)
         assert token_ids.tolist() == [40000, kept[0].max().item()]
+    logits[:, 8:] = -math.inf  # id 7 and this one are kept, and one of them cannot be drawn
+    logits[:, 7], logits[:, 500] = -800.0, 0.0
+    assert fastrl.sample_tokens(logits, seeds=seeds, top_k=2)[0].tolist() == [500, 500]
 
 
 def test_the_last_id_is_drawn_where_rounding_leaves_u_above_the_sum(any_kernel):
