@@ -187,7 +187,12 @@ def test_rloo_of_equal_rewards_leaves_nothing(make_trainer, reward):
 
 
 def test_a_completion_without_tokens_is_no_other_of_rloo():
-    trajectories = SimpleNamespace(cu_seqlens=torch.tensor([0, 2, 3, 3]), group_ids=torch.zeros(3))
+    bounds = torch.tensor([0, 2, 3, 3])
+    trajectories = SimpleNamespace(
+        cu_seqlens=bounds,
+        group_ids=torch.zeros(3),
+        over=lambda x: x.repeat_interleave(bounds.diff()),
+    )
     counts = torch.ones(3, dtype=torch.bool)
     baseline, is_known = leave_one_out(torch.tensor([1.0, 2.0, 4.0]), trajectories, counts)
     assert baseline.tolist() == [4.0, 4.0, 1.0] and is_known.all()
