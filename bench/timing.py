@@ -25,7 +25,7 @@ class Budget:
 
 
 FULL = Budget(seconds=1.0, least_rounds=7, most_rounds=31, patience_seconds=20.0)
-QUICK = Budget(seconds=0.6, least_rounds=4, most_rounds=15, patience_seconds=1.5)
+QUICK = Budget(seconds=0.5, least_rounds=4, most_rounds=13, patience_seconds=0.5)
 # A GPU is ours alone: it is quiet, or will not become so.
 FULL_GPU = Budget(seconds=0.8, least_rounds=5, most_rounds=31)
 QUICK_GPU = Budget(seconds=0.4, least_rounds=3, most_rounds=15)  # many cases in nine minutes
