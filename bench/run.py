@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import fastrl.ops
-from bench import peers
+from bench import memory, peers
 from bench.case import Case, Workload, WrongResult
 from bench.ceiling import Copy, Product
 from bench.field import Field
@@ -53,11 +53,15 @@ class Bench:
             seconds: what the case should take. We are measured however long it takes; peers enter,
                 in order, until most of it is gone.
         """
-        start = time.monotonic()
-        stop = None if seconds is None else start + _ENTERING * seconds
         # Else a second shape would be compiled as a dynamic one. Between peers it would throw away
         # what is to be timed.
         torch.compiler.reset()
+        with memory.settled():
+            return self._run(case, seconds, run_rounds)
+
+    def _run(self, case: Case, seconds: float | None, run_rounds: RunRounds | None) -> CaseResult:
+        start = time.monotonic()
+        stop = None if seconds is None else start + _ENTERING * seconds
         workload = WORKLOADS[case.op]
         result = CaseResult(
             op=case.op,
