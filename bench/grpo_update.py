@@ -117,12 +117,13 @@ def measure(
                 else:
                     grads = _first(run, model, update, device)
                     expected = grads if name == PACKED else expected
-                    run.grad_difference = difference(grads, expected)
+                    if expected:  # else the packed one had no room, and there is nothing to compare
+                        run.grad_difference = difference(grads, expected)
                     del grads
             except torch.OutOfMemoryError:
                 run.reason = "out of memory"
             model.zero_grad()
-            if turn == 0:
+            if turn == 0 or run.reason:
                 memory.release(device)
             yield runs
         if turn and 2 * time.monotonic() - began > deadline:  # as long as the last one took

@@ -1,5 +1,7 @@
 import json
+import math
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -46,3 +48,24 @@ def test_a_way_that_has_no_room_does_not_take_the_others_down(monkeypatch, tmp_p
     assert len(packed["seconds"]) == len(padded["seconds"]) == 1
     assert padded["loss"] == pytest.approx(packed["loss"], abs=2e-6)
     assert "out of memory" in "\n".join(update_table.lines(json.loads(path.read_text())))
+
+
+def test_the_others_are_measured_where_the_packed_one_has_no_room():
+    model = torch.nn.Linear(2, 1)
+
+    def too_large():
+        raise torch.OutOfMemoryError("no room")
+
+    def fits():
+        loss = model.weight.sum()
+        loss.backward()
+        return loss.detach()
+
+    options = grpo_update.parser().parse_args(["--rounds", "2"])
+    updates = {update_table.PACKED: (model, too_large), "padded": (model, fits)}
+    *_, runs = grpo_update.measure(updates, options, math.inf)
+    assert runs[update_table.PACKED].reason == "out of memory"
+    assert len(runs["padded"].seconds) == 2 and math.isnan(runs["padded"].grad_difference)
+    record = grpo_update.describe(options) | {"runs": {n: asdict(r) for n, r in runs.items()}}
+    text = "\n".join(update_table.lines(record))
+    assert "fastrl, packed                    out of memory" in text and "padded" in text

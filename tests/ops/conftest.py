@@ -10,6 +10,15 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(params=_C.build_facts()["simd_levels"])
+def simd_level(request):
+    before = _C.simd_level()
+    if not _C.select_simd_level(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    assert _C.select_simd_level(before)
+
+
 @pytest.fixture(params=[*(f"cpu-{level}" for level in _C.build_facts()["simd_levels"]), GPU])
 def any_kernel(request):
     """The device, with each of its kernels in turn."""

@@ -7,22 +7,13 @@ import torch
 from returns_cases import GIVEN, INPUTS, OPS, call, case, check, on_tensors
 
 import fastrl
-from fastrl import _C, reference
+from fastrl import reference
 
 every_op = pytest.mark.parametrize("op", OPS)
 # No step; one; less than a vector; a vector and its neighbours; some vectors and a rest.
 LENGTHS = [0, 1, 3, 7, 8, 9, 17, 255, 1025]
 SEGMENTS = [0, 0, 1, 9, 9, 130, 300]
 CHUNK = 16384  # kRowChunk of csrc/cpu/returns_kernels.h: longer rows are scanned in several pieces
-
-
-@pytest.fixture(params=_C.build_facts()["simd_levels"])
-def simd_level(request):
-    before = _C.simd_level()
-    if not _C.select_simd_level(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    assert _C.select_simd_level(before)
 
 
 @pytest.mark.parametrize("given", GIVEN)

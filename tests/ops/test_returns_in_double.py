@@ -5,18 +5,8 @@ import torch
 from returns_cases import GIVEN, OPS, case, on_tensors, outputs_and_gradients
 
 import fastrl
-from fastrl import _C
 
 LENGTH = 45  # some vectors and a rest, at every width
-
-
-@pytest.fixture(params=_C.build_facts()["simd_levels"])
-def simd_level(request):
-    before = _C.simd_level()
-    if not _C.select_simd_level(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    assert _C.select_simd_level(before)
 
 
 def column(v):
