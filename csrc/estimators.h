@@ -52,6 +52,10 @@ template <class N>
 FASTRL_DEVICE typename N::V through(typename N::D factor, typename N::V x) {
   return factor == typename N::D{} ? typename N::V{} : N::narrow(factor) * x;
 }
+template <class N>
+FASTRL_DEVICE typename N::D wide_through(typename N::D factor, typename N::D x) {
+  return factor == typename N::D{} ? typename N::D{} : factor * x;
+}
 
 struct Clips {
   double rho, c;
@@ -195,7 +199,7 @@ struct TdBackward {
   template <class N>
   FASTRL_DEVICE static Formed<N> form(const Step<N>& s, const Clips&) {
     const auto direct = N::wide(s.grad_first + s.grad_second);
-    return {s.trace(), s.trace() * direct, direct};
+    return {s.trace(), wide_through<N>(s.trace(), direct), direct};
   }
   template <class N>
   FASTRL_DEVICE static void write(const Formed<N>& f, typename N::D, typename N::D z_previous,
@@ -218,7 +222,8 @@ struct VtraceBackward {
   FASTRL_DEVICE static Formed<N> form(const Step<N>& s, const Clips& clips) {
     const auto rho = clipped<N>(s.ratio, clips.rho);
     const auto a = s.trace() * N::wide(clipped<N>(s.ratio, clips.c));
-    const auto b = a * N::wide(s.grad_second) + s.trace() * N::wide(rho * s.grad_first);
+    const auto b = wide_through<N>(a, N::wide(s.grad_second)) +
+                   wide_through<N>(s.trace(), N::wide(rho * s.grad_first));
     const auto live_rho = unclipped<N>(s.ratio, clips.rho), live_c = unclipped<N>(s.ratio, clips.c);
     const auto of_x = live_rho * s.td_error + live_c * s.carried;
     const auto of_advantage = live_rho * (s.td_error + s.carried);
@@ -248,8 +253,8 @@ struct RetraceBackward {
     const auto lambda = N::narrow(s.lambda);
     const auto weight = lambda * clipped<N>(s.ratio, clips.c);
     const auto of_x = lambda * unclipped<N>(s.ratio, clips.c) * s.td_error;
-    return {s.unbroken() * N::wide(weight), s.unbroken() * N::wide(s.grad_first), weight,
-            s.grad_first, of_x};
+    const auto b = wide_through<N>(s.unbroken(), N::wide(s.grad_first));
+    return {s.unbroken() * N::wide(weight), b, weight, s.grad_first, of_x};
   }
   template <class N>
   FASTRL_DEVICE static void write(const Formed<N>& f, typename N::D, typename N::D z_previous,

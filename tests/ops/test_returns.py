@@ -156,6 +156,32 @@ def test_a_nan_reaches_all_steps_before_it_however_far(simd_level, op):
     assert all(o[first:].isnan().all() for o in call(fastrl, op, arguments))
 
 
+@pytest.mark.parametrize("end", ["terminated", "truncated next_values"])
+@pytest.mark.parametrize("at", [7, 20])
+@every_op
+def test_a_nan_gradient_stays_in_its_episode(simd_level, op, at, end):
+    """Backward passes run on in time, and an end stops them as it stops the recursion."""
+    arguments = case(op, end, (3, 40), torch.float32)
+    flag = end.split()[0]
+    arguments[flag] = arguments[flag].index_fill(1, torch.tensor([20]), True)
+    names = [*INPUTS[op], *(["next_values"] if "next_values" in end else [])]
+    for lay in (torch.Tensor.contiguous, time_major):
+        laid = on_tensors(lay, arguments)
+        leaves = [laid[name].detach().requires_grad_() for name in names]
+        out = call(fastrl, op, laid | dict(zip(names, leaves, strict=True)))
+        good = [torch.ones_like(o) for o in out]
+        spoiled = [g.clone() for g in good]
+        for g in spoiled:
+            g[1, at] = math.nan
+        expected = torch.autograd.grad(out, leaves, good, retain_graph=True)
+        found = torch.autograd.grad(out, leaves, spoiled)
+        assert found[0][1, at].isnan()
+        for actual, whole in zip(found, expected, strict=True):
+            assert torch.equal(actual[::2], whole[::2]) and whole.isfinite().all()
+            assert torch.equal(actual[1, :at], whole[1, :at])
+            assert torch.equal(actual[1, 21:], whole[1, 21:])
+
+
 def time_major(x):
     return x.movedim(-1, 0).contiguous().movedim(0, -1) if x.dim() > 1 else x
 
