@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrl._transfer import on_device
 from fastrl.layout import PackedBatch, pack_groups
+from fastrl.ops import _checks
 
 Environment = Callable[[int, list[int], list[int]], "list[int] | None"]
 
@@ -27,7 +28,12 @@ class Stop:
         strings: Sequence[str],
         decode: Callable[[list[int]], str] | None,
     ) -> None:
-        self._eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        given: Any = eos_token_id
+        given = given.tolist() if hasattr(given, "tolist") else given
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        self._eos = list(given) if several else [] if given is None else [given]
+        for token in self._eos:
+            _checks.index("generate", "eos_token_id", token)
         self.strings, self._decode = list(strings), decode
         self._window = max(map(len, self.strings), default=0) + _SPARE_TOKENS
 
@@ -202,8 +208,8 @@ def check_sampling(
             f"{tuple(seeds.shape)}. Make them with completion_seeds."
         )
     for name, number in (("max_new_tokens", max_new_tokens), ("max_rows", max_rows)):
-        if number is not None and number < 1:
-            raise ValueError(f"generate: expected {name} >= 1, got {number}. Sample one at least.")
+        if number is not None:
+            _checks.whole("generate", name, number, 1)
     if isinstance(stop_strings, str) or not all(stop_strings):
         raise ValueError(
             f"generate: expected stop_strings a list of texts that are not empty, got "

@@ -127,8 +127,9 @@ def test_no_more_rows_run_than_allowed(model):
     assert sum(steps) == int((rollout.lengths - 1).sum())  # no row computes what nobody reads
 
 
-def test_each_of_several_eos_ids_ends_a_completion(model):
-    rollout = sample(model, eos_token_id=[EOS, 0])
+@pytest.mark.parametrize("ids", [[EOS, 0], (0, EOS), torch.tensor([EOS, 0])])
+def test_each_of_several_eos_ids_ends_a_completion(model, ids):
+    rollout = sample(model, eos_token_id=ids)
     last = torch.stack([ids[-1] for ids in rollout.completion_ids])
     assert {0, EOS} <= set(last[rollout.ended].tolist()) <= {0, EOS}
     for ids in rollout.completion_ids:
@@ -243,6 +244,9 @@ def test_seeds_and_length_are_checked(model):
         ("stop_strings a list of texts that are not empty, got 'ab'", {"stop_strings": "ab"}),
         (r"stop_strings a list .*, got \['a', ''\]", {"stop_strings": ["a", ""]}),
         ("decode with stop_strings, got None", {"stop_strings": ["a"], "decode": None}),
+        ("max_rows as an int, got float", {"max_rows": 1.5}),
+        ("eos_token_id of 64 bits", {"eos_token_id": 2**70}),
+        ("eos_token_id as an int, got str", {"eos_token_id": "</s>"}),
     ):
-        with pytest.raises(ValueError, match=f"generate: expected {message}"):
+        with pytest.raises((ValueError, TypeError), match=f"generate: expected {message}"):
             generate(model, PROMPTS, **options | changes)
