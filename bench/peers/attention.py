@@ -45,6 +45,40 @@ def _sdpa(back_end: str) -> Implementation:
     return build
 
 
+class _Setting(torch.autograd.Function):
+    """What lets tensors through, and in the backward pass says how what comes next has to be."""
+
+    @staticmethod
+    def forward(ctx: Any, deterministic: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.deterministic = deterministic
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        torch.use_deterministic_algorithms(ctx.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which nobody asks for here
+        return None, *grads
+
+
+def _deterministic_flash(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
+    """The backward pass without atomic additions, as ours is: the same bits in each run."""
+    if case.mode == "forward":
+        raise Unavailable("differs in its backward pass alone")
+    if not _is_plainly_causal(case, arguments):
+        raise Unavailable("takes no mask")
+    on_cuda(arguments["query"])
+    names, plain = ("query", "key", "value"), _sdpa("flash")
+    plain(case, arguments)  # says what else it cannot do
+
+    def run() -> Outputs:
+        torch.use_deterministic_algorithms(False)
+        inputs = _Setting.apply(False, *(arguments[name] for name in names))
+        outputs = plain(case, arguments | dict(zip(names, inputs, strict=True)))()
+        return _Setting.apply(True, *outputs)
+
+    return run
+
+
 def _is_plainly_causal(case: Case, arguments: Arguments) -> bool:
     """Square and causal, with nothing else to hide."""
     same = arguments["query"].shape[2] == arguments["key"].shape[2]
@@ -159,6 +193,7 @@ def of(op: str) -> list[Peer]:
     return [
         REFERENCE,
         *(Peer(f"torch SDPA, {name}", "torch", _sdpa(name)) for name in _BACK_ENDS),
+        Peer("torch SDPA, flash, deterministic", "torch", _deterministic_flash),
         Peer("torch SDPA, a copy of the prompt each", "torch", _copies),
         Peer("torch FlexAttention", "torch", _flex),
         Peer("torch.compile", "torch", compiled_reference),

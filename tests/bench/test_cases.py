@@ -10,6 +10,7 @@ from bench import peers
 from bench.case import DEVICES, Case, call_reference, double
 from bench.cases import CASES, select
 from bench.gate import Gate, run_once, with_leaves
+from bench.peers import attention
 from bench.peers.attention import visible
 from bench.workloads import WORKLOADS
 from bench.workloads.attention import layout_of, visible_pairs
@@ -147,6 +148,32 @@ def test_the_other_attentions_compute_the_case_or_say_why_not(case, uncompiled):
     assert ("torch SDPA, flash" in runs) is (not softcap)
     assert ("torch SDPA, a copy of the prompt each" in runs) == case.reason.endswith("group")
     assert found["torch SDPA, cuDNN"] in ("runs on a GPU alone", "has no softcap")
+
+
+def test_flash_is_deterministic_in_its_backward_pass_and_nothing_else_is(monkeypatch):
+    seen = []
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return 2 * grad
+
+    monkeypatch.setattr(attention, "on_cuda", lambda _: None)
+    monkeypatch.setattr(
+        attention, "_sdpa", lambda _: lambda _, given: lambda: (Doubled.apply(given["query"]),)
+    )
+    (peer,) = (p for p in attention.of("attention") if p.name.endswith("deterministic"))
+    leaves = {k: torch.ones(2, 4, 40, 16, requires_grad=True) for k in ("query", "key", "value")}
+    (out,) = peer.call_for(ATTENTION[0], leaves)()
+    out.sum().backward()
+    assert seen == [False, True] and not torch.are_deterministic_algorithms_enabled()
+    assert leaves["query"].grad.eq(2).all()
 
 
 @pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_token_loss"])
