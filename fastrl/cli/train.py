@@ -6,6 +6,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 import signal
 import sys
 from contextlib import ExitStack
@@ -35,6 +36,12 @@ def main(argv: list[str]) -> int:
         return _fail(
             f"train: expected the packages {', '.join(EXTRAS)}, got no {', '.join(missing)}. "
             'Install them with: pip install "fastrl[train]"'
+        )
+    if (count := os.environ.get("WORLD_SIZE", "")) not in ("", "1"):
+        return _fail(
+            f"train: expected one process, got one of WORLD_SIZE = {count}, each of which would "
+            "begin the run. Start it without torchrun; several processes train together from "
+            "Python (README: Several processes)."
         )
     if _is_of_recipe(argv):
         from fastrl.cli.recipes import command

@@ -12,11 +12,7 @@ from fastrl.rollout import Rollout
 from fastrl.trainers import checkpoint, sampling
 from fastrl.trainers._attachments import Part, Record, StopTraining
 from fastrl.trainers.experience import gather
-from fastrl.trainers.health import (
-    TrainingDivergedError,
-    warn_of_16_bit_weights,
-    warn_of_other_processes,
-)
+from fastrl.trainers.health import TrainingDivergedError, warn_of_16_bit_weights
 from fastrl.trainers.metrics import Samples, metrics_of_given_rewards, rollout_metrics
 from fastrl.trainers.prompts import Example
 from fastrl.trainers.schedules import learning_rate
@@ -34,13 +30,12 @@ def make_steps(trainer: "Trainer", max_steps: int, callbacks: list[Part]) -> lis
         checkpoint.check_unused(folder)
     if trainer.step < max_steps:
         warn_of_16_bit_weights(trainer)
-        warn_of_other_processes(trainer)
     records: list[Record] = []
-    is_stopped = trainer.step < max_steps and _tell(trainer.attachments.starts)
+    is_stopped = trainer.step < max_steps and _tell(trainer, trainer.attachments.starts)
     while trainer.step < max_steps and not is_stopped:
         record, problem = _make_step(trainer)
         records.append(record)
-        is_stopped = _tell([*trainer.attachments, *callbacks], record)
+        is_stopped = _tell(trainer, [*trainer.attachments, *callbacks], record)
         if trainer.bad_steps >= trainer.config.max_bad_steps:
             raise TrainingDivergedError(
                 f"{type(trainer).__name__}: no update in {trainer.bad_steps} steps in a row, the "
@@ -53,15 +48,15 @@ def make_steps(trainer: "Trainer", max_steps: int, callbacks: list[Part]) -> lis
     return records
 
 
-def _tell(listeners: Sequence[Callable[..., None]], *news: Record) -> bool:
-    """Call all of them; whether one wants to stop."""
+def _tell(trainer: "Trainer", listeners: Sequence[Callable[..., None]], *news: Record) -> bool:
+    """Call all of them; whether one wants to stop, in this process or another."""
     is_stopped = False
     for listener in listeners:
         try:
             listener(*news)
         except StopTraining:  # those behind it are told as well
             is_stopped = True
-    return is_stopped
+    return trainer.processes.any(is_stopped)
 
 
 def _make_step(trainer: "Trainer") -> tuple[Record, str | None]:
@@ -83,12 +78,12 @@ def _make_step(trainer: "Trainer") -> tuple[Record, str | None]:
     trainer.skipped_updates += bool(problem)
     trainer.num_tokens += rollout.batch.layout.num_tokens
     trainer.last_samples = Samples(trainer, examples, rollout, scores)
-    return {
+    record = {
         "step": trainer.step,
         **(metrics_of_given_rewards(given, rollout) if scores is None else scores.metrics),
         **metrics,
         **rollout_metrics(rollout),
-        "epoch": trainer.step * trainer.config.prompts_per_step / len(trainer.dataset),
+        "epoch": trainer.epoch,
         "num_tokens": trainer.num_tokens,
         "bad_steps": trainer.bad_steps,
         "skipped_updates": trainer.skipped_updates,
@@ -97,7 +92,8 @@ def _make_step(trainer: "Trainer") -> tuple[Record, str | None]:
         "time/reward": scored - sampled,
         "time/update": ended - scored,
         "time/step": ended - started,
-    }, problem
+    }
+    return trainer.processes.on_first(lambda: record), problem  # others' clocks differ
 
 
 def _score(

@@ -121,13 +121,16 @@ class ActorCriticTrainer(Trainer):
         """[M], of the critic as it samples: recorded while sampling, or computed now."""
         if rollout.values is not None:
             return rollout.values
-        found = torch.empty_like(rollout.logprobs)
-        for micro, at in micro_batches(rollout.batch, self.config.micro_batch_tokens):
+        return self.processes.computed(rollout.batch, self._values_of_batch, 1)[0].float()
+
+    def _values_of_batch(self, batch: PackedBatch) -> tuple[Tensor]:
+        found = torch.empty(len(batch.target_ids), device=self.device)
+        reader = self.policy if self.model.critic is None else self.model.critic
+        for micro, at in micro_batches(batch, self.config.micro_batch_tokens):
             with autocast(self.device, self.config.precision):
-                reader = self.policy if self.model.critic is None else self.model.critic
                 hidden = reader.packed_hidden(micro)
             found[at] = self._values_of(hidden).float()
-        return found
+        return (found,)
 
     def policy_losses(
         self, logprobs: Tensor, known: Experience, cu_seqlens: Tensor | None

@@ -82,7 +82,7 @@ def draw(
     rows = config.prompts_per_step * config.completions_per_prompt  # as many as in training
     rollout = sample(
         trainer,
-        [example.token_ids.to(trainer.device) for example in examples],
+        examples,
         completion_seeds(seed, EVALUATION, torch.arange(len(examples)), completions_per_prompt),
         completions_per_prompt=completions_per_prompt,
         temperature=temperature,
@@ -94,6 +94,7 @@ def draw(
         "ops": trainer.ops,
         "precision": config.precision,
         "max_tokens": config.micro_batch_tokens,
+        "processes": trainer.processes,
     }
     logprobs, entropy = token_scores(trainer.policy, rollout.batch, **scoring)
     ref_logprobs = torch.full_like(logprobs, torch.nan)

@@ -130,4 +130,5 @@ def scores(trainer: "Trainer", policy: Any, rollout: Rollout) -> tuple[Tensor, T
         ops=trainer.ops,
         precision=trainer.config.precision,
         max_tokens=trainer.config.micro_batch_tokens,
+        processes=trainer.processes,
     )

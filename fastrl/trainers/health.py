@@ -4,7 +4,6 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fastrl.models.storage import check_saveable
@@ -75,19 +74,6 @@ def warn_of_16_bit_weights(trainer: "Trainer") -> None:
         RuntimeWarning,
         stacklevel=4,  # where train was called
     )
-
-
-def warn_of_other_processes(trainer: "Trainer") -> None:
-    """Say where a launcher has started several processes: nothing is shared between them."""
-    count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if count > 1:
-        warnings.warn(
-            f"{type(trainer).__name__}: one of {count} processes of torch.distributed. Each trains "
-            "a model of its own, and no gradient is averaged: start one process, or give each its "
-            "own seed and output_dir.",
-            RuntimeWarning,
-            stacklevel=4,  # where train was called
-        )
 
 
 def without_dropout(model: nn.Module, *, will_learn_with_it: bool = False) -> None:

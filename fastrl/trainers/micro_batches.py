@@ -23,7 +23,7 @@ def micro_batches(batch: PackedBatch, max_tokens: int | None) -> list[Part]:
         return [(batch, torch.arange(len(batch.target_ids), device=batch.token_ids.device))]
     of_tree, sizes = trees_of_completions(batch), tree_sizes(batch)
     is_large = sizes > max_tokens
-    if not bool(is_large.any()) or not _is_flat(batch):
+    if not bool(is_large.any()) or not is_flat(batch):
         return [(micro, micro.source_targets) for micro in batch.split_by_tokens(max_tokens)]
     parts: list[Part] = []
     if bool((~is_large[of_tree]).any()):
@@ -51,7 +51,7 @@ def trees_of_completions(batch: PackedBatch) -> Tensor:
     return of_segment[batch._host_completion_segments]
 
 
-def _is_flat(batch: PackedBatch) -> bool:
+def is_flat(batch: PackedBatch) -> bool:
     """Whether each completion continues a prompt, and nothing continues a completion."""
     parents = batch.layout._host_prefix
     parents_of = parents[batch._host_completion_segments]

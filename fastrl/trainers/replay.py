@@ -1,5 +1,6 @@
 """Rollouts of earlier steps, to be learned from again with V-trace."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from fastrl.layout import PackedBatch
 from fastrl.rollout import Rollout, completion_seeds
 
 _REPLAY = 4  # a stream of random numbers apart from the others
-_OF_TARGETS, _OF_COMPLETIONS = ("logprobs", "rewards"), ("group_ids", "ended", "is_used")
+_NUMBERS = ("logprobs", "values", "rewards", "ended", "is_used")
 
 
 class ReplayBuffer:
@@ -26,6 +27,8 @@ class ReplayBuffer:
 
     def add(self, rollout: Rollout) -> None:
         if self.size:
+            if rollout.values is not None:  # a later critic has others
+                rollout = replace(rollout, values=None)
             self.rollouts = [*self.rollouts, rollout][-self.size :]
 
     def draw(self, step: int, count: int) -> list[Rollout]:
@@ -36,14 +39,18 @@ class ReplayBuffer:
         return [self.rollouts[index] for index in order[:count].tolist()]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rollouts": [_state_of(rollout) for rollout in self.rollouts]}
+        return {"rollouts": [state_of_rollout(rollout) for rollout in self.rollouts]}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.rollouts = [_rollout_of(entry, device) for entry in state["rollouts"]]
+        self.rollouts = [rollout_of_state(entry, device) for entry in state["rollouts"]]
 
 
-def joined(rollouts: list[Rollout]) -> Rollout:
-    """Several rollouts as one; their prompts stay apart."""
+def joined(rollouts: list[Rollout], *, renumber: bool = True) -> Rollout:
+    """Several rollouts as one, with the numbers that all of them have.
+
+    Args:
+        renumber: their prompts are different ones, whatever their group_ids.
+    """
     tokens: list[Tensor] = []
     masks: list[Tensor] = []
     parents: list[Tensor] = []
@@ -57,30 +64,35 @@ def joined(rollouts: list[Rollout]) -> Rollout:
         parents.append(torch.where(prefix >= 0, prefix + num_segments, -1))
         groups.append(rollout.group_ids + num_groups)
         num_segments += layout.num_segments
-        num_groups += int(rollout.group_ids.max()) + 1 if len(rollout.group_ids) else 0
+        if renumber and len(rollout.group_ids):
+            num_groups += int(rollout.group_ids.max()) + 1
     of = {
         name: torch.cat([getattr(rollout, name) for rollout in rollouts])
-        for name in ("ended", "is_used", *_OF_TARGETS)
+        for name in _NUMBERS
+        if all(getattr(rollout, name) is not None for rollout in rollouts)
     }
     batch = PackedBatch.from_segments(tokens, torch.cat(parents), masks)
     return Rollout(batch=batch, group_ids=torch.cat(groups), **of)
 
 
-def _state_of(rollout: Rollout) -> dict[str, Tensor]:
+def state_of_rollout(rollout: Rollout) -> dict[str, Tensor]:
+    """Tensors that `rollout_of_state` makes it of again."""
     layout = rollout.batch.layout
+    numbers = {name: getattr(rollout, name) for name in ("group_ids", *_NUMBERS)}
     return {
         "token_ids": rollout.batch.token_ids,
         "cu_seqlens": layout.cu_seqlens,
         "prefix": layout.prefix,
         "is_target": rollout.batch._host_is_target,
-        **{name: getattr(rollout, name) for name in (*_OF_TARGETS, *_OF_COMPLETIONS)},
+        **{name: x for name, x in numbers.items() if x is not None},
     }
 
 
-def _rollout_of(state: dict[str, Tensor], device: torch.device) -> Rollout:
+def rollout_of_state(state: dict[str, Tensor], device: torch.device) -> Rollout:
+    """The rollout, on a device."""
     lengths = state["cu_seqlens"].diff().tolist()
     segments = state["token_ids"].to(device).split(lengths)
     masks = state["is_target"].cpu().split(lengths)
     batch = PackedBatch.from_segments(list(segments), state["prefix"].cpu(), list(masks))
-    rest = {name: state[name].to(device) for name in (*_OF_TARGETS, *_OF_COMPLETIONS)}
+    rest = {name: state[name].to(device) for name in ("group_ids", *_NUMBERS) if name in state}
     return Rollout(batch=batch, **rest)

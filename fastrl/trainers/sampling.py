@@ -24,47 +24,70 @@ def collect(trainer: "Trainer", examples: list[Example], positions: Tensor) -> R
     config = trainer.config
     count = config.completions_per_prompt
     seeds = completion_seeds(config.seed, TRAINING, positions, count)
-    prompts = on_device([example.token_ids for example in examples], trainer.device)
-    if trainer.rollout_function is None:
+    engine = trainer.rollout_function
+    if engine is None:
         return sample(
             trainer,
-            prompts,
+            examples,
             seeds,
             completions_per_prompt=count,
             temperature=trainer.temperature,
             value_fn=trainer.values_while_sampling(),
         )
-    result = trainer.rollout_function(
-        prompts=[example.token_ids.tolist() for example in examples],
-        completions_per_prompt=count,
-        max_new_tokens=config.max_new_tokens,
-        temperature=trainer.temperature,
-        eos_token_ids=list(trainer.eos_token_ids),
-        seeds=seeds.tolist(),
-        policy=trainer.policy,
-    )
-    rollout = rollout_of(result, prompts, trainer.eos_token_ids, trainer.device)
-    check_ids(rollout, trainer.policy.vocab_size)
-    return rollout
 
-
-def sample(trainer: "Trainer", prompts: list[Tensor], seeds: Tensor, **options: Any) -> Rollout:
-    """`generate` with what a trainer's config says."""
-    config = trainer.config
-    decode = None if trainer.tokenizer is None else decode_all(trainer.tokenizer)
-    with torch.no_grad(), autocast(trainer.device, config.precision):
-        return generate(
-            trainer.policy,
-            prompts,
+    def of_some(part: slice) -> Rollout:
+        result = engine(
+            prompts=[example.token_ids.tolist() for example in examples[part]],
+            completions_per_prompt=count,
             max_new_tokens=config.max_new_tokens,
-            seeds=seeds,
-            eos_token_id=trainer.eos_token_ids,
-            stop_strings=config.stop_strings,
-            decode=decode,
-            environment=trainer.environment,
-            ops=trainer.ops,
-            **{"max_rows": config.max_rows} | options,
+            temperature=trainer.temperature,
+            eos_token_ids=list(trainer.eos_token_ids),
+            seeds=seeds.view(-1, count)[part].flatten().tolist(),
+            policy=trainer.policy,
         )
+        prompts = on_device([example.token_ids for example in examples[part]], trainer.device)
+        rollout = rollout_of(result, prompts, trainer.eos_token_ids, trainer.device)
+        check_ids(rollout, trainer.policy.vocab_size)
+        return rollout
+
+    return trainer.processes.gathered(len(examples), of_some)
+
+
+def sample(
+    trainer: "Trainer",
+    examples: list[Example],
+    seeds: Tensor,
+    *,
+    completions_per_prompt: int,
+    **options: Any,
+) -> Rollout:
+    """`generate` with what a trainer's config says, each process for its share of the prompts."""
+    config, environment = trainer.config, trainer.environment
+    decode = None if trainer.tokenizer is None else decode_all(trainer.tokenizer)
+
+    def of_some(part: slice) -> Rollout:
+        first = part.start * completions_per_prompt
+
+        def answer(index: int, prompt_ids: list[int], completion_ids: list[int]) -> Any:
+            assert environment is not None
+            return environment(first + index, prompt_ids, completion_ids)
+
+        with torch.no_grad(), autocast(trainer.device, config.precision):
+            return generate(
+                trainer.policy,
+                on_device([example.token_ids for example in examples[part]], trainer.device),
+                completions_per_prompt=completions_per_prompt,
+                max_new_tokens=config.max_new_tokens,
+                seeds=seeds.view(-1, completions_per_prompt)[part].flatten(),
+                eos_token_id=trainer.eos_token_ids,
+                stop_strings=config.stop_strings,
+                decode=decode,
+                environment=None if environment is None else answer,
+                ops=trainer.ops,
+                **{"max_rows": config.max_rows} | options,
+            )
+
+    return trainer.processes.gathered(len(examples), of_some)
 
 
 def with_usable_rewards(rollout: Rollout) -> Rollout:

@@ -1,5 +1,6 @@
 """What a model says of tokens that were sampled, without learning."""
 
+import functools
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastrl.layout import PackedBatch
 from fastrl.models import PolicyModel
 from fastrl.trainers.micro_batches import micro_batches, tree_sizes
+from fastrl.trainers.processes import Processes
 
 _TOKENS_AT_ONCE = 1 << 16
 
@@ -29,8 +31,24 @@ def token_scores(
     ops: ModuleType,
     precision: str = "float32",
     max_tokens: int | None = None,
+    processes: Processes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of a batch's targets, [M] float32 each, nats."""
+    """Log-probability and entropy of a batch's targets, [M] float32 each, nats.
+
+    Args:
+        processes: those that compute a part each; None: this one computes all.
+    """
+    if processes is not None:
+        part = functools.partial(
+            token_scores,
+            policy,
+            temperature=temperature,
+            ops=ops,
+            precision=precision,
+            max_tokens=max_tokens,
+        )
+        logprobs, entropy = processes.computed(batch, part, 2)
+        return logprobs.float(), entropy.float()
     device = batch.token_ids.device
     logprobs = torch.empty(len(batch.target_ids), dtype=torch.float32, device=device)
     entropy = torch.empty_like(logprobs)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from fastrl.trainers import checkpoint, sampling
 from fastrl.trainers._attachments import Attachments, Part, Record
 from fastrl.trainers._objective import Objective
 from fastrl.trainers._resume import frozen_weights
+from fastrl.trainers._run_state import RunState
 from fastrl.trainers._steps import make_steps
 from fastrl.trainers.config import TrainerConfig
 from fastrl.trainers.engines import RolloutFunction
@@ -30,16 +31,16 @@ from fastrl.trainers.health import (
     without_dropout,
 )
 from fastrl.trainers.metrics import Samples
+from fastrl.trainers.processes import Processes
 from fastrl.trainers.prompts import Example, PromptDataset, PromptOrder, Tokenizer
 from fastrl.trainers.schedules import EntropyController, KLController, temperature
 from fastrl.trainers.scoring import RewardFunction, RewardScorer, Scores
 
-# Of a checkpoint: numbers, and parts with a state_dict.
-_COUNTERS = ("step", "bad_steps", "skipped_updates", "num_tokens")
-_PARTS = ("kl", "entropy", "scorer")
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-class Trainer(Objective):
+class Trainer(RunState, Objective):
     """One step: sample completions, reward them, and learn from exactly these.
 
     A completion that reaches max_new_tokens has ended there like one that said EOS: the task has a
@@ -70,6 +71,7 @@ class Trainer(Objective):
         environment: answers completions that have ended, so that they go on; see
             `fastrl.rollout.generate`.
         ops: `fastrl.ops` or `fastrl.reference`.
+        process_group: of torch.distributed; see `fastrl.trainers.processes`.
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
@@ -87,6 +89,7 @@ class Trainer(Objective):
         rollout_function: RolloutFunction | None = None,
         environment: Environment | None = None,
         ops: ModuleType = fast_ops,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         config = self._checked_config(self.config_class() if config is None else config)
         self.config: Any = config
@@ -100,6 +103,8 @@ class Trainer(Objective):
         self.rollout_function, self.environment = rollout_function, environment
         self.eos_token_ids = sampling.eos_token_ids(self)
         self.dataset = self.prompts(dataset)
+        self.processes = Processes(process_group, self.device)
+        self.processes.begin(self)
         self.scorer = RewardScorer(
             reward_functions,
             config.reward_weights,
@@ -118,10 +123,6 @@ class Trainer(Objective):
         self.entropy = EntropyController(
             config.entropy_coef, config.entropy_target, config.entropy_rate
         )
-        self.step = 0
-        self.bad_steps = 0  # in a row
-        self.skipped_updates = 0
-        self.num_tokens = 0  # read and written by the policy so far
         self.own_checkpoints: set[Path] = set()  # this run's, so free to be replaced
         self.last_samples: Samples | None = None
         self.attachments = Attachments()
@@ -136,6 +137,11 @@ class Trainer(Objective):
     def temperature(self) -> float:
         """Of the step that is next, or under way."""
         return temperature(self.config, self.step)
+
+    @property
+    def epoch(self) -> float:
+        """How often the run has seen the dataset."""
+        return self.step * self.config.prompts_per_step / len(self.dataset)
 
     @functools.cached_property
     def frozen_weights(self) -> dict[str, str]:
@@ -232,13 +238,13 @@ class Trainer(Objective):
     ) -> Scores:
         """The rewards of a rollout; functions of TRL's are told where the run stands."""
         run = SimpleNamespace(
-            global_step=self.step,
-            max_steps=self.config.max_steps,
-            epoch=self.step * self.config.prompts_per_step / len(self.dataset),
+            global_step=self.step, max_steps=self.config.max_steps, epoch=self.epoch,
             is_evaluation=is_evaluation,
-        )
+        )  # fmt: skip
         scorer = self.scorer if scorer is None else scorer
-        return scorer(examples, rollout, dataset, self.eos_token_ids, trainer_state=run)
+        return self.processes.on_first(
+            lambda: scorer(examples, rollout, dataset, self.eos_token_ids, trainer_state=run)
+        )
 
     def samples(self) -> list[dict[str, Any]]:
         """Of the last step's completions: prompt, completion, reward, and by function."""
@@ -255,7 +261,7 @@ class Trainer(Objective):
             OSError: it cannot be written; the one that was there stands.
         """
         check_finite(self)
-        checkpoint.save(self, Path(folder))
+        self.processes.on_first(lambda: checkpoint.save(self, Path(folder)))
         self.own_checkpoints.add(Path(folder).resolve())
 
     def resume(self, folder: str | Path) -> "Trainer":
@@ -272,22 +278,6 @@ class Trainer(Objective):
         checkpoint.resume(self, Path(folder))
         self.own_checkpoints.add(Path(folder).resolve())
         return self
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a run remembers beside weights, optimizer and random state."""
-        state = {name: getattr(self, name) for name in _COUNTERS}
-        state |= {name: getattr(self, name).state_dict() for name in _PARTS}
-        if attached := self.attachments.state_dict():
-            state["attachments"] = attached
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in _COUNTERS:
-            setattr(self, name, state[name])
-        for name in _PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        if "attachments" in state:
-            self.attachments.load_state_dict(state["attachments"])
 
     def _checked_config(self, config: TrainerConfig) -> TrainerConfig:
         if not isinstance(config, self.config_class):

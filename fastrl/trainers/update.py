@@ -12,6 +12,7 @@ from fastrl.rollout import completion_seeds
 from fastrl.trainers.experience import Experience, completions_with, scores
 from fastrl.trainers.losses import Passed, clip_counts, micro_loss, token_weights
 from fastrl.trainers.micro_batches import micro_batches
+from fastrl.trainers.processes import Processes
 from fastrl.trainers.tokens import to_numbers, token_mean
 
 if TYPE_CHECKING:
@@ -44,17 +45,31 @@ class Seen:
         nan = torch.full_like(like, torch.nan)
         return cls(nan, nan.clone(), nan.clone(), nan > 0, like.new_zeros(3, dtype=torch.float64))
 
-    def add(self, at: Tensor, passed: Passed, *, is_first: bool) -> None:
-        """What a pass over the tokens `at` computed."""
-        before = self.logprobs[at]
-        fresh = before.isnan()  # selecting these would wait for the device
-        self.logprobs[at] = passed.logprobs.where(fresh, before)
-        self.entropy[at] = passed.entropy.where(fresh, self.entropy[at])
+    def add(self, at: Tensor, passed: Passed) -> None:
+        """What a pass over the tokens `at` computed, which no other pass of the step has."""
+        self.logprobs[at], self.entropy[at] = passed.logprobs, passed.entropy
         if passed.values is not None:
-            self.values[at] = passed.values.to(before.dtype).where(fresh, self.values[at])
+            self.values[at] = passed.values.to(self.values.dtype)
+
+    def share(self, processes: Processes) -> None:
+        """Put together what the processes have seen in a step, of different tokens."""
+        if processes.count == 1:
+            return
+        known = ~self.logprobs.isnan()
+        found = torch.stack([self.logprobs, self.entropy, self.values]).masked_fill(~known, 0)
+        counts = known.to(found.dtype)
+        processes.add(found, counts, self.clipped)
+        self.logprobs, self.entropy, self.values = found.masked_fill(counts == 0, torch.nan)
+
+    def take(self, later: "Seen", *, is_first: bool) -> None:
+        """What a step saw, as far as no step before it has."""
+        fresh = self.logprobs.isnan()  # selecting these would wait for the device
         if is_first:
-            self.is_first[at] |= fresh
-        self.is_nothing &= not len(at)
+            self.is_first |= fresh & ~later.logprobs.isnan()
+        for name in ("logprobs", "entropy", "values"):
+            setattr(self, name, getattr(later, name).where(fresh, getattr(self, name)))
+        self.clipped += later.clipped
+        self.is_nothing = False
 
 
 def learn(
@@ -124,11 +139,13 @@ def _gradient_step(
     if not counts:
         return 0.0, 0.0, None  # all of them truncated, or without another to compare with
     active = torch.tensor(host, dtype=torch.bool)
+    own = trainer.processes.own(whole.rollout.batch, active)
     weighted = replace(whole, token_weights=token_weights(trainer, whole, counted))
     trainer.optimizer.zero_grad()
     total = whole.old_logprobs.new_zeros((), dtype=torch.float64)
-    if bool(active.any()):
-        part, of_part = weighted.take(active) if not bool(active.all()) else (weighted, None)
+    now = Seen.nothing(whole.old_logprobs)
+    if bool(own.any()):
+        part, of_part = weighted.take(own) if not bool(own.all()) else (weighted, None)
         trainer.set_learning(True)
         try:
             for micro, at in micro_batches(part.rollout.batch, config.micro_batch_tokens):
@@ -136,11 +153,16 @@ def _gradient_step(
                 passed = micro_loss(trainer, micro, known)
                 passed.loss.backward()
                 total += passed.loss.detach()
-                seen.add(at if of_part is None else of_part[at], passed, is_first=is_first)
+                now.add(at if of_part is None else of_part[at], passed)
                 bounds = micro.completion_cu_seqlens
-                seen.clipped += clip_counts(trainer, passed.logprobs, known, bounds)
+                now.clipped += clip_counts(trainer, passed.logprobs, known, bounds)
         finally:
             trainer.set_learning(False)
+    if bool(active.any()):
+        now.share(trainer.processes)
+        seen.take(now, is_first=is_first)
+        trainer.processes.add(total)
+        trainer.processes.add_gradients(trainer.parameters)
     limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
     norm = nn.utils.clip_grad_norm_(trainer.parameters, limit)
     loss_number, norm_number = torch.stack([total, norm.to(total)]).tolist()

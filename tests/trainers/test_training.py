@@ -281,11 +281,3 @@ def test_dropout_is_an_error(make_trainer):
 def test_an_eos_outside_the_vocabulary_is_an_error(make_trainer):
     with pytest.raises(ValueError, match=r"expected eos_token_id in \[0, 8\), got 8"):
         make_trainer(eos_token_id=8)
-
-
-def test_one_of_several_processes_is_told_that_it_trains_alone(make_trainer, monkeypatch):
-    trainer = make_trainer()
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    with pytest.warns(RuntimeWarning, match="one of 2 processes .* no gradient is averaged"):
-        trainer.train(max_steps=1)

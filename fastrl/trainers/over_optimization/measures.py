@@ -131,7 +131,9 @@ def _of_the_policy(
     trainer: "Trainer", reference: Any, drawn: Drawn, num_prompts: int
 ) -> dict[str, float]:
     lengths = drawn.rollout.lengths
-    of_tokens = divergence(trainer, reference, drawn.rollout.batch)
+    (of_tokens,) = trainer.processes.computed(
+        drawn.rollout.batch, lambda part: (divergence(trainer, reference, part),), 1
+    )
     kl = torch.segment_reduce(of_tokens, "sum", lengths=lengths, initial=0)
     return {
         **_mean("gold/kl", kl.view(num_prompts, -1).mean(1).cpu()),
