@@ -80,9 +80,10 @@ class Bench:
                 case, workload, arguments, result,
                 device=self.device, budget=self.budget, ops=self.ops,
             )  # fmt: skip
-            field.enter_ours()
-        except NotImplementedError as error:
-            result.missing.append({"name": "fastrl", "version": "", "reason": str(error)})
+            try:
+                field.enter_ours()
+            except NotImplementedError as error:
+                result.missing.append({"name": "fastrl", "version": "", "reason": str(error)})
         except WrongResult as error:
             result.wrong = str(error)
             return result

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastrl.ops import _binary
+from fastrl.ops._autocast import autocast
 from fastrl.ops._head import ALL, CountedRows, Head, empty_matrix
 from fastrl.ops._token_loss import TokenLoss
-from fastrl.ops.linear_token_logprobs import autocast, check_head
+from fastrl.ops.linear_token_logprobs import check_head
 from fastrl.ops.token_logprobs import check_ids
 
 _fwd = _binary.op("token_logprobs_fwd")
