@@ -68,6 +68,7 @@ class Case:
     mode: str = "forward"
     inputs: tuple[str, ...] = ()  # optional arguments that this case passes
     options: Mapping[str, Any] = field(default_factory=dict)  # numbers and switches
+    frozen: tuple[str, ...] = ()  # of what the op learns, the arguments that stay as they are
     layout: str = ""  # of attention: "512 + 16 x 128", a prompt with 16 completions of 128
     in_place: bool = False  # time inplace_backward=True as well
     quick: bool | str = False  # or the one kind of device where it is
@@ -86,6 +87,7 @@ class Case:
     def name(self) -> str:
         """Unique, and stable: results are compared by it."""
         details = [*self.inputs, *(_option(k, v) for k, v in self.options.items())]
+        details += [f"frozen {name}" for name in self.frozen]
         if self.layout:
             details.append(f"layout {self.layout}")
         dtype = str(self.dtype).removeprefix("torch.")

@@ -4,6 +4,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class Bench:
         start = time.monotonic()
         stop = None if seconds is None else start + _ENTERING * seconds
         workload = WORKLOADS[case.op]
+        learned = tuple(name for name in workload.learned if name not in case.frozen)
+        workload = replace(workload, learned=learned)
         result = CaseResult(
             op=case.op,
             name=case.name,

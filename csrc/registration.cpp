@@ -63,6 +63,10 @@ STABLE_TORCH_LIBRARY(fastrl, m) {
       "float temperature, float? softcap, int ignore_index, bool return_entropy) "
       "-> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_total)");
   m.def(
+      "linear_token_logprobs_frozen(Tensor hidden, Tensor weight, Tensor token_ids, Tensor? bias, "
+      "float temperature, float? softcap, int ignore_index, bool return_entropy) "
+      "-> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_total, Tensor slope)");
+  m.def(
       "linear_token_logprobs_bwd(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, "
       "Tensor weight, Tensor token_ids, Tensor? bias, Tensor logprobs, Tensor? entropy, "
       "Tensor row_max, Tensor log_total, float temperature, float? softcap, int ignore_index, "

@@ -36,6 +36,10 @@ LINEAR_TOKEN_LOGPROBS = [
         targets=(Target("TRL *", "ratio", at_least=1.6),),
     ),
     Case(
+        "linear_token_logprobs", (512, 896, 151936), "the same with LoRA: the head is frozen",
+        devices=CPU, mode="both", frozen=("weight",),
+    ),
+    Case(
         "linear_token_logprobs", (64, 256, 8192), "a tiny model: what slicing costs",
         devices=CPU, mode="both", quick=True,
     ),
@@ -56,6 +60,10 @@ LINEAR_TOKEN_LOGPROBS = [
             Target("fastrl", "share_of_ceiling", at_least=0.88 * 3 / 4, device="cuda"),
             _LITTLE_MEMORY,
         ),
+    ),
+    Case(
+        "linear_token_logprobs", (8192, 4096, 131072), "the same with LoRA: the head is frozen",
+        devices=CUDA, dtype=BF16, mode="both", frozen=("weight",),
     ),
     Case(
         "linear_token_logprobs", (4096, 2304, 256000), "vocabulary 256k with softcap, as Gemma 2",

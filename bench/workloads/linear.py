@@ -12,6 +12,8 @@ from bench.workloads.pieces import BLOCK, SEED, in_blocks, size_in_bytes, whole
 from bench.workloads.token_logprobs import likely
 from fastrl import reference
 
+_LEARNED = ("hidden", "weight")
+
 
 @dataclass(frozen=True)
 class PolicyGradient:
@@ -45,19 +47,23 @@ def make_hidden(case: Case, device: torch.device) -> Arguments:
 
 def linear_bytes(case: Case, arguments: Arguments) -> int:
     """Forward: hidden, weight and ids in, a log-prob (and an entropy) a row out. Backward: these
-    in again, the two gradients out."""
-    matrices = size_in_bytes(arguments["hidden"]) + size_in_bytes(arguments["weight"])
+    in again, the gradients out."""
+    sizes = {name: size_in_bytes(arguments[name]) for name in _LEARNED}
+    matrices = sum(sizes.values())
     outputs = 4 * (2 if case.options.get("return_entropy") else 1)
     outputs = {"linear_token_loss": 8, "token_stats": 17}.get(case.op, outputs)
     forward = matrices + (8 + outputs) * case.shape[0]
-    backward = forward + matrices
+    backward = forward + matrices - sum(sizes[name] for name in case.frozen)
     return {"forward": forward, "backward": backward, "both": forward + backward}[case.mode]
 
 
 def linear_flops(case: Case, arguments: Arguments) -> int:
-    """One product forward, two backward; who computes the logits again does more than counted."""
+    """One product forward, and one backward for each of hidden and weight that is learned; who
+    computes the logits again does more than counted."""
     rows, width, vocab = case.shape
-    return 2 * rows * width * vocab * {"forward": 1, "backward": 2, "both": 3}[case.mode]
+    backward = len(_LEARNED) - len(case.frozen)
+    products = {"forward": 1, "backward": backward, "both": 1 + backward}[case.mode]
+    return 2 * rows * width * vocab * products
 
 
 def linear_definition(case: Case, arguments: Arguments) -> Outputs:
@@ -92,7 +98,6 @@ def _product(case: Case) -> tuple[int, int, int]:
     return case.shape[0], case.shape[1], case.shape[2]
 
 
-_LEARNED = ("hidden", "weight")
 WORKLOADS = {
     "linear_token_logprobs": Workload(
         make_hidden, linear_bytes, _LEARNED, whole, linear_definition,

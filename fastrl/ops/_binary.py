@@ -115,7 +115,7 @@ def _shown(name: str) -> str:
     """The op of which it is a part."""
     if name in ("td_bwd", "value_grads"):
         return "returns"
-    for suffix in ("_", "_fwd", "_bwd", "_state"):
+    for suffix in ("_", "_fwd", "_bwd", "_state", "_frozen"):
         name = name.removesuffix(suffix)
     return name.replace("kept_logprobs", "token_logprobs")
 

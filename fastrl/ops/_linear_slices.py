@@ -29,7 +29,7 @@ def linear_token_logprobs_state(
     """[N, 6] float64, as fastrl._vocabulary describes it, of this slice of the vocabulary."""
     rows = CountedRows(hidden, token_ids, ignore_index)
     head = Head(rows.hidden, weight, bias, softcap)
-    whole = _RunningState(temperature)
+    whole = RunningState(temperature)
     for columns in head.vocab_slices():
         logits, start = head.logits(ALL, columns), vocab_start + columns.start
         whole.add(_state(logits, rows.token_ids, temperature, ignore_index, start, return_entropy))
@@ -120,7 +120,7 @@ def token_stats(
     best = hidden.new_full((n,), -torch.inf, dtype=torch.float32)
     top = torch.zeros_like(ids)
     # sum p^2 is the total at half the temperature over the square of the total.
-    states = [_RunningState(temperature), _RunningState(temperature / 2)]
+    states = [RunningState(temperature), RunningState(temperature / 2)]
     for columns in head.vocab_slices():
         logits = head.logits(ALL, columns)
         for state in states:
@@ -143,7 +143,7 @@ def token_stats(
     return tuple(rows.scatter(x) for x in found)
 
 
-class _RunningState:
+class RunningState:
     """The states of slices, merged in their order, some at a time: a call for each would cost more
     than its sums, and all of them together more memory than a slice."""
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrl import _vocabulary, reference
-from fastrl.ops import _binary, _checks, _linear_slices, _sharded
+from fastrl.ops import _binary, _checks, _frozen_head, _linear_slices, _sharded
 from fastrl.ops._autocast import autocast
 from fastrl.ops._typed import typed_as
 from fastrl.ops.token_logprobs import check_ids
@@ -20,6 +20,7 @@ _WHOLE = (
 )
 
 _fwd = _binary.op("linear_token_logprobs_fwd")
+_frozen = _binary.op("linear_token_logprobs_frozen")
 _bwd = _binary.op("linear_token_logprobs_bwd")
 
 
@@ -47,7 +48,10 @@ def linear_token_logprobs(
     again and finishes its part of the weight's gradient, in float32: four products where eager
     PyTorch takes three, with megabytes where it takes gigabytes. Where the loss is a sum over
     tokens, `linear_token_loss` needs three as well; take this one where the loss mixes tokens,
-    where log-probs go to several losses, or to score without gradients.
+    where log-probs go to several losses, or to score without gradients. Where hidden alone requires
+    grad, as with a frozen head behind LoRA adapters, both take two: the gradient forms in the
+    forward pass, and the backward pass scales it (an entropy that is differentiated costs two more
+    here).
 
     Logits are float32 whatever the dtype of the inputs, so that log-prob, entropy and their
     gradients in the logits are as exact as those of `token_logprobs`. The same inputs give the same
@@ -103,11 +107,20 @@ def linear_token_logprobs(
             group=group, vocab_start=vocab_start,
         )  # fmt: skip
     else:
-        logprobs, entropy, _, _ = _fwd(
+        forward = _frozen if _learns_hidden_alone(hidden, weight, bias) else _fwd
+        logprobs, entropy, *_ = forward(
             hidden, weight, token_ids, bias, temperature, softcap, ignore_index, return_entropy
         )
     logprobs = logprobs.reshape(leading)
     return (logprobs, entropy.reshape(leading)) if return_entropy else logprobs
+
+
+def _learns_hidden_alone(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if not torch.is_grad_enabled() or _binary.is_transformed():
+        return False
+    return hidden.requires_grad and not any(
+        x is not None and x.requires_grad for x in (weight, bias)
+    )
 
 
 def check_head(
@@ -213,7 +226,12 @@ _binary.register_fake("linear_token_logprobs_state", _state_fake)
 _binary.register_torch(_linear_slices.linear_token_logprobs_state)
 _binary.register_torch(_linear_slices.linear_token_logprobs_fwd)
 _binary.register_torch(_linear_slices.linear_token_logprobs_bwd)
+_binary.register_torch(_frozen_head.linear_token_logprobs_frozen)
+_binary.register_fake("linear_token_logprobs_frozen", _frozen_head.fake)
 _binary.register_fake("linear_token_logprobs_fwd", _fwd_fake)
 _binary.register_fake("linear_token_logprobs_bwd", _bwd_fake)
 _binary.register_autograd("linear_token_logprobs_fwd", _backward, setup_context=_setup_context)
+_binary.register_autograd(
+    "linear_token_logprobs_frozen", _frozen_head.backward, setup_context=_frozen_head.setup_context
+)
 _binary.differentiable_once("linear_token_logprobs_bwd")

@@ -130,7 +130,10 @@ def test_gradients_through_vmap(name):
     one_by_one = torch.stack([OPS[name](row) for row in x])
     assert torch.equal(mapped, one_by_one)
     grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (mapped, one_by_one)]
-    assert torch.equal(*grads)
+    if name == "linear_token_logprobs":  # under vmap no op knows that hidden alone is learned
+        torch.testing.assert_close(*grads)
+    else:
+        assert torch.equal(*grads)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

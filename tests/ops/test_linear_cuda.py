@@ -46,7 +46,13 @@ def stats(ops, hidden, weight, token_ids, advantages, **options):
     return tuple(ops.token_stats(hidden, weight, token_ids, **options))
 
 
-RUNS = [logprobs, loss, stats]
+def frozen(ops, hidden, weight, token_ids, advantages, **options):
+    leaf = hidden.detach().requires_grad_()
+    output = ops.linear_token_logprobs(leaf, weight, token_ids, **options)
+    return output.detach(), *torch.autograd.grad(output, leaf, advantages.to(output.dtype))
+
+
+RUNS = [logprobs, loss, frozen, stats]
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -113,7 +119,7 @@ def test_ignored_hidden_states_may_hold_anything():
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("run", RUNS[:2])
+@pytest.mark.parametrize("run", RUNS[:3])
 def test_memory_stays_within_slices(run):
     """Beside the gradients and one float32 buffer for each of them."""
     hidden, weight, token_ids, advantages = inputs(4096, width=4096, vocab=131072)

@@ -109,7 +109,7 @@ def test_what_is_frozen_takes_no_product(device, monkeypatch):
     product = _head.Head.product
     monkeypatch.setattr(_head.Head, "product", lambda *a, **k: calls.append(1) or product(*a, **k))
     hidden, weight, token_ids, _ = problem((3, 4, 50), torch.float32, device)
-    expected = {(True, True): 4, (True, False): 3, (False, True): 3}
+    expected = {(True, True): 4, (True, False): 2, (False, True): 3}
     for (needs_hidden, needs_weight), count in expected.items():
         x, w = (
             hidden.clone().requires_grad_(needs_hidden),

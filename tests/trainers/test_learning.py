@@ -54,7 +54,8 @@ def assert_learns_all(trainer, start, best):
     assert greedy["prompt_rewards"] == [best] * 3
     assert records[0]["entropy"] > 2 > 0.5 > records[-1]["entropy"]
     assert after["entropy"] < 0.5
-    assert before["kl"] == 0 < records[-1]["kl"] and records[0]["kl"] == 0
+    # Sampling and reading compute the same in another order, by torch 2.10 not to the bit.
+    assert before["kl"] == 0 < records[-1]["kl"] and records[0]["kl"] < 1e-12
     assert after["kl"] > 0.8  # of the log 8 nats or so that leave nothing to chance
     assert records[-1]["skipped_updates"] == 0
     assert max(record["logprob_gap"] for record in records) < 1e-5
