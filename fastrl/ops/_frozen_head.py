@@ -65,9 +65,11 @@ class _Others:
     def __init__(self, head: Head, ids: Tensor, temperature: float, ignore_index: int) -> None:
         self._head, self._ids = head, ids
         self._temperature, self._ignore_index = temperature, ignore_index
-        self._scale = _HALF_SCALE if head.has_half_factors else 1.0
-        self._upstream = head.hidden.new_full((len(ids),), temperature * self._scale)
-        self._upstream = self._upstream.float()
+        is_small = temperature < 1e30  # and stays a float32, times the scale
+        self._scale = _HALF_SCALE if head.has_half_factors and is_small else 1.0
+        self._upstream = torch.full(
+            ids.shape, temperature * self._scale, dtype=torch.float32, device=ids.device
+        )
         # To the kernel no row has its target in a slice.
         absent = len(head.weight) + (ignore_index == len(head.weight))
         self._absent = torch.where(ids == ignore_index, ids, absent)
