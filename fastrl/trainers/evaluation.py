@@ -78,7 +78,7 @@ def draw(
 ) -> Drawn:
     """Sample from the policy as it is; the seed alone decides what is drawn."""
     config = trainer.config
-    examples = [prompts[index] for index in range(len(prompts))]
+    examples = trainer.processes.examples(prompts, list(range(len(prompts))))
     rows = config.prompts_per_step * config.completions_per_prompt  # as many as in training
     rollout = sample(
         trainer,
