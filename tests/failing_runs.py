@@ -108,6 +108,17 @@ def rewards_of_some(rank, folder):
     of_some("rewards")
 
 
+def part_of_a_dataset(rank, folder):
+    make("grpo").evaluate(PROMPTS[rank::2])
+
+
+def weights_of_one(rank, folder):
+    trainer = make("grpo")
+    if rank == 0:
+        nn.init.zeros_(trainer.parameters[0])
+    trainer.train(max_steps=1)
+
+
 def monitor(rank, folder):
     trainer = make("grpo")
     held_out = [[a, b] for a in range(6) for b in range(6)]
@@ -124,8 +135,8 @@ CASES = {
     "callback": (callback, "OSError: it has failed", _FAILED.format(0, "OSError: it has failed")),
     "evaluation": (
         evaluation_of_one,
-        _ELSEWHERE.format(0, "reading and process 1 at callbacks"),
-        _ELSEWHERE.format(1, "callbacks and process 0 at reading"),
+        _ELSEWHERE.format(0, "the check of dataset and process 1 at callbacks"),
+        _ELSEWHERE.format(1, "callbacks and process 0 at the check of dataset"),
     ),
     "learning": (learning, _FAILED.format(1, "OSError: it has failed"), "OSError: it has failed"),
     "reference": (reference, _FAILED.format(1, "OSError: it has failed"), "OSError: it has failed"),
@@ -143,6 +154,8 @@ CASES = {
         missing_checkpoint, _FAILED.format(1, "ValueError: resume"), "ValueError: resume: expected"
     ),
     "checkpoints": (another_checkpoint, *2 * [_SAME.format("checkpoint", "step 1 and 2")]),
+    "part": (part_of_a_dataset, *2 * [_SAME.format("dataset", "(2, ")]),
+    "weights": (weights_of_one, *2 * [_SAME.format("weights", "embedding.weight ")]),
     "monitor": (monitor, *2 * [_SAME.format("OverOptimizationMonitor", "seed 0 and 1")]),
     "rewards": (
         rewards_of_some, *2 * ["ValueError: rollout_function: expected rewards in the Rollouts of"]

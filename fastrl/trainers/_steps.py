@@ -27,6 +27,7 @@ def make_steps(trainer: "Trainer", max_steps: int, callbacks: list[Part]) -> lis
     """See `Trainer.train`."""
     folder, every = trainer.checkpoint_folder, trainer.config.save_every
     trainer.processes.check_equal("step and max_steps", (trainer.step, max_steps))
+    trainer.processes.check_weights(trainer)
     if folder is not None and folder.resolve() not in trainer.own_checkpoints:
         checkpoint.check_unused(folder)
     if trainer.step < max_steps:

@@ -49,6 +49,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """See `Trainer.evaluate`."""
     prompts = trainer.prompts(dataset)
+    trainer.processes.check_dataset(prompts)
     drawn = draw(trainer, prompts, trainer.reference, completions_per_prompt, temperature, seed)
     scores = score(trainer, trainer.scorer, drawn, seed, is_evaluation=True)
     kl = trainer.ops.kl_penalty(drawn.logprobs, drawn.ref_logprobs, estimator="k3")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastrl.layout import PackedBatch
 from fastrl.rollout import Rollout
+from fastrl.trainers._digest import digest
 from fastrl.trainers._exchange import Exchange
 from fastrl.trainers._shares import shares
 from fastrl.trainers.prompts import Example, PromptDataset
@@ -43,7 +44,7 @@ class Processes(Exchange):
         model = trainer.model
         self.check_equal("trainer", type(trainer).__name__)
         self.check_equal("config", trainer.config.to_dict())
-        self.check_equal("dataset", (len(trainer.dataset), trainer.dataset.digest))
+        self.check_dataset(trainer.dataset)
         self.check_equal(
             "arguments",
             {
@@ -70,6 +71,21 @@ class Processes(Exchange):
                     f"Trainer: expected the same {name} in all processes, got "
                     f"{_differences(first, other)}. They train one model: give all the same."
                 )
+
+    def check_dataset(self, dataset: PromptDataset) -> None:
+        """Raise a ValueError in all processes where one has other prompts, a part for instance."""
+        if self.count > 1:
+            self.check_equal("dataset", (len(dataset), dataset.digest))
+
+    def check_weights(self, trainer: "Trainer") -> None:
+        """Raise a ValueError in all processes where one has other trained weights."""
+        if self.count > 1:
+            weights = {
+                name: digest(weight)
+                for name, weight in trainer.model.named_parameters()
+                if weight.requires_grad
+            }
+            self.check_equal("weights", weights)
 
     def slice_of(self, count: int) -> slice:
         """This process's of `count` prompts."""
@@ -117,9 +133,9 @@ class Processes(Exchange):
 
         Its numbers must not depend on the other completions.
         """
-        every = torch.ones(len(batch._host_completion_segments), dtype=torch.bool)
         if self.count == 1:
             return function(batch)
+        every = torch.ones_like(batch._host_completion_segments, dtype=torch.bool)
         own = self.own(batch, every)
         found = torch.zeros(count, len(batch.target_ids), dtype=torch.float64, device=self.device)
         if own.any():

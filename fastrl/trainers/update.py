@@ -141,7 +141,7 @@ def _gradient_step(
     )
     if not counts:
         return 0.0, 0.0, None  # all of them truncated, or without another to compare with
-    active = torch.tensor(host, dtype=torch.bool)
+    active = torch.tensor(host, dtype=torch.bool, device="cpu")
     own = trainer.processes.own(whole.rollout.batch, active)
     weighted = replace(whole, token_weights=token_weights(trainer, whole, counted))
     trainer.optimizer.zero_grad()
