@@ -54,6 +54,11 @@ def making(rank, folder):
     make("grpo", dataset=[] if rank == 1 else None)
 
 
+def making_late(rank, folder):
+    """Where the others have nothing more to say."""
+    make("grpo", hits if rank == 0 else [])
+
+
 def frozen_weight(rank, folder):
     model = make_model()
     model.embedding.weight.requires_grad_(rank == 0)
@@ -141,6 +146,7 @@ CASES = {
     "learning": (learning, _FAILED.format(1, "OSError: it has failed"), "OSError: it has failed"),
     "reference": (reference, _FAILED.format(1, "OSError: it has failed"), "OSError: it has failed"),
     "making": (making, _FAILED.format(1, "ValueError: Trainer: expected dataset"), "ValueError: "),
+    "late": (making_late, _FAILED.format(1, "ValueError: Trainer: expected rew"), "ValueError: "),
     "frozen": (frozen_weight, *2 * [_SAME.format("model", "embedding.weight ('torch.float32', ")]),
     "eos": (end_of_text, *2 * [_SAME.format("arguments", "eos_token_ids (5,) and (6,)")]),
     "engine": (

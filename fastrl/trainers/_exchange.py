@@ -36,6 +36,7 @@ class Exchange:
         self.rank = dist.get_rank(group) if has_others else 0
         self.device = torch.device("cpu")
         self._group = group
+        self._depth = 0  # of what is done together, within each other
         self._is_known = False  # to the others, what has failed here last
         if self.rank < 0:
             raise ValueError(
@@ -45,16 +46,24 @@ class Exchange:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What all processes do: where it fails in this one, the others are told."""
+        """What all processes do, and end together: where it fails in this one, the others are told.
+
+        One within another, as an evaluation in a callback, does not wait at its end.
+        """
         self._is_known = False
+        self._depth += 1
         try:
             yield
+            if self._depth == 1:
+                self.meet("the end")
         except Exception as error:
             if self.count > 1 and not self._is_known:
                 with suppress(RuntimeError):  # a lost connection says less than the error itself
                     self._said(("", b"", f"{type(error).__name__}: {error}"))
                 self._is_known = True
             raise
+        finally:
+            self._depth -= 1
 
     def told(self, place: str, value: Any = None) -> list[Any]:
         """What each process says at a place that all of them come to.
