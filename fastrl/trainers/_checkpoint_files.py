@@ -105,7 +105,7 @@ def check_description(trainer: "Trainer", description: dict[str, Any], folder: P
             f"resume: expected the prompts that the run in {folder} was trained on, got others. "
             "The run goes on with these; it is not the run that it would have been.",
             RuntimeWarning,
-            stacklevel=5,  # where `Trainer.resume` was called
+            stacklevel=4,  # where `Trainer.resume` was called
         )
 
 

@@ -1,7 +1,8 @@
 """Taking over a checkpoint: everything is checked before anything is changed."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ from fastrl.trainers._digest import digest
 from fastrl.trainers._random_state import (
     check_random_state,
     keeping_random_state,
-    random_state,
     set_random_state,
 )
 
@@ -62,22 +62,30 @@ def resume(trainer: "Trainer", folder: Path) -> None:
     if reference_file is not None:
         _check_tensors(reference, reference_file.kinds(), folder / REFERENCE)
 
-    _load_state(trainer, state["trainer"], folder)  # the trainer's own checks are in here
+    with _or_as_before(trainer):
+        _load_state(trainer, state["trainer"], folder)  # the trainer's own checks are in here
+        trainer.processes.check_equal("checkpoint", description)
     _copy(weights.__getitem__, model)
     if reference_file is not None:
         _copy(reference_file.read, reference)
     _load_optimizer(trainer, state["optimizer"]["moments"])
-    set_random_state(state["random"])
+    own = [state["random"], *state.get("random_of_others", [])]
+    set_random_state(own[trainer.processes.rank % len(own)])
 
 
-def state_tree(trainer: "Trainer") -> dict[str, Any]:
-    """What a checkpoint holds beside model and reference; its tensors are the trainer's own."""
+def state_tree(trainer: "Trainer", states: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a checkpoint holds beside model and reference; its tensors are the trainer's own.
+
+    Args:
+        states: of the random number generators, in each process.
+    """
     return {
         "trainer": trainer.state_dict(),
         "weights": beside_frozen(trainer),
         "frozen": trainer.frozen_weights,
         "optimizer": {"trained": _trained_names(trainer), "moments": moments(trainer)},
-        "random": random_state(),
+        "random": states[0],
+        **({"random_of_others": states[1:]} if len(states) > 1 else {}),
     }
 
 
@@ -135,7 +143,8 @@ def _state(trainer: "Trainer", folder: Path) -> dict[str, Any]:
     document, tensors = read_json(folder / STATE), _opened(folder / STATE_TENSORS)
     try:
         state = _tree.unflatten(document, tensors.read)
-        check_random_state(state["random"])
+        for of_process in (state["random"], *state.get("random_of_others", [])):
+            check_random_state(of_process)
         saved = state["optimizer"]["trained"]
         state["optimizer"]["moments"], state["trainer"], state["weights"]  # are there
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -170,12 +179,21 @@ def _check_frozen(trainer: "Trainer", saved: dict[str, str], folder: Path) -> No
             )
 
 
-def _load_state(trainer: "Trainer", state: dict[str, Any], folder: Path) -> None:
+@contextmanager
+def _or_as_before(trainer: "Trainer") -> Iterator[None]:
+    """What the trainer remembers, where this fails in one of its processes."""
     before = copy.deepcopy(trainer.state_dict())
+    try:
+        yield
+    except Exception:
+        trainer.load_state_dict(before)
+        raise
+
+
+def _load_state(trainer: "Trainer", state: dict[str, Any], folder: Path) -> None:
     try:
         trainer.load_state_dict(state)
     except Exception as error:
-        trainer.load_state_dict(before)
         raise ValueError(
             f"resume: expected the state in {folder / STATE} to fit the trainer, got "
             f"{type(error).__name__}: {error}. Give the trainer the same reward functions, or "

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def make_steps(trainer: "Trainer", max_steps: int, callbacks: list[Part]) -> list[Record]:
     """See `Trainer.train`."""
     folder, every = trainer.checkpoint_folder, trainer.config.save_every
+    trainer.processes.check_equal("step and max_steps", (trainer.step, max_steps))
+    trainer.processes.check_weights(trainer)
     if folder is not None and folder.resolve() not in trainer.own_checkpoints:
         checkpoint.check_unused(folder)
     if trainer.step < max_steps:
@@ -56,7 +58,7 @@ def _tell(trainer: "Trainer", listeners: Sequence[Callable[..., None]], *news: R
             listener(*news)
         except StopTraining:  # those behind it are told as well
             is_stopped = True
-    return trainer.processes.any(is_stopped)
+    return trainer.processes.any("callbacks", is_stopped)
 
 
 def _make_step(trainer: "Trainer") -> tuple[Record, str | None]:
@@ -64,7 +66,8 @@ def _make_step(trainer: "Trainer") -> tuple[Record, str | None]:
     started = time.perf_counter()
     first = trainer.step * trainer.config.prompts_per_step
     positions = range(first, first + trainer.config.prompts_per_step)
-    examples = [trainer.dataset[trainer.order(position)] for position in positions]
+    indices = [trainer.order(position) for position in positions]
+    examples = trainer.processes.examples(trainer.dataset, indices)
     rollout = sampling.collect(trainer, examples, torch.tensor(positions))
     sampled = time.perf_counter()
     given = rollout
@@ -93,7 +96,8 @@ def _make_step(trainer: "Trainer") -> tuple[Record, str | None]:
         "time/update": ended - scored,
         "time/step": ended - started,
     }
-    return trainer.processes.on_first(lambda: record), problem  # others' clocks differ
+    record = trainer.processes.on_first("the record", lambda: record)  # others' clocks differ
+    return record, problem
 
 
 def _score(

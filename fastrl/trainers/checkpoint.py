@@ -5,7 +5,8 @@ config.json, model.safetensors, ...   the model: a Hugging Face policy's folder 
 reference.safetensors   the starting model, where it has weights of its own
 state.json              what the trainer remembers; the optimizer, its moments by the names of the
                         weights that are trained; digests of the frozen weights, which a resumed
-                        run has to have again; the state of every random number generator
+                        run has to have again; the state of every random number generator, in
+                        each process
 state.safetensors       the tensors of state.json (see `fastrl.trainers._tree`)
 trainer.json            format, trainer, step, config, model, size of the dataset, and the length
                         of each file; it is written last, when the others are on the disk
@@ -24,7 +25,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ from fastrl.models.tensor_file import import_safetensors, write_tensors
 from fastrl.trainers import _checkpoint_files as files
 from fastrl.trainers import _tree
 from fastrl.trainers._checkpoint_files import CheckpointError, beside, standing
+from fastrl.trainers._random_state import random_state
 from fastrl.trainers._resume import moments, reference_tensors, resume, state_tree
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ _MIB = 2**20
 
 
 def save(trainer: "Trainer", folder: Path) -> None:
-    """Write a checkpoint beside `folder`, then put it in its place.
+    """Write a checkpoint beside `folder`, then put it in its place: the first process does.
 
     Raises:
         ValueError: folder is there and not a checkpoint.
@@ -63,8 +65,13 @@ def save(trainer: "Trainer", folder: Path) -> None:
         CheckpointError: a full disk, no permission, ...; the last checkpoint stands.
         ImportError: safetensors is not installed.
     """
+    states = trainer.processes.told("saving", random_state())
+    trainer.processes.on_first("the checkpoint", lambda: _write(trainer, folder, states))
+
+
+def _write(trainer: "Trainer", folder: Path, states: list[dict[str, Any]]) -> None:
     import_safetensors()
-    document, tensors = _tree.flatten(state_tree(trainer))
+    document, tensors = _tree.flatten(state_tree(trainer, states))
     reference = reference_tensors(trainer)
     partial, previous = beside(folder, "partial"), beside(folder, "previous")
     every = (*trainer.model.state_dict().values(), *reference.values(), *tensors.values())

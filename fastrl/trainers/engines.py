@@ -14,14 +14,15 @@ from fastrl.layout import PackedBatch, pack_groups
 from fastrl.rollout import Rollout
 
 RolloutFunction = Callable[..., "Mapping[str, Any] | Rollout"]
-"""Called once a step as
+"""Called once a step, in several processes by each that has a share of the step's prompts, as
 
     rollout_function(prompts=, completions_per_prompt=, max_new_tokens=, temperature=,
                      eos_token_ids=, seeds=, policy=)
 
-prompts: P lists of ids; seeds: [P * completions_per_prompt], one for each completion; policy:
-what is trained, for whoever has to hand its weights on. It returns a dict of lists with one entry
-for each prompt, each a list with one entry for each completion (any number of them):
+prompts: P lists of ids, the caller's share; seeds: [P * completions_per_prompt], one for each
+completion; policy: what is trained, for whoever has to hand its weights on. It returns a dict of
+lists with one entry for each prompt, each a list with one entry for each completion (any number of
+them):
 
     "completion_ids": lists of ids, EOS included
     "logprobs": lists of floats, nats, of each id at the temperature of sampling, as vLLM gives them

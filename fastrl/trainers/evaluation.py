@@ -49,6 +49,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """See `Trainer.evaluate`."""
     prompts = trainer.prompts(dataset)
+    trainer.processes.check_dataset(prompts)
     drawn = draw(trainer, prompts, trainer.reference, completions_per_prompt, temperature, seed)
     scores = score(trainer, trainer.scorer, drawn, seed, is_evaluation=True)
     kl = trainer.ops.kl_penalty(drawn.logprobs, drawn.ref_logprobs, estimator="k3")
@@ -78,7 +79,7 @@ def draw(
 ) -> Drawn:
     """Sample from the policy as it is; the seed alone decides what is drawn."""
     config = trainer.config
-    examples = [prompts[index] for index in range(len(prompts))]
+    examples = trainer.processes.examples(prompts, list(range(len(prompts))))
     rows = config.prompts_per_step * config.completions_per_prompt  # as many as in training
     rollout = sample(
         trainer,

@@ -1,21 +1,20 @@
 """Several processes train one model: what they share out, and what they tell each other."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastrl.layout import PackedBatch
 from fastrl.rollout import Rollout
+from fastrl.trainers._digest import digest
+from fastrl.trainers._exchange import Exchange
 from fastrl.trainers._shares import shares
+from fastrl.trainers.prompts import Example, PromptDataset
 from fastrl.trainers.replay import joined, rollout_of_state, state_of_rollout
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from fastrl.trainers.trainer import Trainer
 
 T = TypeVar("T")
@@ -23,31 +22,14 @@ T = TypeVar("T")
 _BUCKET = 1 << 25  # entries of gradients that are added up in one call
 
 
-class Processes:
+class Processes(Exchange):
     """The processes that train one model together, of which this is one; usually it is alone.
 
     Each samples from its share of a step's prompts. Then all of them know all completions, so that
     rewards, advantages, the loss's denominators and the metrics are formed of the whole batch, as
     in one process. The passes over the tokens are shared out again, by completions of about as
     many tokens, and gradients are added up: weights stay the same everywhere.
-
-    Args:
-        group: of torch.distributed; None: its default group where that is initialised, else none.
-        device: of the model.
-    Attributes:
-        count, rank: how many there are, and which one this is.
     """
-
-    def __init__(self, group: "ProcessGroup | None", device: torch.device) -> None:
-        has_others = dist.is_available() and dist.is_initialized()
-        self.count = dist.get_world_size(group) if has_others else 1
-        self.rank = dist.get_rank(group) if has_others else 0
-        self._group, self._device = group, device
-        if self.rank < 0:
-            raise ValueError(
-                "Trainer: expected process_group to have this process in it, got one without. "
-                "Make the trainer in the processes of the group alone."
-            )
 
     @torch.no_grad()
     def begin(self, trainer: "Trainer") -> None:
@@ -56,23 +38,33 @@ class Processes:
         Raises:
             ValueError: in all of them, where they were not told to do the same.
         """
+        self.device = trainer.device
         if self.count == 1:
             return
-        self._check_equal("trainer", type(trainer).__name__)
-        self._check_equal("config", trainer.config.to_dict())
-        self._check_equal("dataset", (len(trainer.dataset), trainer.dataset.digest))
         model = trainer.model
-        self._check_equal(
-            "model", {n: str((x.dtype, x.shape)) for n, x in model.state_dict().items()}
+        self.check_equal("trainer", type(trainer).__name__)
+        self.check_equal("config", trainer.config.to_dict())
+        self.check_dataset(trainer.dataset)
+        self.check_equal(
+            "arguments",
+            {
+                "eos_token_ids": trainer.eos_token_ids,
+                "ops": trainer.ops.__name__,
+                "rollout_function": trainer.rollout_function is not None,
+                "environment": trainer.environment is not None,
+            },
         )
-        with self._here():
-            for tensor in (*model.parameters(), *model.buffers()):
-                dense = tensor.detach().contiguous()
-                dist.broadcast(dense.view(-1).view(torch.uint8), group=self._group, group_src=0)
-                tensor.copy_(dense)
+        tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        self.check_equal(
+            "model",
+            {n: (str(x.dtype), tuple(x.shape), x.requires_grad) for n, x in tensors.items()},
+        )
+        for tensor in tensors.values():
+            self.broadcast(tensor)
 
-    def _check_equal(self, name: str, value: Any) -> None:
-        first, *others = self._told(value)
+    def check_equal(self, name: str, value: Any) -> None:
+        """Raise a ValueError in all processes where they have different ones."""
+        first, *others = self.told(f"the check of {name}", value)
         for other in others:
             if other != first:
                 raise ValueError(
@@ -80,41 +72,53 @@ class Processes:
                     f"{_differences(first, other)}. They train one model: give all the same."
                 )
 
+    def check_dataset(self, dataset: PromptDataset) -> None:
+        """Raise a ValueError in all processes where one has other prompts, a part for instance."""
+        if self.count > 1:
+            self.check_equal("dataset", (len(dataset), dataset.digest))
+
+    def check_weights(self, trainer: "Trainer") -> None:
+        """Raise a ValueError in all processes where one has other trained weights."""
+        if self.count > 1:
+            weights = {
+                name: digest(weight)
+                for name, weight in trainer.model.named_parameters()
+                if weight.requires_grad
+            }
+            self.check_equal("weights", weights)
+
     def slice_of(self, count: int) -> slice:
         """This process's of `count` prompts."""
         start, stop = (count * rank // self.count for rank in (self.rank, self.rank + 1))
         return slice(start, stop)
 
-    def gathered(self, num_prompts: int, sample: Callable[[slice], Rollout]) -> Rollout:
-        """The rollout of all prompts; sample(part) gives that of a slice of them.
+    def examples(self, dataset: PromptDataset, indices: list[int]) -> list[Example]:
+        """Entries as the first process reads them; their columns are for its reward functions."""
+        own = [dataset[index] for index in indices] if self.rank == 0 else []
+        if self.count == 1:
+            return own
+        first = self.told("reading", [Example(x.prompt, _sent(x.token_ids), {}) for x in own])[0]
+        return own if self.rank == 0 else first
 
-        Raises:
-            RuntimeError: sampling has failed in another process. Its own error is raised there.
-        """
+    def gathered(self, num_prompts: int, sample: Callable[[slice], Rollout]) -> Rollout:
+        """The rollout of all prompts; sample(part) gives that of a slice of them."""
         own = self.slice_of(num_prompts)
         if self.count == 1:
             return sample(own)
-
-        def state() -> Any:
-            if own.start == own.stop:
-                return None
+        state = None
+        if own.start < own.stop:
             found = state_of_rollout(sample(own))
             found["group_ids"] = found["group_ids"] + own.start
-            return {name: x.cpu() for name, x in found.items()}
+            state = {name: _sent(x) for name, x in found.items()}
+        states = [state for state in self.told("sampling", state) if state is not None]
+        _complete(states)
+        return joined([rollout_of_state(x, self.device) for x in states], renumber=False)
 
-        states = self._attempted(state)
-        rollouts = [rollout_of_state(x, self._device) for x in states if x is not None]
-        return joined(rollouts, renumber=False)
-
-    def on_first(self, function: Callable[[], T]) -> T:
-        """What the function returns in the first process, where alone it is called.
-
-        Raises:
-            RuntimeError: it has failed there, where its own error is raised.
-        """
+    def on_first(self, place: str, function: Callable[[], T]) -> T:
+        """What the function returns in the first process, where alone it is called."""
         if self.count == 1:
             return function()
-        return self._attempted(function if self.rank == 0 else lambda: None)[0]
+        return self.told(place, function() if self.rank == 0 else None)[0]
 
     def own(self, batch: PackedBatch, active: Tensor) -> Tensor:
         """[C] bool on the host: the active completions that this process computes."""
@@ -129,29 +133,26 @@ class Processes:
 
         Its numbers must not depend on the other completions.
         """
-        every = torch.ones(len(batch._host_completion_segments), dtype=torch.bool)
         if self.count == 1:
             return function(batch)
+        every = torch.ones_like(batch._host_completion_segments, dtype=torch.bool)
         own = self.own(batch, every)
-        found = torch.zeros(count, len(batch.target_ids), dtype=torch.float64, device=self._device)
+        found = torch.zeros(count, len(batch.target_ids), dtype=torch.float64, device=self.device)
         if own.any():
             part = batch.take(own)
             found[:, part.source_targets] = torch.stack(function(part)).double()
+        self.meet("computing")
         self.add(found)
         return found.unbind()
 
-    def add(self, *tensors: Tensor) -> None:
-        """Add up what each process has, in place."""
-        if self.count > 1:
-            with self._here():
-                for tensor in tensors:
-                    dist.all_reduce(tensor, group=self._group)
-
     def add_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Give every process the sum of all gradients; what has none anywhere stays without."""
+        """Give every process the sum of all gradients; what has none anywhere stays without.
+
+        As `add`, behind a place where all have met.
+        """
         if self.count == 1:
             return
-        has = torch.tensor([float(p.grad is not None) for p in parameters], device=self._device)
+        has = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
         self.add(has)
         for some in _buckets([p for p, n in zip(parameters, has.tolist(), strict=True) if n]):
             wide = torch.float64 if some[0].dtype == torch.float64 else torch.float32
@@ -163,40 +164,27 @@ class Processes:
             )
             self.add(flat)
             for p, total in zip(some, flat.split([p.numel() for p in some]), strict=True):
-                p.grad = total.view(p.shape).to(p.dtype)
+                if p.grad is None:
+                    p.grad = torch.empty_like(p)
+                p.grad.copy_(total.view(p.shape))
 
-    def any(self, flag: bool) -> bool:
-        """Whether one of the processes says so."""
-        return flag if self.count == 1 else any(self._told(flag))
 
-    def _attempted(self, function: Callable[[], Any]) -> list[Any]:
-        """What the function returns in each process; where one fails, all raise an error."""
-        result, error = None, None
-        try:
-            result = function()
-        except Exception as raised:
-            error = raised
-        told = self._told((result, None if error is None else f"{type(error).__name__}: {error}"))
-        if error is not None:
-            raise error
-        for rank, (_, failure) in enumerate(told):
-            if failure is not None:
-                raise RuntimeError(f"Trainer: process {rank} has failed with {failure}")
-        return [each for each, _ in told]
+def _sent(x: Tensor) -> Tensor:
+    """On the host, and without the rest of a larger tensor that it may be a part of."""
+    return x.to("cpu", copy=True)
 
-    def _told(self, value: Any) -> list[Any]:
-        """What each process says."""
-        if self.count == 1:
-            return [value]
-        values: list[Any] = [None] * self.count
-        with self._here():
-            dist.all_gather_object(values, value, group=self._group)
-        return values
 
-    def _here(self) -> AbstractContextManager[Any]:
-        """NCCL sends from the current device, whatever the model's is."""
-        is_cuda = self._device.type == "cuda"
-        return torch.cuda.device(self._device) if is_cuda else nullcontext()
+def _complete(states: list[dict[str, Tensor]]) -> None:
+    """All rollouts, each of some prompts, with what one of them has."""
+    names = set[str]().union(*states)
+    for state in states:
+        if missing := sorted(names - state.keys() - {"is_used"}):
+            raise ValueError(
+                f"rollout_function: expected {', '.join(missing)} in the Rollouts of all processes "
+                "or of none, got some without. Give all of them the same."
+            )
+        if "is_used" in names:
+            state.setdefault("is_used", torch.ones_like(state["ended"]))
 
 
 def _differences(first: Any, other: Any) -> str:

@@ -59,7 +59,7 @@ class Trainer(RunState, Objective):
             language model of transformers, bare or with a PEFT adapter, or its name or path (an
             `ActorCritic` around one of these for actor-critic).
         reward_functions: one function, or a list; `fastrl.trainers.scoring.RewardScorer` says what
-            they are given and may return.
+            they are given and may return. Of several processes the first alone calls them.
         dataset: prompts; `fastrl.trainers.prompts.PromptDataset` says in which forms.
         config: of the trainer's own kind; None: the defaults.
         tokenizer: for prompts that are text; reward functions then get text. Without it they get
@@ -69,7 +69,7 @@ class Trainer(RunState, Objective):
             itself: stop_strings and environment are then those of `evaluate`, which samples from
             the policy.
         environment: answers completions that have ended, so that they go on; see
-            `fastrl.rollout.generate`.
+            `fastrl.rollout.generate`. Of several processes each asks its own.
         ops: `fastrl.ops` or `fastrl.reference`.
         process_group: of torch.distributed; see `fastrl.trainers.processes`.
     Raises:
@@ -91,43 +91,47 @@ class Trainer(RunState, Objective):
         ops: ModuleType = fast_ops,
         process_group: "ProcessGroup | None" = None,
     ) -> None:
-        config = self._checked_config(self.config_class() if config is None else config)
-        self.config: Any = config
-        self.model: Any = self._checked_model(model)
-        self.policy: Any = getattr(self.model, "language_model", self.model)
-        self.ops = ops
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        check_trainable(self)
-        self.device = self.policy.head.weight.device
-        self.tokenizer = tokenizer
-        self.rollout_function, self.environment = rollout_function, environment
-        self.eos_token_ids = sampling.eos_token_ids(self)
-        self.dataset = self.prompts(dataset)
-        self.processes = Processes(process_group, self.device)
-        self.processes.begin(self)
-        self.scorer = RewardScorer(
-            reward_functions,
-            config.reward_weights,
-            timeout=config.reward_timeout,
-            errors=config.reward_errors,
-        )
-        check_importance(self)
-        check_checkpointing(self)
-        without_dropout(self.model, will_learn_with_it=config.dropout)
-        needs_reference = config.kl_coef > 0 or config.kl_every > 0
-        self.reference: Any = reference_policy(self.policy) if needs_reference else None
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
-        self.entropy = EntropyController(
-            config.entropy_coef, config.entropy_target, config.entropy_rate
-        )
-        self.own_checkpoints: set[Path] = set()  # this run's, so free to be replaced
-        self.last_samples: Samples | None = None
-        self.attachments = Attachments()
-        self.truncation = TruncationWatch()
-        self.order = PromptOrder(len(self.dataset), config.seed)
+        self.processes = Processes(process_group)
+        with self.processes.together():
+            config = self._checked_config(self.config_class() if config is None else config)
+            self.config: Any = config
+            self.model: Any = self._checked_model(model)
+            self.policy: Any = getattr(self.model, "language_model", self.model)
+            self.ops = ops
+            self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+            check_trainable(self)
+            self.device = self.policy.head.weight.device
+            self.tokenizer = tokenizer
+            self.rollout_function, self.environment = rollout_function, environment
+            self.eos_token_ids = sampling.eos_token_ids(self)
+            self.dataset = self.prompts(dataset)
+            self.processes.begin(self)
+            self.scorer = RewardScorer(
+                reward_functions,
+                config.reward_weights,
+                timeout=config.reward_timeout,
+                errors=config.reward_errors,
+            )
+            check_importance(self)
+            check_checkpointing(self)
+            without_dropout(self.model, will_learn_with_it=config.dropout)
+            needs_reference = config.kl_coef > 0 or config.kl_every > 0
+            self.reference: Any = reference_policy(self.policy) if needs_reference else None
+            self.optimizer = torch.optim.AdamW(
+                self.parameters,
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                fused=True,
+            )
+            self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+            self.entropy = EntropyController(
+                config.entropy_coef, config.entropy_target, config.entropy_rate
+            )
+            self.own_checkpoints: set[Path] = set()  # this run's, so free to be replaced
+            self.last_samples: Samples | None = None
+            self.attachments = Attachments()
+            self.truncation = TruncationWatch()
+            self.order = PromptOrder(len(self.dataset), config.seed)
 
     def set_learning(self, learning: bool) -> None:
         """The model's mode while gradients are computed, or while it samples."""
@@ -172,7 +176,8 @@ class Trainer(RunState, Objective):
         """
         max_steps = self.config.max_steps if max_steps is None else max_steps
         callbacks = [on_step] if callable(on_step) else list(on_step or ())
-        return make_steps(self, max_steps, callbacks)
+        with self.processes.together():
+            return make_steps(self, max_steps, callbacks)
 
     def attach(self, name: str, part: Part) -> None:
         """Let a part ride along: part(record) is called right after each step.
@@ -209,13 +214,14 @@ class Trainer(RunState, Objective):
             a usable completion; "completions" and "completion_ids": for each prompt a list, as
             reward functions saw them.
         """
-        return evaluate(
-            self,
-            dataset,
-            completions_per_prompt=completions_per_prompt,
-            temperature=self.temperature if temperature is None else temperature,
-            seed=seed,
-        )
+        with self.processes.together():
+            return evaluate(
+                self,
+                dataset,
+                completions_per_prompt=completions_per_prompt,
+                temperature=self.temperature if temperature is None else temperature,
+                seed=seed,
+            )
 
     def prompts(self, dataset: Any) -> PromptDataset:
         """A dataset as the trainer reads it."""
@@ -242,9 +248,11 @@ class Trainer(RunState, Objective):
             is_evaluation=is_evaluation,
         )  # fmt: skip
         scorer = self.scorer if scorer is None else scorer
-        return self.processes.on_first(
-            lambda: scorer(examples, rollout, dataset, self.eos_token_ids, trainer_state=run)
-        )
+        with self.processes.together():
+            return self.processes.on_first(
+                "rewards",
+                lambda: scorer(examples, rollout, dataset, self.eos_token_ids, trainer_state=run),
+            )
 
     def samples(self) -> list[dict[str, Any]]:
         """Of the last step's completions: prompt, completion, reward, and by function."""
@@ -260,8 +268,9 @@ class Trainer(RunState, Objective):
             ValueError: the folder holds something other than a checkpoint.
             OSError: it cannot be written; the one that was there stands.
         """
-        check_finite(self)
-        self.processes.on_first(lambda: checkpoint.save(self, Path(folder)))
+        with self.processes.together():
+            check_finite(self)
+            checkpoint.save(self, Path(folder))
         self.own_checkpoints.add(Path(folder).resolve())
 
     def resume(self, folder: str | Path) -> "Trainer":
@@ -275,7 +284,8 @@ class Trainer(RunState, Objective):
                 compared by digests of their bits), config or size of the dataset; this trainer is
                 then unchanged.
         """
-        checkpoint.resume(self, Path(folder))
+        with self.processes.together():
+            checkpoint.resume(self, Path(folder))
         self.own_checkpoints.add(Path(folder).resolve())
         return self
 

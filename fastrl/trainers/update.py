@@ -135,10 +135,13 @@ def _gradient_step(
     counted = whole.is_learned & whole.rollout.over_targets(completions)
     # What has no gradient is not computed: its weight in the denominators is in token_weights.
     active = completions_with(whole.rollout, counted & trainer.teaches(whole))
-    *host, counts = torch.cat([active, counted.any()[None]]).tolist()
+    # The first process's: an advantage of 0 in one may be rounded to another number elsewhere.
+    *host, counts = trainer.processes.on_first(
+        "a gradient step", lambda: torch.cat([active, counted.any()[None]]).tolist()
+    )
     if not counts:
         return 0.0, 0.0, None  # all of them truncated, or without another to compare with
-    active = torch.tensor(host, dtype=torch.bool)
+    active = torch.tensor(host, dtype=torch.bool, device="cpu")
     own = trainer.processes.own(whole.rollout.batch, active)
     weighted = replace(whole, token_weights=token_weights(trainer, whole, counted))
     trainer.optimizer.zero_grad()
@@ -159,6 +162,7 @@ def _gradient_step(
         finally:
             trainer.set_learning(False)
     if bool(active.any()):
+        trainer.processes.meet("the gradients")
         now.share(trainer.processes)
         seen.take(now, is_first=is_first)
         trainer.processes.add(total)

@@ -218,8 +218,10 @@ def test_other_prompts_of_the_same_number_are_said(make_trainer, tmp_path):
         warnings.simplefilter("error")
         make_trainer(dataset=[{"prompt": [1]}, {"prompt": [2], "x": 2}]).resume(tmp_path / "run")
     other = make_trainer(dataset=[[1], [3]])
-    with pytest.warns(RuntimeWarning, match="expected the prompts that the run in .*, got others"):
+    said = "expected the prompts that the run in .*, got others"
+    with pytest.warns(RuntimeWarning, match=said) as warned:
         other.resume(tmp_path / "run")
+    assert warned[0].filename == __file__
     path = tmp_path / "run" / "trainer.json"  # as a version before would have written it
     description = json.loads(path.read_text())
     del description["prompts_digest"]

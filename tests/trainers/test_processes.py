@@ -1,98 +1,20 @@
 """Two processes train one model, and get what one process gets."""
 
+import math
 import re
 import warnings
+from datetime import timedelta
 
+import failing_runs
 import pytest
 import torch
 import torch.distributed as dist
+from failing_runs import CASES, failure
+from paired_runs import PROMPTS, RUNS, STEPS, answer, engine, failing, failing_engine, make, run
 
 from fastrl.layout import PackedBatch, pack_groups
-from fastrl.models import ActorCritic, LSTMLanguageModel
-from fastrl.trainers import (
-    ActorCriticConfig,
-    ActorCriticTrainer,
-    PolicyGradientConfig,
-    PolicyGradientTrainer,
-    StopTraining,
-)
+from fastrl.trainers import StopTraining
 from fastrl.trainers._shares import shares
-
-PROMPTS = [[1, 2, 3], [4], [2, 5], [6, 0, 1, 1]]
-STEPS = 3
-# By name: whether there is a critic, and what the config has beside the defaults below.
-RUNS = {
-    "grpo": (False, {"algorithm": "grpo", "kl_coef": 0.1, "micro_batch_tokens": 12}),
-    "one prompt": (False, {"prompts_per_step": 1, "gamma": 0.9, "entropy_coef": 0.01}),
-    "gspo": (False, {"algorithm": "gspo", "epochs": 2, "prompts_per_step": 2}),
-    "ppo": (True, {"algorithm": "ppo", "epochs": 2, "minibatches": 2, "whiten_advantages": True}),
-    "vtrace": (True, {"algorithm": "vtrace", "replay_size": 2, "replay_per_step": 1}),
-}
-DEFAULTS = {"prompts_per_step": 3, "completions_per_prompt": 5, "max_new_tokens": 6, "seed": 3}
-
-
-def hits(prompts, completion_ids, **_):
-    """1 for each token that is the one wanted there; the longer a completion, the less."""
-    return [
-        [float(token == (prompt[-1] + t) % 5) / len(ids) for t, token in enumerate(ids)]
-        for prompt, ids in zip(prompts, completion_ids, strict=True)
-    ]
-
-
-def answer(index, prompt_ids, completion_ids):
-    """What depends on the number of the completion in the step."""
-    return [index % 6, 6] if len(completion_ids) < 3 else None
-
-
-def make(name, rewards=hits, init=0, group=None, **options):
-    is_critic, config = RUNS[name]
-    torch.manual_seed(init)
-    model = LSTMLanguageModel(8, 8, 24, 1)
-    model = ActorCritic(model) if is_critic else model
-    arguments = {n: options.pop(n) for n in ("environment", "rollout_function") if n in options}
-    config_class = ActorCriticConfig if is_critic else PolicyGradientConfig
-    trainer = ActorCriticTrainer if is_critic else PolicyGradientTrainer
-    config = config_class(**DEFAULTS | {"eos_token_id": 7} | config | options)
-    dataset = [torch.tensor(prompt) for prompt in PROMPTS]
-    return trainer(model, rewards, dataset, config, process_group=group, **arguments)
-
-
-def run(name, **options):
-    """What a run of some steps has come to."""
-    trainer = make(name, **options)
-    records = trainer.train(max_steps=STEPS)
-    evaluation = trainer.evaluate(PROMPTS, completions_per_prompt=2)
-    return {
-        "weights": trainer.model.state_dict(),
-        "records": records,
-        "samples": trainer.samples(),
-        "evaluation": evaluation,
-    }
-
-
-def failure(function):
-    try:
-        function()
-    except (OSError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def failing(**_):
-    raise OSError("no reward today")
-
-
-def engine(prompts, seeds, **_):
-    """What depends on the seeds, with completions of none and of some tokens."""
-    of_prompt = [seeds[5 * i : 5 * i + 5] for i in range(len(prompts))]
-    ids = [[[seed % 7, seed % 5, 7][: seed % 4] for seed in some] for some in of_prompt]
-    return {"completion_ids": ids, "logprobs": [[[-2.0] * len(row) for row in g] for g in ids]}
-
-
-def failing_engine(prompts, **options):
-    if [4] in prompts:
-        raise OSError("no such engine")
-    return engine(prompts, **options)
 
 
 def stopped_by(rank):
@@ -108,7 +30,8 @@ def stopped_by(rank):
 def worker(rank, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
+    place, timeout = f"file://{folder}/init", timedelta(seconds=30)
+    dist.init_process_group("gloo", place, rank=rank, world_size=2, timeout=timeout)
     groups = [dist.new_group([r]) for r in (0, 1)]
     found = {name: run(name, init=rank) for name in RUNS}
     found["environment"] = run("grpo", environment=answer)
@@ -121,6 +44,16 @@ def worker(rank, folder):
     found["engine"] = failure(lambda: make("grpo", **options).train(max_steps=1))
     found["config"] = failure(lambda: make("grpo", learning_rate=0.1 * (rank + 1)))
     found["stopped"] = [stopped_by(0), stopped_by(1)]
+    resumed = make("ppo", init=5).resume(f"{folder}/one")
+    resumed.train(max_steps=STEPS)
+    found["resumed"] = resumed.model.state_dict()
+    for name, (case, *_) in CASES.items():
+        found[f"fails: {name}"] = failure(lambda case=case: case(rank, folder))
+    found["drawn"] = failing_runs.samples_of_drawn_prompts(rank)
+    found["used"] = failing_runs.of_some("is_used")
+    found["other weights"] = failing_runs.other_weights(rank)
+    found["zero in one"] = failing_runs.zero_in_one(rank)
+    found["dropout"] = failing_runs.resumed_with_dropout(rank, folder)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -130,6 +63,9 @@ def ranks(tmp_path_factory):
     from two_ranks import TwoRanks
 
     folder = tmp_path_factory.mktemp("processes")
+    trainer = make("ppo")
+    trainer.train(max_steps=1)
+    trainer.save(folder / "one")
     two = TwoRanks()
     yield two.run(__file__, folder), folder
     two.close()
@@ -178,6 +114,15 @@ def test_a_checkpoint_of_two_goes_on_in_one(ranks):
     assert_close(trainer.model.state_dict(), run("ppo")["weights"])
 
 
+def test_two_go_on_from_a_checkpoint_of_one(ranks):
+    for found in ranks[0]:
+        assert_close(found["resumed"], run("ppo")["weights"])
+
+
+def test_each_process_goes_on_with_its_own_random_numbers(ranks):
+    assert [found["dropout"] for found in ranks[0]] == [True, True]
+
+
 def test_what_fails_in_one_process_is_an_error_in_both(ranks):
     first, second = ranks[0]
     assert first["reward"].startswith("RewardFunctionError: Trainer: reward function failing")
@@ -185,6 +130,39 @@ def test_what_fails_in_one_process_is_an_error_in_both(ranks):
     own, told = sorted([first["engine"], second["engine"]])  # either may have had that prompt
     assert own == "OSError: no such engine"
     assert re.fullmatch(r"RuntimeError: .*process [01] has failed with OSError: no such .*", told)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_goes_wrong_in_one_process_is_told_in_both(ranks, name):
+    """And the group goes on to the next case: none has been left behind waiting."""
+    for found, expected in zip(ranks[0], CASES[name][1:], strict=True):
+        assert str(found[f"fails: {name}"]).startswith(expected)
+
+
+def test_the_first_process_reads_the_prompts(ranks):
+    """Of a dataset that draws, each process would have others."""
+    (prompts, rewarded, roots), (second, none, _) = (found["drawn"] for found in ranks[0])
+    assert prompts == second == rewarded and prompts[::5] == roots
+    assert none == []  # rewards are asked for in the first process
+
+
+def test_completions_that_one_process_leaves_out_are_left_out(ranks):
+    for found in ranks[0]:
+        is_used = [not math.isnan(row["reward"]) for row in found["used"]]
+        some, every = [index % 2 > 0 for index in range(10)], [True] * 10
+        is_first = [4] in [row["prompt"] for row in found["used"][:10]]
+        assert is_used == (some + every if is_first else every + some)
+
+
+def test_weights_that_are_stored_by_their_columns_learn_alike(ranks):
+    for found in ranks[0]:
+        assert_close(found["other weights"], failing_runs.other_weights())
+
+
+def test_the_first_process_says_what_is_computed(ranks):
+    """An advantage of 0 is not computed, and where it is 0 is a matter of rounding."""
+    first, second = (found["zero in one"] for found in ranks[0])
+    assert first == second > 0
 
 
 def test_processes_with_different_configs_are_told(ranks):

@@ -142,6 +142,7 @@ class OverOptimizationMonitor:
             StopTraining: with action "stop", at the step of an alarm, where a run has ended.
             ValueError: output_dir holds the best checkpoint of another run.
         """
+        self._trainer.processes.check_equal("OverOptimizationMonitor", self._settings())
         if self.evaluations:
             last = self.evaluations[-1]
             is_alarm = last["gold/alarm"] or last["gold/over_budget"]
