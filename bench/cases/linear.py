@@ -38,6 +38,7 @@ LINEAR_TOKEN_LOGPROBS = [
     Case(
         "linear_token_logprobs", (512, 896, 151936), "the same with LoRA: the head is frozen",
         devices=CPU, mode="both", frozen=("weight",),
+        targets=(Target(_EAGER, "ratio", at_least=1.0),),
     ),
     Case(
         "linear_token_logprobs", (64, 256, 8192), "a tiny model: what slicing costs",
