@@ -45,16 +45,14 @@ struct Step {
   FASTRL_DEVICE D unbroken() const { return truncated ? D{} : discount(); }
   // The product as one for all steps, where gamma and lambda are.
   FASTRL_DEVICE D trace() const { return truncated ? D{} : terminated ? D{} : gamma * lambda; }
+  // What is handed on over the step: nothing over an end, be it nan.
+  FASTRL_DEVICE V handed_on(V x) const { return truncated ? V{} : terminated ? V{} : x; }
 };
 
 // factor * x; but behind an end nothing is looked at: 0 * inf would be nan.
 template <class N>
 FASTRL_DEVICE typename N::V through(typename N::D factor, typename N::V x) {
   return factor == typename N::D{} ? typename N::V{} : N::narrow(factor) * x;
-}
-template <class N>
-FASTRL_DEVICE typename N::D wide_through(typename N::D factor, typename N::D x) {
-  return factor == typename N::D{} ? typename N::D{} : factor * x;
 }
 
 struct Clips {
@@ -194,17 +192,18 @@ struct TdBackward {
 
   template <class N>
   struct Formed {
-    typename N::D a, b, direct;
+    typename N::D a, b;
+    typename N::V direct;
   };
   template <class N>
   FASTRL_DEVICE static Formed<N> form(const Step<N>& s, const Clips&) {
-    const auto direct = N::wide(s.grad_first + s.grad_second);
-    return {s.trace(), wide_through<N>(s.trace(), direct), direct};
+    const auto direct = s.grad_first + s.grad_second;
+    return {s.trace(), s.trace() * N::wide(s.handed_on(direct)), direct};
   }
   template <class N>
   FASTRL_DEVICE static void write(const Formed<N>& f, typename N::D, typename N::D z_previous,
                                   typename N::V* out) {
-    out[0] = N::narrow(f.direct + z_previous);
+    out[0] = N::narrow(N::wide(f.direct) + z_previous);
   }
 };
 
@@ -222,8 +221,8 @@ struct VtraceBackward {
   FASTRL_DEVICE static Formed<N> form(const Step<N>& s, const Clips& clips) {
     const auto rho = clipped<N>(s.ratio, clips.rho);
     const auto a = s.trace() * N::wide(clipped<N>(s.ratio, clips.c));
-    const auto b = wide_through<N>(a, N::wide(s.grad_second)) +
-                   wide_through<N>(s.trace(), N::wide(rho * s.grad_first));
+    const auto b = a * N::wide(s.handed_on(s.grad_second)) +
+                   s.trace() * N::wide(s.handed_on(rho * s.grad_first));
     const auto live_rho = unclipped<N>(s.ratio, clips.rho), live_c = unclipped<N>(s.ratio, clips.c);
     const auto of_x = live_rho * s.td_error + live_c * s.carried;
     const auto of_advantage = live_rho * (s.td_error + s.carried);
@@ -253,7 +252,7 @@ struct RetraceBackward {
     const auto lambda = N::narrow(s.lambda);
     const auto weight = lambda * clipped<N>(s.ratio, clips.c);
     const auto of_x = lambda * unclipped<N>(s.ratio, clips.c) * s.td_error;
-    const auto b = wide_through<N>(s.unbroken(), N::wide(s.grad_first));
+    const auto b = s.unbroken() * N::wide(s.handed_on(s.grad_first));
     return {s.unbroken() * N::wide(weight), b, weight, s.grad_first, of_x};
   }
   template <class N>
