@@ -62,6 +62,7 @@ def worker(rank, folder):
 def ranks(tmp_path_factory):
     from two_ranks import TwoRanks
 
+    pytest.importorskip("safetensors")
     folder = tmp_path_factory.mktemp("processes")
     trainer = make("ppo")
     trainer.train(max_steps=1)
