@@ -27,13 +27,17 @@ class Stop:
         eos_token_id: int | Sequence[int] | None,
         strings: Sequence[str],
         decode: Callable[[list[int]], str] | None,
+        vocab_size: int,
     ) -> None:
         given: Any = eos_token_id
         given = given.tolist() if hasattr(given, "tolist") else given
         several = isinstance(given, Sequence) and not isinstance(given, str)
         self._eos = list(given) if several else [] if given is None else [given]
         for token in self._eos:
-            _checks.index("generate", "eos_token_id", token)
+            _checks.whole("generate", "eos_token_id", token, 0)
+            if token >= vocab_size:
+                remedy = "Use the tokenizer that the model was built for."
+                raise _checks.fail("generate", f"eos_token_id in [0, {vocab_size})", token, remedy)
         self.strings, self._decode = list(strings), decode
         self._window = max(map(len, self.strings), default=0) + _SPARE_TOKENS
 

@@ -44,15 +44,22 @@ def merge_states(states: Tensor, temperature: float) -> Tensor:
     return torch.stack([top, *(part.sum(0) for part in parts)], dim=-1)
 
 
+def target_and_total(state: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The target's log-prob and the log total, [N] float64, from the state [N, 6] of the whole
+    vocabulary; NaN for an id that no slice has."""
+    m, rest, count, _, target, found = state.unbind(-1)
+    log_total = torch.log1p(rest + (count - 1.0))
+    logit = torch.where(found == 1, target, torch.nan)
+    return (logit - m) / temperature - log_total, log_total
+
+
 def finish(
     state: Tensor, token_ids: Tensor, temperature: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprobs, entropy, row max and log total, float32 [N] each, from the state [N, 6] of the
     whole vocabulary; 0 in ignored rows, NaN for an id that no slice has."""
-    m, rest, count, weighted, target, found = state.unbind(-1)
-    log_total = torch.log1p(rest + (count - 1.0))
-    logit = torch.where(found == 1, target, torch.nan)
-    logprobs = (logit - m) / temperature - log_total
+    m, rest, count, weighted, *_ = state.unbind(-1)
+    logprobs, log_total = target_and_total(state, temperature)
     entropy = log_total + weighted / (rest + count) / temperature
     ignored = token_ids == ignore_index
     outputs = (logprobs, entropy, m, log_total)

@@ -158,7 +158,7 @@ def generate(
     device = prompts[0].device
     (seeds,) = on_device([seeds], device)
     mixed_steps = _mix(torch.arange(max_new_tokens, device=device))
-    stop = Stop(eos_token_id, stop_strings, decode)
+    stop = Stop(eos_token_id, stop_strings, decode, model.vocab_size)
     completions = Completions(
         prompts, completions_per_prompt, max_new_tokens, stop, environment, model.vocab_size
     )

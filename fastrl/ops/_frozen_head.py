@@ -104,10 +104,9 @@ class _Others:
 
     def gradient(self, whole: Tensor) -> Tensor:
         """d logp / d hidden, [n, D], from the state [n, 6] of the whole vocabulary."""
-        m, rest, count, _, target, found = whole.unbind(-1)
-        log_total = torch.log1p(rest + (count - 1.0))
-        logprobs = (torch.where(found == 1, target, torch.nan) - m) / self._temperature - log_total
-        of_others = torch.exp(self._used - m / self._temperature - log_total) / self._scale
+        logprobs, log_total = _vocabulary.target_and_total(whole, self._temperature)
+        total = whole[:, 0] / self._temperature + log_total
+        of_others = torch.exp(self._used - total) / self._scale
         of_target = -torch.expm1(logprobs) * self._target_slope
         factors = torch.stack([of_others, of_target]) / self._temperature
         factors = factors.float().masked_fill(self._ids == self._ignore_index, 0)
@@ -163,10 +162,3 @@ def backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Any) -> Any:
     else:
         return (None,) * 8
     return grad.to(hidden.dtype), *(None,) * 7
-
-
-def fake(hidden: Tensor, weight: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    rows = token_ids.new_empty(token_ids.shape, dtype=torch.float32)
-    entropy = torch.empty_like(rows) if rest[-1] else rows.new_empty(0)
-    slope = hidden.new_empty(hidden.shape, dtype=torch.float32)
-    return rows, entropy, torch.empty_like(rows), torch.empty_like(rows), slope

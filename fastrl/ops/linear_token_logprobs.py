@@ -50,8 +50,8 @@ def linear_token_logprobs(
     tokens, `linear_token_loss` needs three as well; take this one where the loss mixes tokens,
     where log-probs go to several losses, or to score without gradients. Where hidden alone requires
     grad, as with a frozen head behind LoRA adapters, both take two: the gradient forms in the
-    forward pass, and the backward pass scales it (an entropy that is differentiated costs two more
-    here).
+    forward pass, and the backward pass scales it (here an entropy that is differentiated costs two
+    more; with group, and under vmap, slices are computed again).
 
     Logits are float32 whatever the dtype of the inputs, so that log-prob, entropy and their
     gradients in the logits are as exact as those of `token_logprobs`. The same inputs give the same
@@ -179,6 +179,11 @@ def _fwd_fake(
     return rows, entropy, torch.empty_like(rows), torch.empty_like(rows)
 
 
+def _frozen_fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The same, and d logp / d hidden."""
+    return *_fwd_fake(hidden, *rest), hidden.new_empty(hidden.shape, dtype=torch.float32)
+
+
 def _bwd_fake(
     g: Any, h: Any, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +232,7 @@ _binary.register_torch(_linear_slices.linear_token_logprobs_state)
 _binary.register_torch(_linear_slices.linear_token_logprobs_fwd)
 _binary.register_torch(_linear_slices.linear_token_logprobs_bwd)
 _binary.register_torch(_frozen_head.linear_token_logprobs_frozen)
-_binary.register_fake("linear_token_logprobs_frozen", _frozen_head.fake)
+_binary.register_fake("linear_token_logprobs_frozen", _frozen_fake)
 _binary.register_fake("linear_token_logprobs_fwd", _fwd_fake)
 _binary.register_fake("linear_token_logprobs_bwd", _bwd_fake)
 _binary.register_autograd("linear_token_logprobs_fwd", _backward, setup_context=_setup_context)

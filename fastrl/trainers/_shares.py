@@ -17,13 +17,12 @@ def shares(batch: PackedBatch, active: Tensor, count: int) -> Tensor:
         active: [C] bool on the host, the completions that are computed at all.
     """
     tree, sizes = trees_of_completions(batch), tree_sizes(batch)
-    lengths = batch.layout._host_bounds.diff()[batch._host_completion_segments] * active
+    sizes_of_completions = batch.layout._host_bounds.diff()[batch._host_completion_segments]
+    lengths = sizes_of_completions * active
     is_read = torch.zeros_like(sizes).index_add_(0, tree, active.long()) > 0
     if not is_flat(batch):  # turns between root and leaves: a tree stays whole
         return _by_middle(sizes * is_read, count)[tree]
-    prompts = tree_sizes(batch).index_add_(
-        0, tree, -batch.layout._host_bounds.diff()[batch._host_completion_segments]
-    )
+    prompts = sizes.index_add(0, tree, -sizes_of_completions)
     of_trees = (prompts * is_read).index_add(0, tree, lengths)
     by_tree = _by_middle(of_trees, count)[tree]
     is_first = active & (tree != torch.cat([tree.new_tensor([-1]), tree[:-1]]))

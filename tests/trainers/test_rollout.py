@@ -245,7 +245,8 @@ def test_seeds_and_length_are_checked(model):
         (r"stop_strings a list .*, got \['a', ''\]", {"stop_strings": ["a", ""]}),
         ("decode with stop_strings, got None", {"stop_strings": ["a"], "decode": None}),
         ("max_rows as an int, got float", {"max_rows": 1.5}),
-        ("eos_token_id of 64 bits", {"eos_token_id": 2**70}),
+        ("eos_token_id >= 0, got -1", {"eos_token_id": [EOS, -1]}),
+        (rf"eos_token_id in \[0, {V}\), got {V}", {"eos_token_id": V}),
         ("eos_token_id as an int, got str", {"eos_token_id": "</s>"}),
     ):
         with pytest.raises((ValueError, TypeError), match=f"generate: expected {message}"):
