@@ -133,7 +133,7 @@ def monitor(rank, folder):
 
 
 # By name: what fails, and the errors in both processes.
-_FAILED = "RuntimeError: Trainer: process {} has failed with {}"
+_FAILED = "ProcessFailedError: Trainer: process {} has failed with {}"
 _ELSEWHERE = "RuntimeError: Trainer: expected all processes to do the same, got process {} at {}"
 _SAME = "ValueError: Trainer: expected the same {} in all processes, got {}"
 CASES = {

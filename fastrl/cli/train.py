@@ -37,16 +37,16 @@ def main(argv: list[str]) -> int:
             f"train: expected the packages {', '.join(EXTRAS)}, got no {', '.join(missing)}. "
             'Install them with: pip install "fastrl[train]"'
         )
-    if (count := os.environ.get("WORLD_SIZE", "")) not in ("", "1"):
-        return _fail(
-            f"train: expected one process, got one of WORLD_SIZE = {count}, each of which would "
-            "begin the run. Start it without torchrun; several processes train together from "
-            "Python (README: Several processes)."
-        )
     if _is_of_recipe(argv):
         from fastrl.cli.recipes import command
 
         return command.main(argv)
+    if (count := os.environ.get("WORLD_SIZE", "")) not in ("", "1"):
+        return _fail(
+            f"train: expected one process for the demo, got one of WORLD_SIZE = {count}, each of "
+            "which would begin the run. Start it without torchrun; several processes train as a "
+            "recipe says: torchrun --nproc-per-node 2 -m fastrl train RECIPE.toml"
+        )
     import tyro
 
     from fastrl.cli.recipes.toml import RecipeError
@@ -134,7 +134,7 @@ def _prepared_run(
     import fastrl.ops
     import fastrl.reference
     from fastrl.cli.console import say
-    from fastrl.cli.recipes.models import find_device
+    from fastrl.cli.recipes.device import find_device
     from fastrl.cli.training.run_folder import MetricsLog, RunFolder, path_of_now
     from fastrl.cli.training.stages import Run
     from fastrl.cli.training.text_data import prepare

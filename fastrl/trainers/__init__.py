@@ -1,6 +1,7 @@
 """Trainers: policy gradient and actor-critic with immediate rewards."""
 
 from fastrl.trainers._attachments import StopTraining
+from fastrl.trainers._exchange import ProcessFailedError
 from fastrl.trainers.actor_critic import ActorCriticTrainer
 from fastrl.trainers.checkpoint import CheckpointError, load_model
 from fastrl.trainers.config import ActorCriticConfig, PolicyGradientConfig
@@ -14,6 +15,7 @@ __all__ = [
     "CheckpointError",
     "PolicyGradientConfig",
     "PolicyGradientTrainer",
+    "ProcessFailedError",
     "RewardFunctionError",
     "StopTraining",
     "TrainingDivergedError",

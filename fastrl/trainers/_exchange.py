@@ -1,9 +1,9 @@
 """What processes say to each other, so that what fails in one of them is an error in all."""
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+T = TypeVar("T")
 Said = tuple[str, bytes, str | None]  # where a process is, what it says, and how it has failed
+_ELSEWHERE = "elsewhere"  # what has failed there
+
+
+class ProcessFailedError(RuntimeError):
+    """Another process has failed, so this one cannot go on."""
 
 
 class Exchange:
@@ -28,6 +34,7 @@ class Exchange:
     Attributes:
         count, rank: how many there are, and which one this is.
         device: of the tensors; the host's until theirs is known.
+        failed: the processes in which it was that what was done together last has failed.
     """
 
     def __init__(self, group: "ProcessGroup | None") -> None:
@@ -35,6 +42,7 @@ class Exchange:
         self.count = dist.get_world_size(group) if has_others else 1
         self.rank = dist.get_rank(group) if has_others else 0
         self.device = torch.device("cpu")
+        self.failed: list[int] = []
         self._group = group
         self._depth = 0  # of what is done together, within each other
         self._is_known = False  # to the others, what has failed here last
@@ -56,10 +64,13 @@ class Exchange:
             yield
             if self._depth == 1:
                 self.meet("the end")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if self.count > 1 and not self._is_known:
+                place = _ELSEWHERE if isinstance(error, ProcessFailedError) else ""
                 with suppress(RuntimeError):  # a lost connection says less than the error itself
-                    self._said(("", b"", f"{type(error).__name__}: {error}"))
+                    said = self._said((place, b"", f"{type(error).__name__}: {error}"))
+                    where = [failure is not None and p != _ELSEWHERE for p, _, failure in said]
+                    self.failed = [rank for rank, here in enumerate(where) if here]
                 self._is_known = True
             raise
         finally:
@@ -69,7 +80,8 @@ class Exchange:
         """What each process says at a place that all of them come to.
 
         Raises:
-            RuntimeError: another process has failed, or is somewhere else.
+            ProcessFailedError: another process has failed.
+            RuntimeError: it is somewhere else.
         """
         if self.count == 1:
             return [value]
@@ -77,7 +89,7 @@ class Exchange:
         self._is_known = True
         for rank, (_, _, failure) in enumerate(said):
             if failure is not None:
-                raise RuntimeError(f"Trainer: process {rank} has failed with {failure}")
+                raise ProcessFailedError(f"Trainer: process {rank} has failed with {failure}")
         for rank, (other, _, _) in enumerate(said):
             if other != place:
                 raise RuntimeError(
@@ -91,6 +103,13 @@ class Exchange:
     def meet(self, place: str) -> None:
         """Wait until all have come here; see `told`."""
         self.told(place)
+
+    def on_first(self, place: str, function: Callable[[], T]) -> T:
+        """What the function returns in the first process, where alone it is called."""
+        if self.count == 1:
+            return function()
+        first: T = self.told(place, function() if self.rank == 0 else None)[0]
+        return first
 
     def any(self, place: str, flag: bool) -> bool:
         """Whether one of the processes says so."""

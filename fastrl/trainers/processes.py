@@ -1,7 +1,7 @@
 """Several processes train one model: what they share out, and what they tell each other."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,6 @@ from fastrl.trainers.replay import joined, rollout_of_state, state_of_rollout
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
-
-T = TypeVar("T")
 
 _BUCKET = 1 << 25  # entries of gradients that are added up in one call
 
@@ -113,12 +111,6 @@ class Processes(Exchange):
         states = [state for state in self.told("sampling", state) if state is not None]
         _complete(states)
         return joined([rollout_of_state(x, self.device) for x in states], renumber=False)
-
-    def on_first(self, place: str, function: Callable[[], T]) -> T:
-        """What the function returns in the first process, where alone it is called."""
-        if self.count == 1:
-            return function()
-        return self.told(place, function() if self.rank == 0 else None)[0]
 
     def own(self, batch: PackedBatch, active: Tensor) -> Tensor:
         """[C] bool on the host: the active completions that this process computes."""

@@ -16,6 +16,7 @@ from fastrl.cli.recipes.build import Parts  # noqa: E402
 from fastrl.cli.recipes.parse import read_recipe  # noqa: E402
 from fastrl.cli.recipes.rewards import load_reward_functions  # noqa: E402
 from fastrl.cli.recipes.toml import RecipeError  # noqa: E402
+from fastrl.cli.training.workers import Workers  # noqa: E402
 from fastrl.rewards import ContinuationReward  # noqa: E402
 
 RECIPE = """
@@ -258,7 +259,8 @@ def test_a_monitor_needs_a_gold_reward(tmp_path):
     with pytest.raises(RecipeError, match="gold in .* with other keys of that table, got nothing"):
         read_recipe(tiny, ['over_optimization.action="stop"'])
     off = read_recipe(tiny, ["over_optimization.gold=''", 'over_optimization.action="stop"'])
-    parts = Parts.load(off, tmp_path, tokenizer=tmp_path / "no", start=tmp_path / "no")
+    nowhere = tmp_path / "no"
+    parts = Parts.load(off, tmp_path, tokenizer=nowhere, start=nowhere, workers=Workers())
     assert parts.gold is None
 
 

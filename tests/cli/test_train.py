@@ -267,13 +267,6 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
-def test_one_of_several_processes_begins_no_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert train.main(["tiny_grpo", "--output", str(tmp_path / "run")]) == 2
-    assert "expected one process, got one of WORLD_SIZE = 2" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_unknown_options_and_help(capsys):
     assert train.main(["--no-such-option"]) == 2
     assert train.main(["--help"]) == 0

@@ -130,7 +130,9 @@ def test_what_fails_in_one_process_is_an_error_in_both(ranks):
     assert "process 0 has failed with RewardFunctionError" in second["reward"]
     own, told = sorted([first["engine"], second["engine"]])  # either may have had that prompt
     assert own == "OSError: no such engine"
-    assert re.fullmatch(r"RuntimeError: .*process [01] has failed with OSError: no such .*", told)
+    assert re.fullmatch(
+        r"ProcessFailedError: .*process [01] has failed with OSError: no such .*", told
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -19,6 +19,7 @@ from fastrl.cli.recipes.rewards import Provided, load_reward_functions
 from fastrl.cli.recipes.schema import Recipe
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.cli.recipes.trained_on import check_held_out
+from fastrl.cli.training.workers import Workers
 from fastrl.rewards._calling import distinct_names, required_by
 from fastrl.rewards.composition._composition import Composition
 from fastrl.trainers import ActorCriticConfig, ActorCriticTrainer, PolicyGradientTrainer
@@ -38,6 +39,7 @@ class Parts:
         start: the folder of the policy that the algorithm starts from; None: as the recipe has it.
         functions: reward functions.
         gold, proxy: the monitor's; None without one.
+        workers: the processes of the run, each of which has parts of its own.
     """
 
     recipe: Recipe
@@ -48,9 +50,12 @@ class Parts:
     functions: list[Any]
     gold: Any
     proxy: Any
+    workers: Workers
 
     @classmethod
-    def load(cls, recipe: Recipe, output: Path, *, tokenizer: Path, start: Path) -> "Parts":
+    def load(
+        cls, recipe: Recipe, output: Path, *, tokenizer: Path, start: Path, workers: Workers
+    ) -> "Parts":
         """What is quick to find wrong comes first.
 
         Args:
@@ -99,6 +104,7 @@ class Parts:
             functions=load_reward_functions(recipe.rewards.functions, given),
             gold=watching.get("gold"),
             proxy=watching.get("proxy"),
+            workers=workers,
         )
 
     def policy(self) -> Any:
@@ -107,7 +113,13 @@ class Parts:
         Raises:
             RecipeError: it cannot be built.
         """
-        return build_model(self.recipe, self.tokenizer, self.recipe.seed, self.start)
+        return build_model(
+            self.recipe,
+            self.tokenizer,
+            self.recipe.seed,
+            self.start,
+            local_rank=self.workers.local_rank,
+        )
 
     def trainer(self) -> Any:
         """A trainer at its start.

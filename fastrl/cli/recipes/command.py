@@ -13,6 +13,7 @@ from fastrl.cli.recipes.toml import RecipeError
 
 if TYPE_CHECKING:
     from fastrl.cli.training.interruption import StopRequest
+    from fastrl.cli.training.workers import Workers
 
 EPILOG = """\
 The run's folder gets recipe.toml as it was resolved, versions.json, metrics.jsonl, samples.jsonl,
@@ -21,6 +22,9 @@ one of transformers; with [supervised] also supervised.jsonl and start/, the mod
 that the algorithm starts from. A preference model is in model/ instead, and begins again when it is
 resumed.
 SIGTERM and Ctrl-C let the step end and save; a second Ctrl-C stops at once.
+torchrun --nproc-per-node 8 -m fastrl train RECIPE.toml trains with several processes, each on the
+GPU of its number, on what one process would: its seconds of --shutdown-timeout are what a signal
+leaves the step and its checkpoint. A run may go on in another number of processes.
 A run that is resumed has to find the rows that it was begun with; that its held-out rows or its own
 Python files have been changed since is said.
 
@@ -73,42 +77,51 @@ def main(argv: list[str]) -> int:
     """Exit status as in EPILOG."""
     from fastrl.cli.training.interruption import Interrupted, StopRequest
     from fastrl.cli.training.run_folder import RunFolderError
-    from fastrl.trainers import RewardFunctionError, checkpoint
+    from fastrl.cli.training.workers import Workers
+    from fastrl.trainers import ProcessFailedError, RewardFunctionError, checkpoint
 
-    stop = StopRequest()
+    workers = Workers()
+    stop = StopRequest(workers)
+
+    def tell(message: str, status: int = 2) -> int:
+        return fail(message, status) if workers.speaks else status
+
     try:
         options = parser().parse_args(argv)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 2
     try:
         _check(options)
-        with stop.listening():
-            return _run(options, stop)
+        with workers.connected(), stop.listening(), workers.together():
+            return _run(options, stop, workers)
+    except ProcessFailedError:  # there it is said
+        return 1
     except SystemExit as error:  # of a reward function or builder: the run is not finished
         if isinstance(error.__context__, BrokenPipeError):  # rich's
-            return fail(_NO_READER, 1)
-        return fail(f"train: expected the recipe's code to return, got sys.exit({error.code}).", 1)
+            return tell(_NO_READER, 1)
+        return tell(f"train: expected the recipe's code to return, got sys.exit({error.code}).", 1)
     except (RecipeError, RunFolderError) as error:
-        return fail(str(error))
+        return tell(str(error))
     except RewardFunctionError as error:
-        if isinstance(error.__cause__, Exception) and not explains(error.__cause__):
-            traceback.print_exception(error.__cause__)
-        return fail(str(error), 1)
+        cause = error.__cause__
+        if isinstance(cause, Exception) and not explains(cause) and workers.speaks:
+            traceback.print_exception(cause)
+        return tell(str(error), 1)
     except Interrupted as error:
         status = 0 if error.signal_number == signal.SIGTERM else 128 + error.signal_number
-        return fail(f"train: stopped by {error} before it began; nothing was changed.", status)
+        return tell(f"train: stopped by {error} before it began; nothing was changed.", status)
     except (ValueError, TypeError, FloatingPointError) as error:  # of the trainer
         if not explains(error):
             raise
-        return fail(str(error), 1)
+        return tell(str(error), 1)
     except checkpoint.CheckpointError as error:
-        return fail(str(error), 1)
+        return tell(str(error), 1)
     except BrokenPipeError:
-        return fail(_NO_READER, 1)
+        return tell(_NO_READER, 1)
     except OSError as error:  # a full disk, a folder that may not be written to
-        return fail(f"train: expected to read and write the run's files, got {error}.", 1)
+        return tell(f"train: expected to read and write the run's files, got {error}.", 1)
     except KeyboardInterrupt:  # the second one: the first waits for the step to end
-        return fail("train: stopped at once. The last checkpoint stands: --resume the run.", 130)
+        return tell("train: stopped at once. The last checkpoint stands: --resume the run.", 130)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -131,15 +144,17 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _run(options: argparse.Namespace, stop: "StopRequest") -> int:
+def _run(options: argparse.Namespace, stop: "StopRequest", workers: "Workers") -> int:
     from fastrl.cli.recipes.run import go_on, start
 
     if options.resume:
-        return go_on(Path(options.resume), options.recipe, options.set, stop)
+        return go_on(Path(options.resume), options.recipe, options.set, stop, workers)
     output = None if options.output is None else Path(options.output)
-    if options.resume == "" and output is not None and (output / "recipe.toml").is_file():
-        return go_on(output, options.recipe, options.set, stop)
-    return start(options.recipe, options.set, output, stop)
+    if options.resume == "" and output is not None:
+        is_begun = (output / "recipe.toml").is_file
+        if workers.on_first("the run's folder", is_begun):
+            return go_on(output, options.recipe, options.set, stop, workers)
+    return start(options.recipe, options.set, output, stop, workers)
 
 
 def explains(error: Exception) -> bool:

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from fastrl.cli.recipes.models import find_device, is_ours, load_policy, load_tokenizer
+from fastrl.cli.recipes.device import find_device
+from fastrl.cli.recipes.models import is_ours, load_policy, load_tokenizer
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.models import ActorCritic, load_model
 from fastrl.trainers import checkpoint

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastrl.cli.recipes.device import find_device
 from fastrl.cli.recipes.schema import Model, Recipe
 from fastrl.cli.recipes.toml import RecipeError
 from fastrl.models import ActorCritic, LSTMLanguageModel, storage
@@ -22,16 +22,24 @@ END_OF_TEXT = "<|endoftext|>"
 SPECIAL = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
 
 
-def build_model(recipe: Recipe, tokenizer: Any, seed: int, start: Path | None = None) -> nn.Module:
+def build_model(
+    recipe: Recipe,
+    tokenizer: Any,
+    seed: int,
+    start: Path | None = None,
+    *,
+    local_rank: int | None = None,
+) -> nn.Module:
     """What is trained: a policy, or a policy with its critic, with random weights from the seed.
 
     Args:
         start: a folder with the policy, in the place of what the recipe names.
+        local_rank: as for `find_device`.
     Raises:
         RecipeError: the model cannot be loaded or built, or its vocabulary is too small.
     """
     model = recipe.model
-    device = find_device(model.device)
+    device = find_device(model.device, "model.device", local_rank)
     seed_generators(seed)
     if start is None:
         policy: Any = _language_model(model, tokenizer, lora=True)
@@ -267,26 +275,6 @@ def end_ids(policy: Any, tokenizer: Any, given: Any = "auto") -> list[int]:
                 "Use the tokenizer that the model was built for."
             )
     return ids
-
-
-def find_device(name: str, key: str = "device") -> torch.device:
-    """`auto` takes a GPU where there is one.
-
-    Args:
-        key: what messages call it.
-    Raises:
-        RecipeError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count()}
-    found = re.fullmatch(r"(cpu|cuda)(?::([0-9]{1,9}))?", name)
-    if found is None or int(found[2] or 0) >= counts[found[1]]:
-        raise RecipeError(
-            f"train: expected {key} auto, cpu or an available cuda, got {name}. "
-            "Leave it out to take what there is."
-        )
-    return torch.device(name)
 
 
 def need(package: str, extra: str | None) -> None:

@@ -1,6 +1,7 @@
 """The model that an algorithm starts from, in the run's folder: trained there, or another run's."""
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def prepare_start(
 ) -> bool:
     """What comes before the algorithm; True where there is another policy to begin with then.
 
+    Several processes do it together, and the first writes.
+
     A tokenizer that was trained is written to the folder first, then the supervised part runs, if
     the recipe has one, and what it gives is written as a whole. A run that was killed on the way
     goes on from the last validation.
@@ -31,29 +34,34 @@ def prepare_start(
     Raises:
         Interrupted: by a signal, with all saved.
     """
-    is_trained = parts.recipe.model.tokenizer == "bpe" and parts.start is None
-    if is_trained and not folder.tokenizer.is_dir():
-        write_whole(folder.tokenizer, parts.tokenizer.save_pretrained)
-    if folder.start.is_dir():
-        folder.supervised_state.unlink(missing_ok=True)
-        return False
-    if parts.start is not None:  # another run's: one's own copy, as that run may be deleted
-        _write_start(folder, policy, parts)
-        return False
-    if not parts.recipe.supervised.steps:
+    workers = parts.workers
+    if workers.on_first("the start", lambda: _is_prepared(parts, policy, folder)):
         return False
     _train(parts, policy, folder, stop, console)
-    _write_start(folder, policy, parts)
-    folder.supervised_state.unlink(missing_ok=True)
+    workers.on_first("the new start", lambda: _write_start(folder, policy, parts))
     parts.start = folder.start
     parts.tokenizer = load_tokenizer(str(folder.start))
     return True
 
 
+def _is_prepared(parts: Parts, policy: Any, folder: RecipeFolder) -> bool:
+    """Write what is known before any training; whether there is none to come."""
+    is_trained = parts.recipe.model.tokenizer == "bpe" and parts.start is None
+    if is_trained and not folder.tokenizer.is_dir():
+        write_whole(folder.tokenizer, parts.tokenizer.save_pretrained)
+    if folder.start.is_dir():
+        folder.supervised_state.unlink(missing_ok=True)
+        return True
+    if parts.start is not None:  # another run's: one's own copy, as that run may be deleted
+        _write_start(folder, policy, parts)
+        return True
+    return not parts.recipe.supervised.steps
+
+
 def _train(
     parts: Parts, policy: Any, folder: RecipeFolder, stop: StopRequest, console: Console
 ) -> None:
-    recipe, data = parts.recipe, parts.data
+    recipe, data, is_first = parts.recipe, parts.data, parts.workers.is_first
     settings = recipe.supervised
     training = SupervisedTraining(
         policy, parts.tokenizer, data.supervised, data.validation, settings, recipe.seed
@@ -66,20 +74,26 @@ def _train(
         f"run folder {folder.path}",
     )
     step = training.step
-    with (
-        JsonLines(folder.supervised, step=step) as log,
-        ProgressBar(settings.steps, title="supervised", done=step, console=console) as bar,
-    ):
+    with ExitStack() as stack:
+        log = stack.enter_context(JsonLines(folder.supervised, step=step)) if is_first else None
+        bar = stack.enter_context(
+            ProgressBar(settings.steps, title="supervised", done=step, console=console)
+        )
+
+        def save() -> None:
+            if is_first:
+                training.save(folder.supervised_state)
 
         def on_step(record: dict[str, float]) -> None:
-            log(record)
+            if log is not None:
+                log(record)
             bar.update(int(record["step"]), f"loss {record['loss']:.3f}")
             if "validation_loss" in record:
-                training.save(folder.supervised_state)
+                save()
             try:
                 stop.check()
             except Interrupted:
-                training.save(folder.supervised_state)
+                save()
                 raise
 
         stop.check()
@@ -96,6 +110,7 @@ def _write_start(folder: RecipeFolder, policy: Any, parts: Parts) -> None:
             shutil.copy(parts.start / trained_on.FILE, place)
 
     write_whole(folder.start, write)
+    folder.supervised_state.unlink(missing_ok=True)
 
 
 def write_whole(place: Path, write: Any) -> None:

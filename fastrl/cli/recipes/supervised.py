@@ -5,14 +5,15 @@
 A reference ends with the token that ends completions. Steps are packed without padding, a prompt
 with several references standing once. There is no dropout, and every random choice is a function
 of seed and step, so an interrupted part goes on to the same weights. What is kept in the end are
-the weights that were best on the validation rows.
+the weights that were best on the validation rows. Several processes share out the rows of each
+step and come to the same weights, up to the order of sums.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +26,10 @@ from fastrl.cli.recipes.toml import RecipeError
 from fastrl.cli.training.progress_file import load_progress, save_progress
 from fastrl.layout import PackedBatch
 from fastrl.trainers.health import without_dropout
+from fastrl.trainers.processes import Processes
 from fastrl.trainers.tokens import token_scores
 
+T = TypeVar("T")
 LAST_RATE = 0.1  # of the learning rate, at the end
 
 
@@ -50,13 +53,16 @@ class SupervisedTraining:
     ) -> None:
         self.policy, self.settings = policy, settings
         self.device = policy.head.weight.device
+        self.processes = Processes(None)
+        self.processes.device = self.device
         without_dropout(policy)
         ends = end_ids(policy, tokenizer)[:1]
         self.batches, checked = (
             RowBatches(_learnable(part, tokenizer, ends), settings.tokens_per_step, seed)
             for part in (rows, validation)
         )
-        self.validation = [self._packed(groups, 0.0) for groups in checked.epoch(0)]
+        own = self._share(list(checked.epoch(0)))
+        self.validation = [self._packed(groups, 0.0) for groups in own]
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -111,13 +117,50 @@ class SupervisedTraining:
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch, weights = self._packed(self.batches.next(), self.settings.prompt_weight)
-        weights = weights / weights.sum()
+        groups = self.batches.next()
+        self.optimizer.zero_grad()
+        loss, num_tokens = self._backward(self._share(groups))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if not bool(norm.isfinite()):
+            raise FloatingPointError(
+                f"train: expected finite gradients in [supervised], got {float(norm)} at step "
+                f"{self.step + 1}. Lower supervised.learning_rate {self.settings.learning_rate}."
+            )
+        self.optimizer.step()
+        record = {
+            "loss": loss,
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "epoch": self.batches.epochs,
+        }
+        return record, num_tokens
+
+    def _backward(self, groups: list[Group]) -> tuple[float, int]:
+        """The loss of all processes' groups, with its gradients, and how many tokens they have.
+
+        Args:
+            groups: this one's.
+        """
+        part = self._packed(groups, self.settings.prompt_weight) if groups else None
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if part is not None:
+            sums += torch.tensor([float(part[1].sum()), part[0].layout.num_tokens]).to(sums)
+        self._add(sums)
+        total, num_tokens = sums.tolist()
+        loss = torch.zeros(1, dtype=torch.float64, device=self.device)
+        if part is not None:
+            loss += self._loss(*part, total)
+        self._add(loss)
+        self.processes.add_gradients(self.parameters)
+        return float(loss), int(num_tokens)
+
+    def _loss(self, batch: PackedBatch, weights: Tensor, total: float) -> Tensor:
+        """A batch's part of the loss; adds its gradients to the parameters'."""
+        weights = weights / total
 
         def loss_fn(logprobs: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
             return -logprobs * weights[rows]
 
-        self.optimizer.zero_grad()
         hidden, head = self.policy.packed_hidden(batch), self.policy.head
         # The gradients form in the forward pass: three products, no logits kept.
         loss, _, _ = fastrl.linear_token_loss(
@@ -128,20 +171,16 @@ class SupervisedTraining:
             **head.arguments(1.0),
         )
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        if not bool(norm.isfinite()):
-            raise FloatingPointError(
-                f"train: expected finite gradients in [supervised], got {float(norm)} at step "
-                f"{self.step + 1}. Lower supervised.learning_rate {self.settings.learning_rate}."
-            )
-        self.optimizer.step()
-        record = {
-            "loss": float(loss.detach()),
-            "grad_norm": float(norm),
-            "learning_rate": rate,
-            "epoch": self.batches.epochs,
-        }
-        return record, batch.layout.num_tokens
+        return loss.detach()
+
+    def _share(self, items: list[T]) -> list[T]:
+        """This process's of them."""
+        return items[self.processes.rank :: self.processes.count]
+
+    def _add(self, sums: Tensor) -> None:
+        """Over all processes."""
+        self.processes.meet("the supervised part")
+        self.processes.add(sums)
 
     def _packed(self, groups: list[Any], prompt_weight: float) -> tuple[PackedBatch, Tensor]:
         batch, weights = packed(groups, prompt_weight)
@@ -157,11 +196,13 @@ class SupervisedTraining:
 
     def _validate(self) -> float:
         """Nats per token of the validation rows' references; remembers the best weights."""
-        total, count = 0.0, 0
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch, _ in self.validation:
             logprobs, _ = token_scores(self.policy, batch, temperature=1.0, ops=fastrl.ops)
-            total -= float(logprobs.double().sum())
-            count += len(logprobs)
+            sums[0] -= logprobs.double().sum()
+            sums[1] += len(logprobs)
+        self._add(sums)
+        total, count = sums.tolist()
         loss = total / max(1, count)
         if loss < self.best_loss:
             self.best_loss, self.best = loss, self._weights()

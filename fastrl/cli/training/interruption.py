@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from fastrl.trainers._exchange import Exchange
+
 
 class Interrupted(BaseException):
     """The run was asked to stop. No Exception: a reward function's errors are caught and counted.
@@ -19,16 +21,22 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Remembers that a signal came."""
+    """Remembers that a signal came.
 
-    def __init__(self) -> None:
+    Args:
+        workers: several processes that end together; None: this one is alone.
+    """
+
+    def __init__(self, workers: Exchange | None = None) -> None:
         self.signal_number: int | None = None
+        self._workers = Exchange(None) if workers is None else workers
         self._is_at_once = False
 
     def check(self) -> None:
-        """Raise Interrupted if a signal came."""
-        if self.signal_number is not None:
-            raise Interrupted(self.signal_number)
+        """Raise Interrupted if a signal came, to one of several processes in all."""
+        for number in self._workers.told("signals", self.signal_number):
+            if number is not None:
+                raise Interrupted(number)
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -57,9 +65,12 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within, a signal raises Interrupted where it comes: for work that nothing depends on."""
+        """Within, a signal raises Interrupted where it comes: for work that nothing depends on.
+
+        Several processes, in each of which it comes elsewhere, wait for the next check.
+        """
         self.check()
-        self._is_at_once = True
+        self._is_at_once = self._workers.count == 1
         try:
             yield
         finally:

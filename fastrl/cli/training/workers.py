@@ -1,0 +1,73 @@
+"""The processes that torchrun starts for one run; usually a run has one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from fastrl.cli.recipes.toml import RecipeError
+from fastrl.trainers._exchange import Exchange
+
+# Rewards may take long, people's above all, and where a process has died, torchrun ends the others.
+_LONGEST_WAIT = timedelta(days=30)
+
+
+class Workers(Exchange):
+    """The processes of one run, of which this is one.
+
+    Each builds everything that the recipe describes, and all take the same way through the run. The
+    first has the folder and the terminal: what depends on a file, it looks up and tells the others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self._wanted = self.count if self.count > 1 else _number("WORLD_SIZE", 1)
+        if self.count == 1 and self._wanted > 1:
+            self.rank = _number("RANK", 0)  # so that what is wrong from the start is said once
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Within, they speak to each other.
+
+        Raises:
+            RecipeError: torchrun's variables are not all there.
+        """
+        if self.count == self._wanted:
+            yield
+            return
+        if missing := [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]:
+            raise RecipeError(
+                f"train: expected {', '.join(missing)} in the environment beside WORLD_SIZE = "
+                f"{self._wanted}, got none. Start several processes with torchrun, or unset it."
+            )
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=_LONGEST_WAIT)
+        super().__init__(None)
+        yield
+        dist.destroy_process_group()  # where the run has failed, others may be in the middle of it
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the process that says what has failed: the first in which it did."""
+        return self.rank == min(self.failed, default=self.rank if self.count > 1 else 0)
+
+    @property
+    def local_rank(self) -> int | None:
+        """This process's number on its machine, and that of its GPU; None where it is alone."""
+        return _number("LOCAL_RANK", self.rank) if self.count > 1 else None
+
+    def first_in(self, context: AbstractContextManager[None]) -> AbstractContextManager[None]:
+        """A context that the first process alone enters."""
+        return context if self.is_first else nullcontext()
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
