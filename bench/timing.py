@@ -1,6 +1,7 @@
 """Timing: all contestants of a case take turns, so that a drift of the machine hits all of them."""
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ QUICK_GPU = Budget(seconds=0.4, least_rounds=3, most_rounds=15)  # many cases in
 
 # What takes seconds a call would take minutes of the run, and its share of noise is small.
 SLOW, _SLOW_ROUNDS = 1.0, 3
-_VERY_SLOW = 10.0  # one round
+_VERY_SLOW = 10.0  # no round: the call that was planned with has told enough
 
 
 def budget_for(device: torch.device, *, quick: bool) -> Budget:
@@ -70,10 +71,11 @@ class Contestant:
                 self.launches = max(1, min(20000, round(budget.turn_seconds / max(once, 1e-9))))
                 once = _seconds(self, device) / self.launches
         self.is_slow = once >= SLOW
+        if once >= _VERY_SLOW:
+            self.times, self.probes, self.rounds = {0: once}, {0: math.inf}, 0
+            return
         rounds = int(budget.seconds / max(once * self.launches, 1e-9))
-        least = budget.least_rounds
-        if once >= SLOW:
-            least = 1 if once >= _VERY_SLOW else min(_SLOW_ROUNDS, least)
+        least = min(_SLOW_ROUNDS, budget.least_rounds) if self.is_slow else budget.least_rounds
         self.rounds = min(max(rounds, least), budget.most_rounds)
 
     def ready(self) -> None:
@@ -108,7 +110,7 @@ class Contestant:
     def keep_quiet_turns(self, probe: Probe) -> None:
         by_slowness = sorted(self.times, key=lambda r: probe.slowness(self.probes[r]))
         quiet = sum(map(probe.is_quiet, self.probes.values()))
-        self.kept = [self.times[r] for r in by_slowness[: max(quiet, self.wanted)]]
+        self.kept = [self.times[r] for r in by_slowness[: max(quiet, self.wanted, 1)]]
 
 
 def described(raised: Exception) -> str:

@@ -45,6 +45,13 @@ def test_contestants_take_turns_and_fewer_rounds_are_spread():
     assert "".join(name[0] for name in order[::2]) == "fofofsofofosfo"  # the first one changes
 
 
+def test_who_takes_a_minute_is_called_no_more():
+    ours, slow = Contestant(lambda: None, rounds=3), Contestant(lambda: pytest.fail("called"))
+    slow.plan(Budget(1.0, 7, 31), CPU, once=84.0)
+    take_turns(ours, [slow], CPU, probe=FakeProbe(), patience_seconds=1.0)
+    assert slow.kept == [84.0] and slow.failed is None and len(ours.kept) == 3
+
+
 def test_what_each_launch_needs_is_not_timed():
     contestant = Contestant(lambda: None, before=lambda: time.sleep(0.01))
     contestant.plan(Budget(0.01, 2, 3), CPU, once=1e-6)
