@@ -124,6 +124,22 @@ def weights_of_one(rank, folder):
     trainer.train(max_steps=1)
 
 
+def optimizer(rank, folder):
+    trainer = make("grpo")
+    if rank == 1:
+        trainer.optimizer.register_step_pre_hook(fails)
+    trainer.train(max_steps=1)
+
+
+def moment(rank, folder):
+    trainer = make("grpo")
+    trainer.train(max_steps=1)
+    if rank == 1:
+        state = next(iter(trainer.optimizer.state.values()))
+        state["exp_avg"].view(-1)[0] = float("inf")
+    trainer.save(f"{folder}/never")
+
+
 def monitor(rank, folder):
     trainer = make("grpo")
     held_out = [[a, b] for a in range(6) for b in range(6)]
@@ -156,6 +172,8 @@ CASES = {
     "log": (
         log_that_cannot_be_sent, "AttributeError: Can't", _FAILED.format(0, "AttributeError: Can't")
     ),
+    "optimizer": (optimizer, _FAILED.format(1, "OSError: it has failed"), "OSError: it has failed"),
+    "moment": (moment, *2 * ["TrainingDivergedError: PolicyGradientTrainer: expected finite wei"]),
     "no checkpoint": (
         missing_checkpoint, _FAILED.format(1, "ValueError: resume"), "ValueError: resume: expected"
     ),

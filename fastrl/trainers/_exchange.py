@@ -122,14 +122,14 @@ class Exchange:
                 for tensor in tensors:
                     dist.all_reduce(tensor, group=self._group)
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Give every process the first one's bits, in place."""
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """Give every process the bits of one, the first, in place."""
         own = tensor.detach()
         for dim in (d for d, stride in enumerate(own.stride()) if stride == 0):
             own = own.narrow(dim, 0, 1)  # all of them are this one
         dense = own.clone(memory_format=torch.contiguous_format)
         with self._sending():  # bytes, as some kinds of numbers cannot be sent
-            dist.broadcast(dense.view(-1).view(torch.uint8), group=self._group, group_src=0)
+            dist.broadcast(dense.view(-1).view(torch.uint8), group=self._group, group_src=source)
         own.copy_(dense)
 
     def _said(self, own: Said) -> list[Said]:

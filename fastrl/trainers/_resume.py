@@ -73,24 +73,28 @@ def resume(trainer: "Trainer", folder: Path) -> None:
     set_random_state(own[trainer.processes.rank % len(own)])
 
 
-def state_tree(trainer: "Trainer", states: list[dict[str, Any]]) -> dict[str, Any]:
+def state_tree(
+    trainer: "Trainer", states: list[dict[str, Any]], moments: dict[str, dict[str, Tensor]]
+) -> dict[str, Any]:
     """What a checkpoint holds beside model and reference; its tensors are the trainer's own.
 
     Args:
         states: of the random number generators, in each process.
+        moments: of the optimizers of all processes.
     """
     return {
         "trainer": trainer.state_dict(),
         "weights": beside_frozen(trainer),
         "frozen": trainer.frozen_weights,
-        "optimizer": {"trained": _trained_names(trainer), "moments": moments(trainer)},
+        "optimizer": {"trained": trained_names(trainer), "moments": moments},
         "random": states[0],
         **({"random_of_others": states[1:]} if len(states) > 1 else {}),
     }
 
 
-def moments(trainer: "Trainer") -> dict[str, dict[str, Tensor]]:
-    """AdamW's state by the names of the trained weights; one without a gradient so far has none."""
+def own_moments(trainer: "Trainer") -> dict[str, dict[str, Tensor]]:
+    """AdamW's state by the names of the weights whose moments this process keeps; one without a
+    gradient so far has none."""
     state = trainer.optimizer.state
     return {
         name: {slot: state[weight][slot] for slot in _SLOTS}
@@ -132,10 +136,14 @@ def reference_tensors(trainer: "Trainer") -> dict[str, Tensor]:
     }
 
 
-def _trained_names(trainer: "Trainer") -> list[str]:
-    """The names of the optimizer's weights, in its order."""
+def trained_names(trainer: "Trainer") -> list[str]:
+    """In the order of the parameters."""
+    return _names_of(trainer, trainer.parameters)
+
+
+def _names_of(trainer: "Trainer", weights: list[nn.Parameter]) -> list[str]:
     names = {weight: name for name, weight in trainer.model.named_parameters()}
-    return [names[weight] for group in trainer.optimizer.param_groups for weight in group["params"]]
+    return [names[weight] for weight in weights]
 
 
 def _state(trainer: "Trainer", folder: Path) -> dict[str, Any]:
@@ -149,7 +157,7 @@ def _state(trainer: "Trainer", folder: Path) -> dict[str, Any]:
         state["optimizer"]["moments"], state["trainer"], state["weights"]  # are there
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise unreadable(folder / STATE, f"{type(error).__name__}: {error}") from error
-    own = _trained_names(trainer)
+    own = trained_names(trainer)
     if saved != own:
         raise ValueError(
             f"resume: expected {_summary(saved)} to be trained as in {folder}, got "
@@ -202,7 +210,7 @@ def _load_state(trainer: "Trainer", state: dict[str, Any], folder: Path) -> None
 
 
 def _load_optimizer(trainer: "Trainer", saved: dict[str, dict[str, Tensor]]) -> None:
-    names = _trained_names(trainer)
+    names = _names_of(trainer, trainer.optimizer.param_groups[0]["params"])
     state = {index: saved[name] for index, name in enumerate(names) if name in saved}
     groups = trainer.optimizer.state_dict()["param_groups"]
     trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -36,7 +36,13 @@ from fastrl.trainers import _checkpoint_files as files
 from fastrl.trainers import _tree
 from fastrl.trainers._checkpoint_files import CheckpointError, beside, standing
 from fastrl.trainers._random_state import random_state
-from fastrl.trainers._resume import moments, reference_tensors, resume, state_tree
+from fastrl.trainers._resume import (
+    own_moments,
+    reference_tensors,
+    resume,
+    state_tree,
+    trained_names,
+)
 
 if TYPE_CHECKING:
     from fastrl.trainers.trainer import Trainer
@@ -65,13 +71,21 @@ def save(trainer: "Trainer", folder: Path) -> None:
         CheckpointError: a full disk, no permission, ...; the last checkpoint stands.
         ImportError: safetensors is not installed.
     """
-    states = trainer.processes.told("saving", random_state())
-    trainer.processes.on_first("the checkpoint", lambda: _write(trainer, folder, states))
+    processes = trainer.processes
+    states = processes.told("saving", random_state())
+    moments = processes.gathered_moments(own_moments(trainer), trained_names(trainer))
+    processes.on_first("the checkpoint", lambda: _write(trainer, folder, states, moments))
 
 
-def _write(trainer: "Trainer", folder: Path, states: list[dict[str, Any]]) -> None:
+def _write(
+    trainer: "Trainer",
+    folder: Path,
+    states: list[dict[str, Any]],
+    moments: dict[str, dict[str, Tensor]],
+) -> None:
+    """Args: as for `state_tree`."""
     import_safetensors()
-    document, tensors = _tree.flatten(state_tree(trainer, states))
+    document, tensors = _tree.flatten(state_tree(trainer, states, moments))
     reference = reference_tensors(trainer)
     partial, previous = beside(folder, "partial"), beside(folder, "previous")
     every = (*trainer.model.state_dict().values(), *reference.values(), *tensors.values())
@@ -123,10 +137,10 @@ def check_unused(folder: Path) -> None:
 
 
 def optimizer_tensors(trainer: "Trainer") -> dict[str, Tensor]:
-    """AdamW's moments by the names of the weights."""
+    """AdamW's moments by the names of the weights, as far as this process keeps them."""
     return {
         f"optimizer.{name}.{slot}": tensor
-        for name, slots in moments(trainer).items()
+        for name, slots in own_moments(trainer).items()
         for slot, tensor in slots.items()
     }
 

@@ -137,6 +137,67 @@ class Processes(Exchange):
         self.add(found)
         return found.unbind()
 
+    def owned(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those whose moments this process keeps, and which it steps for all."""
+        return [
+            p
+            for p, rank in zip(parameters, self._owners(parameters), strict=True)
+            if rank == self.rank
+        ]
+
+    def _owners(self, parameters: list[nn.Parameter]) -> list[int]:
+        """For each of them a process, about as many entries for each process."""
+        loads, owners = [0] * self.count, [0] * len(parameters)
+        for index in sorted(range(len(parameters)), key=lambda i: -parameters[i].numel()):
+            owners[index] = loads.index(min(loads))
+            loads[owners[index]] += parameters[index].numel()
+        return owners
+
+    @torch.no_grad()
+    def give_stepped(self, parameters: list[nn.Parameter]) -> None:
+        """Give every process what the owners' optimizers have made of those with a gradient."""
+        if self.count == 1:
+            return
+        self.meet("the optimizer's step")
+        owners = self._owners(parameters)
+        for owner in range(self.count):
+            own = [p for p, rank in zip(parameters, owners, strict=True) if rank == owner]
+            for some in _buckets([p for p in own if p.grad is not None]):
+                flat = torch.cat([p.flatten() for p in some])
+                self.broadcast(flat, owner)
+                if owner != self.rank:
+                    for p, stepped in zip(some, flat.split([p.numel() for p in some]), strict=True):
+                        p.copy_(stepped.view(p.shape))
+
+    def gathered_moments(
+        self, moments: dict[str, dict[str, Tensor]], names: list[str]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Those of all processes by the weights' names: in the first one, others get none.
+
+        Args:
+            moments: this one's.
+            names: of all weights, in their order.
+        """
+        if self.count == 1:
+            return moments
+        shapes = {
+            name: {s: (tuple(x.shape), x.dtype) for s, x in slots.items()}
+            for name, slots in moments.items()
+        }
+        everyone = self.told("the moments", shapes)
+        found: dict[str, dict[str, Tensor]] = {}
+        for name in names:
+            for owner, of_owner in enumerate(everyone):
+                for slot, (shape, dtype) in of_owner.get(name, {}).items():
+                    if owner == self.rank:
+                        tensor = moments[name][slot].to(self.device)
+                    else:
+                        tensor = torch.empty(shape, dtype=dtype, device=self.device)
+                    self.broadcast(tensor, owner)
+                    if self.rank == 0:
+                        found.setdefault(name, {})[slot] = tensor if owner == 0 else tensor.cpu()
+        return found
+
     def add_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Give every process the sum of all gradients; what has none anywhere stays without.
 

@@ -118,7 +118,7 @@ class Trainer(RunState, Objective):
             needs_reference = config.kl_coef > 0 or config.kl_every > 0
             self.reference: Any = reference_policy(self.policy) if needs_reference else None
             self.optimizer = torch.optim.AdamW(
-                self.parameters,
+                [{"params": self.processes.owned(self.parameters)}],
                 lr=config.learning_rate,
                 weight_decay=config.weight_decay,
                 fused=True,

@@ -144,7 +144,7 @@ def _gradient_step(
     active = torch.tensor(host, dtype=torch.bool, device="cpu")
     own = trainer.processes.own(whole.rollout.batch, active)
     weighted = replace(whole, token_weights=token_weights(trainer, whole, counted))
-    trainer.optimizer.zero_grad()
+    _clear_gradients(trainer)
     total = whole.old_logprobs.new_zeros((), dtype=torch.float64)
     now = Seen.nothing(whole.old_logprobs)
     if bool(own.any()):
@@ -175,8 +175,15 @@ def _gradient_step(
         problem = f"loss {loss_number:g} with gradient norm {norm_number:g}"
     else:
         trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+        trainer.processes.give_stepped(trainer.parameters)
+    _clear_gradients(trainer)
     return loss_number, norm_number, problem
+
+
+def _clear_gradients(trainer: "Trainer") -> None:
+    """The optimizer of one of several processes has a part of the parameters."""
+    for parameter in trainer.parameters:
+        parameter.grad = None
 
 
 def _look(trainer: "Trainer", experience: Experience, seen: Seen) -> None:

@@ -44,6 +44,7 @@ def worker(rank, folder):
     found["engine"] = failure(lambda: make("grpo", **options).train(max_steps=1))
     found["config"] = failure(lambda: make("grpo", learning_rate=0.1 * (rank + 1)))
     found["stopped"] = [stopped_by(0), stopped_by(1)]
+    found["moments"] = [s["exp_avg"].numel() for s in trainer.optimizer.state.values()]
     resumed = make("ppo", init=5).resume(f"{folder}/one")
     resumed.train(max_steps=STEPS)
     found["resumed"] = resumed.model.state_dict()
@@ -113,6 +114,22 @@ def test_a_checkpoint_of_two_goes_on_in_one(ranks):
     assert trainer.step == 2
     trainer.train(max_steps=STEPS)
     assert_close(trainer.model.state_dict(), run("ppo")["weights"])
+
+
+def test_each_process_keeps_the_moments_of_its_share(ranks):
+    """Together they are those of one, and the checkpoint has them all."""
+    from safetensors.torch import load_file
+
+    first, second = (found["moments"] for found in ranks[0])
+    trainer = make("ppo")
+    trainer.train(max_steps=2)
+    sizes = [slots["exp_avg"].numel() for slots in trainer.optimizer.state.values()]
+    assert sorted(first + second) == sorted(sizes)
+    assert max(sum(first), sum(second)) <= max(0.6 * sum(sizes), *sizes)  # one is the most of all
+    state = load_file(ranks[1] / "run" / "checkpoint" / "state.safetensors")
+    for name, weight in trainer.model.named_parameters():
+        for slot, moment in trainer.optimizer.state[weight].items():
+            assert_close(state[f"optimizer/moments/{name}/{slot}"], moment)
 
 
 def test_two_go_on_from_a_checkpoint_of_one(ranks):
