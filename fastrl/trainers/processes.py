@@ -137,21 +137,15 @@ class Processes(Exchange):
         self.add(found)
         return found.unbind()
 
-    def owned(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Those whose moments this process keeps, and which it steps for all."""
-        return [
-            p
-            for p, rank in zip(parameters, self._owners(parameters), strict=True)
-            if rank == self.rank
-        ]
-
-    def _owners(self, parameters: list[nn.Parameter]) -> list[int]:
-        """For each of them a process, about as many entries for each process."""
+    def owned(self, parameters: list[nn.Parameter], rank: int | None = None) -> list[nn.Parameter]:
+        """Those whose moments a process, this one or that of the rank, keeps and steps for all:
+        about as many entries for each."""
+        rank = self.rank if rank is None else rank
         loads, owners = [0] * self.count, [0] * len(parameters)
         for index in sorted(range(len(parameters)), key=lambda i: -parameters[i].numel()):
             owners[index] = loads.index(min(loads))
             loads[owners[index]] += parameters[index].numel()
-        return owners
+        return [p for p, owner in zip(parameters, owners, strict=True) if owner == rank]
 
     @torch.no_grad()
     def give_stepped(self, parameters: list[nn.Parameter]) -> None:
@@ -159,15 +153,14 @@ class Processes(Exchange):
         if self.count == 1:
             return
         self.meet("the optimizer's step")
-        owners = self._owners(parameters)
         for owner in range(self.count):
-            own = [p for p, rank in zip(parameters, owners, strict=True) if rank == owner]
-            for some in _buckets([p for p in own if p.grad is not None]):
+            stepped = [p for p in self.owned(parameters, owner) if p.grad is not None]
+            for some in _buckets(stepped):
                 flat = torch.cat([p.flatten() for p in some])
                 self.broadcast(flat, owner)
                 if owner != self.rank:
-                    for p, stepped in zip(some, flat.split([p.numel() for p in some]), strict=True):
-                        p.copy_(stepped.view(p.shape))
+                    for p, new in zip(some, flat.split([p.numel() for p in some]), strict=True):
+                        p.copy_(new.view(p.shape))
 
     def gathered_moments(
         self, moments: dict[str, dict[str, Tensor]], names: list[str]
