@@ -1,5 +1,3 @@
-import sys
+from fastrl.cli.main import run
 
-from fastrl.cli.main import main
-
-sys.exit(main())
+run()

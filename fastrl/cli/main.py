@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from typing import NoReturn
 
 COMMANDS = {
     "info": "versions, what is available, and which implementation of each op runs where",
@@ -18,6 +19,17 @@ COMMANDS = {
 def usage() -> str:
     lines = "\n".join(f"  {name:<8} {summary}" for name, summary in COMMANDS.items())
     return f"usage: fastrl <command> [options]\n\n{lines}\n\n`fastrl <command> --help` tells more."
+
+
+def run() -> NoReturn:
+    """The program: `main` of its arguments, and out."""
+    status = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # torch's threads for several processes may abort an interpreter that comes down in order.
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(argv: list[str] | None = None) -> int:

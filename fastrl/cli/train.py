@@ -6,7 +6,6 @@
 import hashlib
 import importlib.util
 import json
-import os
 import signal
 import sys
 from contextlib import ExitStack
@@ -41,12 +40,6 @@ def main(argv: list[str]) -> int:
         from fastrl.cli.recipes import command
 
         return command.main(argv)
-    if (count := os.environ.get("WORLD_SIZE", "")) not in ("", "1"):
-        return _fail(
-            f"train: expected one process for the demo, got one of WORLD_SIZE = {count}, each of "
-            "which would begin the run. Start it without torchrun; several processes train as a "
-            "recipe says: torchrun --nproc-per-node 2 -m fastrl train RECIPE.toml"
-        )
     import tyro
 
     from fastrl.cli.recipes.toml import RecipeError
@@ -54,7 +47,15 @@ def main(argv: list[str]) -> int:
     from fastrl.cli.training.interruption import StopRequest
     from fastrl.cli.training.run_folder import RunFolderError
     from fastrl.cli.training.settings import SettingsError, TrainSettings
+    from fastrl.cli.training.workers import Workers
 
+    if (workers := Workers()).started > 1:
+        message = (
+            f"train: expected one process for the demo, got {workers.started}, each of which would "
+            "begin the run. Start it without torchrun; several processes train as a recipe says: "
+            "torchrun --nproc-per-node 2 -m fastrl train RECIPE.toml"
+        )
+        return _fail(message) if workers.is_first else 2
     stop = StopRequest()
     try:
         if argv in (["--help"], ["-h"]):

@@ -21,6 +21,10 @@ class ProcessFailedError(RuntimeError):
     """Another process has failed, so this one cannot go on."""
 
 
+class ConnectionLostError(ProcessFailedError):
+    """Another process is gone, killed for instance."""
+
+
 class Exchange:
     """The processes of a group, of which this is one: all come to the same places in one order.
 
@@ -145,6 +149,11 @@ class Exchange:
         try:
             with torch.cuda.device(self.device) if is_cuda else nullcontext():
                 yield
-        except Exception:
+        except Exception as error:
             self._is_known = True  # who is not connected cannot be told
+            if isinstance(error, dist.DistError) or "onnection" in str(error):  # gloo's has no type
+                raise ConnectionLostError(
+                    "Trainer: expected all processes to be there, got no answer from another: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
             raise

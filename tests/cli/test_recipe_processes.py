@@ -64,6 +64,11 @@ def build(folder, seed):
     rows = [{"prompt": f"count {i} ", "reference": f"then {i + 1}"} for i in range(30)]
     held_out = [{"prompt": f"count {i} ", "reference": f"then {i + 1}"} for i in range(50, 60)]
     return {"train": rows, "held_out": held_out}
+def unordered(folder, seed):
+    rows = build(folder, seed)
+    if os.environ.get("RANK") == "1":
+        rows["supervised"] = rows["train"][::-1]
+    return rows
 def drawing(completions, reference, **columns):
     return [len(set(c) & set(r)) + float(torch.rand(())) for c, r in zip(completions, reference)]
 def raising(**columns):
@@ -230,6 +235,8 @@ def set_rewards(name):
         (set_rewards("{code}:raising"), {}, 1, 0, "no reward today"),
         (set_rewards("{code}:exiting"), {}, 1, 0, "got sys.exit(3)"),
         (["--set", "model.device=cuda:7"], {}, 2, 0, "expected model.device"),
+        (["--set", "data.builder={code}:unordered"], {}, 2, 0, "the same supervised rows in all"),
+        (["--no-such-option"], {}, 2, 0, "unrecognized arguments"),
     ],
 )
 def test_what_fails_is_said_once(
@@ -263,7 +270,8 @@ def test_preference_models_and_the_demo_are_of_one_process(both, tmp_path):
     assert "expected one process" in first["err"] and second["err"] == ""
     assert (first["status"], second["status"]) == (2, 2)
     demo = both("train", "--output", tmp_path / "run")
-    assert all("expected one process for the demo" in found["err"] for found in demo)
+    assert "expected one process for the demo, got 2" in demo[0]["err"]
+    assert demo[1] == {"status": 2, "out": "", "err": ""}
     assert not (tmp_path / "run").exists()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastrl._sampling import check_lengths
 from fastrl.cli.recipes.data import TaskData, load_data
+from fastrl.cli.recipes.device import find_device
 from fastrl.cli.recipes.measure import keep_scores
 from fastrl.cli.recipes.models import (
     build_model,
@@ -65,6 +66,7 @@ class Parts:
         """
         if recipe.log.tensorboard:
             need("tensorboard", "train")
+        find_device(recipe.model.device, "model.device", workers.local_rank)  # of rewards as well
         data = load_data(recipe)
         if data.held_out is None and recipe.eval.every:
             is_built = recipe.data.builder is not None

@@ -22,9 +22,11 @@ one of transformers; with [supervised] also supervised.jsonl and start/, the mod
 that the algorithm starts from. A preference model is in model/ instead, and begins again when it is
 resumed.
 SIGTERM and Ctrl-C let the step end and save; a second Ctrl-C stops at once.
-torchrun --nproc-per-node 8 -m fastrl train RECIPE.toml trains with several processes, each on the
-GPU of its number, on what one process would: its seconds of --shutdown-timeout are what a signal
-leaves the step and its checkpoint. A run may go on in another number of processes.
+torchrun --nproc-per-node 8 -m fastrl train RECIPE.toml does the run with several processes, each on
+the GPU of its number; any number of them goes on with it. A signal to torchrun ends all of them
+after the step, if that and its checkpoint take no longer than torchrun waits: 30 seconds, unless
+its --shutdown-timeout says otherwise (newer versions have it). Its own exit status is 1 then; a
+second Ctrl-C changes nothing.
 A run that is resumed has to find the rows that it was begun with; that its held-out rows or its own
 Python files have been changed since is said.
 
@@ -79,6 +81,7 @@ def main(argv: list[str]) -> int:
     from fastrl.cli.training.run_folder import RunFolderError
     from fastrl.cli.training.workers import Workers
     from fastrl.trainers import ProcessFailedError, RewardFunctionError, checkpoint
+    from fastrl.trainers._exchange import ConnectionLostError
 
     workers = Workers()
     stop = StopRequest(workers)
@@ -87,13 +90,16 @@ def main(argv: list[str]) -> int:
         return fail(message, status) if workers.speaks else status
 
     try:
-        options = parser().parse_args(argv)
+        with workers.said_once():
+            options = parser().parse_args(argv)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 2
     try:
         _check(options)
         with workers.connected(), stop.listening(), workers.together():
             return _run(options, stop, workers)
+    except ConnectionLostError as error:
+        return fail(str(error), 1)
     except ProcessFailedError:  # there it is said
         return 1
     except SystemExit as error:  # of a reward function or builder: the run is not finished
@@ -109,7 +115,8 @@ def main(argv: list[str]) -> int:
         return tell(str(error), 1)
     except Interrupted as error:
         status = 0 if error.signal_number == signal.SIGTERM else 128 + error.signal_number
-        return tell(f"train: stopped by {error} before it began; nothing was changed.", status)
+        message = f"train: stopped by {error} before it began; nothing was changed."
+        return fail(message, status) if workers.is_first else status
     except (ValueError, TypeError, FloatingPointError) as error:  # of the trainer
         if not explains(error):
             raise
@@ -121,7 +128,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:  # a full disk, a folder that may not be written to
         return tell(f"train: expected to read and write the run's files, got {error}.", 1)
     except KeyboardInterrupt:  # the second one: the first waits for the step to end
-        return tell("train: stopped at once. The last checkpoint stands: --resume the run.", 130)
+        message = "train: stopped at once. The last checkpoint stands: --resume the run."
+        return fail(message, 130) if workers.is_first else 130
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -110,7 +110,21 @@ def _built(recipe: Recipe, folder: RecipeFolder, workers: Workers) -> tuple[Part
     parts = Parts.load(
         recipe, folder.path, tokenizer=folder.tokenizer, start=folder.start, workers=workers
     )
+    if workers.count > 1:
+        _check_rows(contents_of(recipe, parts.data)["rows"], workers)
     return parts, parts.policy() if recipe.is_preference else parts.trainer()
+
+
+def _check_rows(rows: dict[str, str], workers: Workers) -> None:
+    """Raise where a builder has given the processes different rows, or in another order."""
+    first, *others = workers.told("the rows", rows)
+    for other in others:
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise RecipeError(
+                    f"train: expected the same {name} rows in all processes, got others. Let "
+                    "data.builder depend on folder and seed alone, and on no order of a set."
+                )
 
 
 def _run(parts: Parts, learner: Any, folder: RecipeFolder, stop: StopRequest) -> int:
