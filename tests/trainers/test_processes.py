@@ -14,6 +14,7 @@ from paired_runs import PROMPTS, RUNS, STEPS, answer, engine, failing, failing_e
 
 from fastrl.layout import PackedBatch, pack_groups
 from fastrl.trainers import StopTraining
+from fastrl.trainers._exchange import ConnectionLostError, Exchange
 from fastrl.trainers._shares import shares
 
 
@@ -135,6 +136,18 @@ def test_each_process_keeps_the_moments_of_its_share(ranks):
 def test_two_go_on_from_a_checkpoint_of_one(ranks):
     for found in ranks[0]:
         assert_close(found["resumed"], run("ppo")["weights"])
+
+
+def test_a_lost_connection_is_told_from_other_errors():
+    exchange = Exchange(None)
+    gone = "[pair.cc:537] Connection closed by peer [127.0.0.1]\nin frame #0"
+    with pytest.raises(ConnectionLostError, match=r"no answer from another: .* peer \[127"):
+        with exchange._sending():
+            raise RuntimeError(gone)
+    with pytest.raises(RuntimeError, match="out of memory") as other:
+        with exchange._sending():
+            raise RuntimeError("out of memory")
+    assert not isinstance(other.value, ConnectionLostError)
 
 
 def test_each_process_goes_on_with_its_own_random_numbers(ranks):
