@@ -5,6 +5,8 @@
 # TORCH=       the torch to install (default: the one in constraints.txt)
 # PIP_FLAGS=   passed to every pip install, e.g. --index-url ...
 # PYTHON=      the Python to make .venv with; for make gpu the one that has torch, Triton and ninja
+# WORKERS=     processes that share the tests (default: one a core, 4 at most), 0: none but pytest's
+# PYTEST_FLAGS= passed to pytest, e.g. --failed-first
 #
 # make gpu takes less than nine minutes, needs no network and uses no .venv. It writes report.md,
 # results.json, logs.txt, pictures, and failures.txt if tests fail.
@@ -16,10 +18,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt)
 PIP_FLAGS ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 CONSTRAINED = $(PIP_INSTALL) --constraint $(VENV)/constraints.txt
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+  --benchmark-disable $(PYTEST_FLAGS)
 MACHINE_PATH := $(PATH)
 GPU_FLAGS = $(if $(OUT),--out "$(OUT)") $(if $(ONLY),--only "$(ONLY)") \
   $(if $(COMMIT),--commit "$(COMMIT)") $(if $(WHEELS),--wheels "$(WHEELS)")
@@ -32,11 +37,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(VENV)/.built
 	$(BIN)/fastrl train
 
+# Threads that spin while they wait would keep the other processes from the cores.
+test test-all: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.built
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST)
 
 bench: $(VENV)/.peers
 	$(BIN)/fastrl bench $(BENCH_FLAGS)

@@ -56,3 +56,29 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What a test has recorded for people to read: a heading, and its lines."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for heading, lines in report.user_properties:
+            terminalreporter.section(heading)
+            for line in lines:
+                terminalreporter.write_line(line)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With --dist loadfile, processes take one of these folders at a time too: their files share
+    what was compiled."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            folder = file.rpartition("/")[0]
+            return folder if folder in ("tests/kernels", "tests/emulated") else file
+
+    return Scheduling(config, log)

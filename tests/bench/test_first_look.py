@@ -28,8 +28,11 @@ def test_behind_it():
 """
 
 
-def test_one_of_each_function_comes_first_and_a_broken_context_ends_the_process(tmp_path):
+def test_one_of_each_function_comes_first_and_a_broken_context_ends_the_process(
+    tmp_path, monkeypatch
+):
     """As a worker of pytest-xdist: another one would go on."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # which this test may be run by
     path, found = tmp_path / "test_there.py", tmp_path / "found.jsonl"
     path.write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.first_look", "-q", str(path)]

@@ -6,8 +6,6 @@ import pytest
 # So that the modules beside this file import each other, here and in the interpreter's process.
 sys.path.insert(0, str(Path(__file__).parent))
 
-_COMPILED = pytest.StashKey()
-
 
 @pytest.fixture(scope="session")
 def interpreted():
@@ -40,7 +38,7 @@ def recorded():
 
 
 @pytest.fixture(scope="session")
-def compiled(recorded, request):
+def compiled(recorded):
     """Every configuration for sm_90; for the others, of each kernel the one that takes most, and
     those that are theirs alone."""
     import ahead_of_time
@@ -54,16 +52,4 @@ def compiled(recorded, request):
     wanted = {kernel.request.key for kernel in largest.values()}
     wanted |= {r.key for arch in (80, 100) for r in recorded[arch]} - {r.key for r in recorded[90]}
     others = [r for arch in (80, 100) for r in recorded[arch] if r.key in wanted]
-    found += ahead_of_time.compile_all(others)
-    request.config.stash[_COMPILED] = found
-    return found
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    found = config.stash.get(_COMPILED, None)
-    if found:
-        import ahead_of_time
-
-        terminalreporter.section("GPU kernels, compiled ahead of time")
-        for line in ahead_of_time.table(found):
-            terminalreporter.write_line(line)
+    return found + ahead_of_time.compile_all(others)
