@@ -106,10 +106,6 @@ inline Actions actions_of(const Piece& p, int lane, double* scratch) {
   return {s, s + n, s + 2 * n, s + 3 * n, s + 4 * n, s + 5 * n, 0};
 }
 
-inline bool is_action(const Trajectories& row, int64_t t, int64_t lane) {
-  return !row.mask.data || row.mask.data[place(row, row.mask.stride, t, lane)];
-}
-
 // Writes the actions' numbers to their steps, 0 to the others.
 inline void store_actions(const Trajectories& row, const Results& r, int64_t length, int lane,
                           const double* numbers) {

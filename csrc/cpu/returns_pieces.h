@@ -25,11 +25,8 @@ FASTRL_INLINE void for_each_vector(int64_t begin, int64_t end, Body body) {
 template <class E>
 inline double value_behind(const Trajectories& row, const Piece& p, int lane) {
   if (!kLooksAhead<E> || row.next_values.data) return 0.0;
-  for (int64_t t = p.end; t < p.length; ++t) {
-    if (!row.mask.data || row.mask.data[place(row, row.mask.stride, t, lane)]) {
-      return value_at(row.values, place(row, row.values.stride, t, lane));
-    }
-  }
+  const int64_t t = next_action(row, p.end, p.length, lane);
+  if (t < p.length) return value_at(row.values, place(row, row.values.stride, t, lane));
   return row.bootstrap_value.data ? value_at(row.bootstrap_value, p.number + lane) : 0.0;
 }
 

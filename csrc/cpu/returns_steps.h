@@ -153,10 +153,21 @@ inline int64_t place(const Trajectories& x, int64_t stride, int64_t t, int64_t l
   return x.time_major ? t * stride + lane : t;
 }
 
-inline int64_t last_action(const Trajectories& row, int64_t length, int64_t lane) {
-  int64_t t = length - 1;
-  while (row.mask.data && t >= 0 && !row.mask.data[place(row, row.mask.stride, t, lane)]) --t;
+inline bool is_action(const Trajectories& row, int64_t t, int64_t lane) {
+  return !row.mask.data || row.mask.data[place(row, row.mask.stride, t, lane)];
+}
+
+// The last action before `end` and from `begin` on; begin - 1 where there is none.
+inline int64_t last_action(const Trajectories& row, int64_t end, int64_t lane, int64_t begin = 0) {
+  int64_t t = end - 1;
+  while (t >= begin && !is_action(row, t, lane)) --t;
   return t;
+}
+
+// The first action from `begin` on; `end` where there is none before it.
+inline int64_t next_action(const Trajectories& row, int64_t begin, int64_t end, int64_t lane) {
+  while (begin < end && !is_action(row, begin, lane)) ++begin;
+  return begin;
 }
 
 // ratio: exp of log_ratio where the caller has it already.

@@ -67,15 +67,17 @@ inline void store_at(const Results& r, int64_t at, double x) {
   store<false>(r, at, splat_double(x), Present{0, 1});
 }
 
-// What the end of the row is owed: bootstrap_value, or next_values at the last action.
+// What the end of the row is owed: bootstrap_value, by the row's last piece, or next_values at the
+// last action, by the piece that holds it: no other may write there, another thread may have it.
 inline void store_end(const Trajectories& row, const Piece& p, int lane) {
-  const double u = owed_before(row, p.length, lane);
-  if (row.to_bootstrap_value.data) store_at(row.to_bootstrap_value, p.number + lane, u);
-  const Results& to_next = row.results[1];
-  const int64_t last = last_action(row, p.length, lane);
-  if (row.only_at_cuts && to_next.data && last >= 0) {
-    store_at(to_next, place(row, to_next.stride, last, lane), u);
+  if (row.to_bootstrap_value.data && p.end == p.length) {
+    store_at(row.to_bootstrap_value, p.number + lane, owed_before(row, p.length, lane));
   }
+  const Results& to_next = row.results[1];
+  if (!row.only_at_cuts || !to_next.data) return;
+  const int64_t last = last_action(row, p.end, lane, p.begin);
+  if (last < p.begin || next_action(row, p.end, p.length, lane) < p.length) return;
+  store_at(to_next, place(row, to_next.stride, last, lane), owed_before(row, p.end, lane));
 }
 
 void write_value_grads(const Trajectories& x, const Piece& p, const double*, Affine*) {
@@ -102,7 +104,7 @@ void write_value_grads(const Trajectories& x, const Piece& p, const double*, Aff
       }
     }
   }
-  for (int lane = 0; p.end == p.length && lane < p.count; ++lane) store_end(row, p, lane);
+  for (int lane = 0; lane < p.count; ++lane) store_end(row, p, lane);
 }
 
 // Each step for itself: nothing is composed, and nothing comes before a row.

@@ -250,6 +250,31 @@ def test_gradients_of_long_rows_do_not_depend_on_the_layout(simd_level, op):
             assert torch.equal(restore(actual), dense), name
 
 
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("behind", [1, CHUNK + 3, 2 * CHUNK])
+@every_op
+def test_a_row_whose_end_is_masked_has_the_gradients_of_a_shorter_one(op, behind, threads):
+    """Its last step, which next_values end on, and its last chunk are different threads'."""
+    steps = 3 * CHUNK + 1 - behind
+    whole = case(op, "next_values", (1, 3 * CHUNK + 1), torch.float32)
+    whole["mask"] = torch.arange(3 * CHUNK + 1)[None] < steps
+    shorter = on_tensors(lambda x: x[:, :steps], whole)
+    names = [*INPUTS[op], "next_values"]
+
+    def gradients(arguments):
+        leaves = {name: arguments[name].clone().requires_grad_() for name in names}
+        out = call(fastrl, op, arguments | leaves)
+        return torch.autograd.grad(sum(o.sum() for o in out), list(leaves.values()))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for masked, expected in zip(gradients(whole), gradients(shorter), strict=True):
+            assert torch.equal(masked[:, :steps], expected) and not masked[:, steps:].any()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_long_rows_stay_exact():
     """float32, T = 100 000, gamma lambda = 0.9999: within 1e-6 of a float64 loop, relative."""
     steps = 100_000
