@@ -75,9 +75,12 @@ Tensor decode_attention_step_cpu(const Tensor& projected, const Tensor& cos, con
   const Call call = plan(a);
   const int64_t* const at = ptr<int64_t>(rows);
   const int32_t* const ends = bounds(end, batch);
+  std::vector<bool> seen(batch);
   for (int64_t r = 0; r < count; ++r) {
     STD_TORCH_CHECK(at[r] >= 0 && at[r] < batch && ends[at[r]] > 0 && ends[at[r]] <= num_keys,
                     "decode_attention_step: row ", at[r], " has no place in the cache");
+    STD_TORCH_CHECK(!seen[at[r]], "decode_attention_step: row ", at[r], " stands there twice");
+    seen[at[r]] = true;
   }
   float* const queries = mutable_ptr<float>(query);
   // A row that has ended has queries too: zeros, which read no key of its own.

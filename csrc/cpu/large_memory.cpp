@@ -38,8 +38,9 @@ Mapping map_pages(size_t bytes) {
 
 // Mappings whose tensors were freed, the oldest first. Their pages are the system's to take back
 // whenever it is short of memory; until then writing to them again costs nothing.
-std::mutex spares_mutex;
-std::vector<Mapping> spares;
+// Never destroyed: a tensor may outlive this file's statics.
+std::mutex& spares_mutex = *new std::mutex;
+std::vector<Mapping>& spares = *new std::vector<Mapping>;
 constexpr size_t kSpares = 4;                      // as many as one op has outputs
 constexpr size_t kSpareBytes = size_t{256} << 20;  // or one mapping, however large
 

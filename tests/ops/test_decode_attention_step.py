@@ -98,6 +98,7 @@ def test_a_row_alone_is_the_row_in_a_batch():
     [
         {"rows": torch.tensor([0, 2, 3, 5, 8])},
         {"rows": torch.tensor([0, 2, 3, 5, -1])},
+        {"rows": torch.tensor([0, 2, 3, 5, 3])},
         {"rows": torch.tensor([0, 1, 3, 5, 7])},  # one without a place: key_end 0
         {"key_end": torch.full((8,), KEYS + 1, dtype=torch.int32)},
         {"key_end": torch.ones(8, dtype=torch.int64)},
