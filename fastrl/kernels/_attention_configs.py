@@ -6,9 +6,11 @@ import triton
 from torch import Tensor
 
 # Not measured on a GPU yet: large blocks that compile without spills, with no more than two
-# warpgroups. Per kernel and padded head size: BLOCK_M, BLOCK_N, num_warps, num_stages, and a second
-# set where a softcap, or a window in a layout, takes too many registers for the first. M counts
-# queries and N keys, whichever of the two a program holds. Both divide the TILE of a layout.
+# warpgroups. (By Triton 3.8: of the 336 kernels that the tests compile, two spill 8 bytes with 3.6,
+# one with 3.7, and five up to 40 with 3.9.)
+# Per kernel and padded head size: BLOCK_M, BLOCK_N, num_warps, num_stages, and a second set where a
+# softcap, or a window in a layout, takes too many registers for the first. M counts queries and N
+# keys, whichever of the two a program holds. Both divide the TILE of a layout.
 Sizes = tuple[int, int, int, int]
 Table = dict[str, dict[int, tuple[Sizes, ...]]]
 _SM80: Table = {  # 16-bit inputs, within the 99 KiB of shared memory of sm_86, sm_89 and sm_120
@@ -46,7 +48,7 @@ _SM90: Table = {  # 16-bit inputs
     },
     "dkdv": {
         32: ((64, 128, 8, 2),),
-        64: ((64, 128, 8, 2),),
+        64: ((64, 128, 8, 2), (32, 128, 8, 2)),
         128: ((64, 128, 8, 2), (32, 128, 8, 2)),
         256: ((64, 32, 8, 2), (32, 32, 8, 2)),
     },
@@ -65,8 +67,8 @@ _SM100: Table = {  # 16-bit inputs
         256: ((64, 64, 8, 1),),
     },
     "dkdv": {
-        32: ((64, 128, 8, 3), (64, 64, 8, 3)),
-        64: ((64, 128, 8, 3), (64, 64, 8, 3)),
+        32: ((64, 128, 8, 3), (64, 64, 8, 2)),
+        64: ((64, 128, 8, 3), (64, 64, 8, 2)),
         128: ((64, 64, 8, 2),),
         256: ((64, 32, 8, 2),),
     },
@@ -75,7 +77,7 @@ _FLOAT32: Table = {  # on every chip: without tensor cores, products are the thr
     "fwd": {
         32: ((32, 32, 8, 1),),
         64: ((32, 32, 8, 1),),
-        128: ((32, 32, 8, 1),),
+        128: ((32, 32, 8, 1), (32, 16, 8, 1)),
         256: ((16, 16, 8, 1),),
     },
     "dq": {

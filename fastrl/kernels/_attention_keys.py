@@ -93,7 +93,7 @@ def _walk(
             if not EARLY:
                 ds = p * (product(v, do.T, None) - delta[None, :])
             if SOFTCAP:
-                ds *= 1.0 - x * x
+                ds *= tl.math.fma(-x, x, 1.0)
             dk = product(ds.to(q.dtype), q, dk)
         state = (dk, dv)
         c0 += BLOCK_M

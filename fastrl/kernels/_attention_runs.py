@@ -18,16 +18,13 @@ def _forward(
     state, x, outer, source, j0, end,
     DESCRIPTORS: tl.constexpr, HEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A block's part in the sums. m is finite from the start: nothing seen must not give inf - inf.
-
-    exp2(x outer - m) is rounded once, so that no compiler rounds it otherwise in another kernel.
-    """
+    """A block's part in the sums. m is finite from the start: inf - inf is NaN."""
     acc, total, m = state
     m_new = tl.maximum(m, tl.max(x, axis=1) * outer)
     p = tl.exp2(tl.math.fma(x, outer, -m_new[:, None]))
     shrink = tl.exp2(m - m_new)
     # In the order of the product's layout, in which no alignment has a part: test_compiled.py.
-    total = total * shrink + tl.sum(p, axis=1)
+    total = tl.math.fma(total, shrink, tl.sum(p, axis=1))
     acc *= shrink[:, None]
     _, value, b, h, _, value_s = source
     v = load_rows(value, b, h, j0, 0, end, value_s, DESCRIPTORS, HEAD, BLOCK_N, BLOCK_D)
@@ -48,7 +45,7 @@ def _backward(
     v = load_rows(value, b, h, j0, 0, end, value_s, DESCRIPTORS, HEAD, BLOCK_N, BLOCK_D)
     ds = p * (product(grad_output, v.T, None) - delta[:, None])
     if SOFTCAP:
-        ds *= tl.where(p > 0, 1.0 - x * x, 0.0)  # -inf where it is not seen
+        ds *= tl.where(p > 0, tl.math.fma(-x, x, 1.0), 0.0)  # -inf where it is not seen
     return (product(ds.to(k.dtype), k, state[0]),)
 
 

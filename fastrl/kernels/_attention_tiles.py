@@ -75,7 +75,7 @@ def capped(x, PRECISE: tl.constexpr):
     t = tl.where(x < 0, -t, t)
     if PRECISE:
         z = x * x
-        series = -0.05391007 + z * (0.02131275 + z * -0.00661576)
-        series = z * (-0.33333332 + z * (0.13333118 + z * series))
-        t = tl.where(z < 0.3, x + x * series, t)
+        series = tl.math.fma(z, tl.math.fma(z, -0.00661576, 0.02131275), -0.05391007)
+        series = tl.math.fma(z, tl.math.fma(z, series, 0.13333118), -0.33333332)
+        t = tl.where(z < 0.3, tl.math.fma(z * series, x, x), t)
     return t

@@ -47,6 +47,22 @@ def folded(x, SIZE: tl.constexpr, INTO: tl.constexpr):
 
 
 @triton.jit
+def _halves(x, SIZE: tl.constexpr):
+    return tl.split(tl.trans(tl.reshape(x, [2, SIZE // 2])))
+
+
+@triton.jit
+def folded_products(a, b, SIZE: tl.constexpr, INTO: tl.constexpr):
+    """folded(a * b), where half of the products are rounded with their first sum."""
+    if SIZE == INTO:
+        return a * b
+    else:
+        a, more_a = _halves(a, SIZE)
+        b, more_b = _halves(b, SIZE)
+        return folded(tl.math.fma(a, b, more_a * more_b), SIZE // 2, INTO)
+
+
+@triton.jit
 def ordered_sum(x, SIZE: tl.constexpr):
     """Sum of x [SIZE], a power of two, with the same bits however threads share x.
 
@@ -76,9 +92,9 @@ def tanh(x):
     e = tl.exp(-2.0 * size)
     far = (1.0 - e) / (1.0 + e)
     z = x * x
-    p = z * (-5.70498872745e-3) + 2.06390887954e-2
-    p = p * z - 5.37397155531e-2
-    p = p * z + 1.33314422036e-1
-    p = p * z - 3.33332819422e-1
-    near = p * z * x + x
+    p = tl.math.fma(z, -5.70498872745e-3, 2.06390887954e-2)
+    p = tl.math.fma(p, z, -5.37397155531e-2)
+    p = tl.math.fma(p, z, 1.33314422036e-1)
+    p = tl.math.fma(p, z, -3.33332819422e-1)
+    near = tl.math.fma(p * z, x, x)
     return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))

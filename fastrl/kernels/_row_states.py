@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl.kernels._math import LOG2E, folded, log1p, ordered_sum
+from fastrl.kernels._launch import AS_WRITTEN
+from fastrl.kernels._math import LOG2E, folded, folded_products, log1p, ordered_sum
 from fastrl.kernels._rows import below, block_for, finite, row_start, rows_of
 
 # Not measured on a GPU yet. Compiled for sm_90: no spills, 16 bytes a load. SUMS: as many as the
@@ -58,7 +59,7 @@ def _with_block(
         count += folded(at_max, BLOCK_V, SUMS)
     rest += folded(e, BLOCK_V, SUMS)
     if ENTROPY:  # where d is -inf, e is 0
-        weighted -= folded(e * tl.maximum(d, -3.4028234663852886e38), BLOCK_V, SUMS)
+        weighted -= folded_products(e, tl.maximum(d, -3.4028234663852886e38), BLOCK_V, SUMS)
     return m, rest, count, weighted
 
 
@@ -162,7 +163,7 @@ def partial_states(
     )  # fmt: skip
     aligned = (stride_outer | stride_inner) % 16 == 0  # both are
     _token_logprobs_fwd_kernel[(N * num_chunks,)](
-        CHUNK=CHUNK, ALIGNED=aligned, **shared, **block_for(V, FORWARD)
+        CHUNK=CHUNK, ALIGNED=aligned, **shared, **block_for(V, FORWARD), **AS_WRITTEN
     )
     return shared
 
@@ -175,6 +176,6 @@ def merge(
     row_max, log_total = torch.empty_like(logprobs), torch.empty_like(logprobs)
     _token_logprobs_merge_kernel[(triton.cdiv(N, MERGE["BLOCK_N"]),)](
         logprobs_ptr=logprobs, entropy_ptr=entropy, row_max_ptr=row_max, log_total_ptr=log_total,
-        N=N, inverse_temperature=finite(1.0 / temperature), **partials, **MERGE,
+        N=N, inverse_temperature=finite(1.0 / temperature), **partials, **MERGE, **AS_WRITTEN,
     )  # fmt: skip
     return row_max, log_total

@@ -36,6 +36,7 @@ from fastrl.kernels._attention_queries import (
     _attention_fwd_kernel,
     _attention_rows_kernel,
 )
+from fastrl.kernels._launch import AS_WRITTEN
 from fastrl.kernels._math import LOG2E
 from fastrl.kernels._rows import finite
 
@@ -74,7 +75,7 @@ def attention_fwd(
         **sources(key_end is None, config["BLOCK_N"], config["BLOCK_D"], key=key, value=value),
         **strides("UNIT", query=query, key=key, value=value),
         **strides("OUT_UNIT", output=output), **_which(key_start, key_end, position_ids, shared),
-        **by_queries, **shared, **config,
+        **by_queries, **shared, **config, **AS_WRITTEN,
     )  # fmt: skip
     return output, lse, residue
 
@@ -145,7 +146,7 @@ def _of_rows(
             grad_lse_ptr=None if grad_lse is None else grad_lse.contiguous(),
             log_total_ptr=log_total, delta_ptr=delta, T=T, tiles=tiles, query_heads=heads,
             HEAD=head_size, BLOCK_D=configs.padded(head_size),
-            **strides("UNIT", **lying), **configs.ROWS,
+            **strides("UNIT", **lying), **configs.ROWS, **AS_WRITTEN,
         )  # fmt: skip
     return dict(log_total_ptr=log_total, delta_ptr=delta)
 
@@ -164,7 +165,7 @@ def _grad_query(
         grad_output_ptr=inputs["grad"], query_ptr=inputs["query"], grad_query_ptr=grad_query,
         **sources(exist, config["BLOCK_N"], config["BLOCK_D"], key=key, value=value),
         **strides("UNIT", **inputs), **strides("OUT_UNIT", output=grad_query),
-        **by_queries, **shared, **config,
+        **by_queries, **shared, **config, **AS_WRITTEN,
     )  # fmt: skip
 
 
@@ -202,14 +203,14 @@ def _grad_keys(
             True, config["BLOCK_M"], config["BLOCK_D"], grad_output=inputs["grad"], query=query
         ),
         **strides("OUT_UNIT", grad_key=targets[0], grad_value=targets[1]),
-        **strides("UNIT", **inputs), **shared, **config,
+        **strides("UNIT", **inputs), **shared, **config, **AS_WRITTEN,
     )  # fmt: skip
     for grad, part in zip(grads, parts, strict=True):
         if slots and grad.dim() == 4:
             _attention_key_sums_kernel[(slots * heads,)](
                 parts_ptr=part, target_ptr=grad, key_sums_ptr=key_sums, key_heads=heads,
                 HEAD=head_size, TILE=TILE, BLOCK_D=config["BLOCK_D"],
-                **strides("OUT_UNIT", target=grad), **configs.SUMS,
+                **strides("OUT_UNIT", target=grad), **configs.SUMS, **AS_WRITTEN,
             )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl.kernels._caches import aligned, bound, first_row, first_tile, own_keys, prefix_of, sees
+from fastrl.kernels._launch import AS_WRITTEN
 from fastrl.kernels._math import LOG2E, ordered_sums, tanh
 
 # Keys in a chunk, and queries of a prefix that a program takes. Not measured on a GPU yet: enough
@@ -145,7 +146,7 @@ def _decode_attention_chunk_kernel(
             value_ptr + offs_n[:, None] * step_v + offs_d[None, :],
             mask=mask_n[:, None] & mask_d[None, :], other=0.0,
         )  # fmt: skip
-        weights = weights * shrink + w
+        weights = tl.math.fma(weights, shrink, w)
         sums = tl.dot(w.to(v.dtype), v, sums * shrink, input_precision="ieee")
         top = new_top
     index = ((b * Hkv + head) * G + g) * T + t
@@ -169,8 +170,8 @@ def _add_chunks(
         part = tl.load(sums_ptr + at * D + offs_d, mask=offs_d < D, other=0.0)
         new_top = tl.maximum(top, part_top)
         shrink, weight = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
-        total = total * shrink + part_total * weight
-        sums = sums * shrink + part * weight
+        total = tl.math.fma(total, shrink, part_total * weight)
+        sums = tl.math.fma(sums, shrink, part * weight)
         top = new_top
     return top, total, sums
 
@@ -245,6 +246,7 @@ def _launch_chunks(
         num_tiles=tiles, tiles_per_row=tiles_per_row, num_chunks=num_chunks, G=group, CHUNK=chunk,
         PREFIX=is_prefix, STAGES=config["num_stages"],
         ALIGNED=all(stride % 16 == 0 for stride in strides.values()), **strides, **shared, **config,
+        **AS_WRITTEN,
     )  # fmt: skip
 
 
@@ -294,6 +296,6 @@ def decode_attention(
     _decode_attention_merge_kernel[(lse.numel(),)](
         output_ptr=output, lse_ptr=lse, Hq=query_heads, S=key.shape[2], Sp=num_shared,
         first_own_chunk=shared_chunks, PREFIX=shared_chunks > 0, OWN_CHUNK=OWN_CHUNK,
-        PREFIX_CHUNK=PREFIX_CHUNK, num_warps=1, **of_rows, **of_prefixes,
+        PREFIX_CHUNK=PREFIX_CHUNK, num_warps=1, **of_rows, **of_prefixes, **AS_WRITTEN,
     )  # fmt: skip
     return output, lse

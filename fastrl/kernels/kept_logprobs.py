@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl.kernels._launch import AS_WRITTEN
 from fastrl.kernels._math import LOG2E, expm1, log1p, ordered_sum
 from fastrl.kernels._rows import below, finite, row_start, rows_of
 
@@ -141,7 +142,7 @@ def _kept_logprobs_bwd_kernel(
         p = tl.exp2(d * scale) * inverse_total
         grad = -g * p
         if ENTROPY:
-            log_p = d * inverse_temperature - log_total
+            log_p = tl.math.fma(d, inverse_temperature, -log_total)
             grad -= tl.where(p > 0, h * p * (log_p + entropy), 0.0)
         grad = tl.where(ids == token_id, grad_target, grad) * inverse_temperature
         tl.store(out_ptr + ids, grad.to(grad_ptr.dtype.element_ty), mask=mask_k)
@@ -170,7 +171,7 @@ def kept_logprobs_fwd(
         log_total_ptr=log_total, V=V, K=kept_ids.numel(), inner_size=inner_size,
         stride_outer=stride_outer, stride_inner=stride_inner, scale=finite(LOG2E / temperature),
         inverse_temperature=finite(1.0 / temperature), ignore_index=ignore_index,
-        ENTROPY=return_entropy, **BLOCK,
+        ENTROPY=return_entropy, **BLOCK, **AS_WRITTEN,
     )  # fmt: skip
     return logprobs, entropy, row_max, log_total
 
@@ -202,6 +203,6 @@ def kept_logprobs_bwd(
         grad_ptr=grad, V=V, K=kept_ids.numel(), inner_size=inner_size, stride_outer=stride_outer,
         stride_inner=stride_inner, grad_stride=V, scale=finite(LOG2E / temperature),
         inverse_temperature=finite(1.0 / temperature), ignore_index=ignore_index,
-        LOGPROBS=grad_logprobs is not None, ENTROPY=grad_entropy is not None, **BLOCK,
+        LOGPROBS=grad_logprobs is not None, ENTROPY=grad_entropy is not None, **BLOCK, **AS_WRITTEN,
     )  # fmt: skip
     return grad

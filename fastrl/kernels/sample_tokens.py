@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl.kernels._launch import AS_WRITTEN
 from fastrl.kernels._row_states import CHUNK, merge, partial_states
 from fastrl.kernels._rows import row_start, rows_of
 from fastrl.kernels._truncation import ONE, is_kept, truncate, weight
@@ -234,6 +235,7 @@ def sample_tokens(
         step_low=signed_word(step), step_high=signed_word(step >> 32), top_k=top_k, top_p=top_p,
         greedy=int(temperature == 0), TRUNCATE=truncates,
         ALIGNED=aligned, **shared, **(TRUNCATE_AND_DRAW if truncates else DRAW),
+        **AS_WRITTEN,
     )  # fmt: skip
     merge(partials, logprobs, logprobs, scaled_by)
     return token_ids, logprobs, lowest, last_id
@@ -251,7 +253,7 @@ def kept_ids(logits: Tensor, lowest: Tensor, last_id: Tensor) -> tuple[Tensor, T
     shared = dict(
         logits_ptr=source, lowest_ptr=lowest, last_id_ptr=last_id, counts_ptr=counts, V=V,
         num_chunks=num_chunks, inner_size=inner_size, stride_outer=stride_outer,
-        stride_inner=stride_inner, **KEPT_IDS,
+        stride_inner=stride_inner, **KEPT_IDS, **AS_WRITTEN,
     )  # fmt: skip
     _kept_count_kernel[(N * num_chunks,)](**shared)
     ends = counts.view(-1).cumsum(0)

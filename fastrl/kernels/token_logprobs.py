@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl import _vocabulary
+from fastrl.kernels._launch import AS_WRITTEN
 from fastrl.kernels._math import LOG2E, expm1
 from fastrl.kernels._row_states import merge, partial_states
 from fastrl.kernels._rows import block_for, finite, row_start, rows_of
@@ -79,7 +80,7 @@ def _token_logprobs_bwd_kernel(
     if ENTROPY:
         t = tl.maximum(t, -200.0)  # where 2^t is 0; -inf times 0 would be NaN
         a, b = g + h * (entropy - log_total), h * _LN2
-        grad = tl.exp2(t) * share * (a + b * t)
+        grad = tl.exp2(t) * share * tl.math.fma(b, t, a)
     else:
         grad = tl.exp2(t) * share * g
     target = token_id - vocab_start - first
@@ -195,5 +196,5 @@ def _backward(
         grad_stride_outer=grad_stride_outer, grad_stride_inner=grad_stride_inner,
         scale=finite(LOG2E / temperature), inverse_temperature=finite(1.0 / temperature),
         ignore_index=ignore_index, vocab_start=vocab_start, LOGPROBS=grad_logprobs is not None,
-        ENTROPY=grad_entropy is not None, ALIGNED=aligned, **block,
+        ENTROPY=grad_entropy is not None, ALIGNED=aligned, **block, **AS_WRITTEN,
     )  # fmt: skip

@@ -17,6 +17,12 @@ def test_every_configuration_keeps_to_the_budget(compiled, record_property):
     assert reached == {(name, arch) for name in names for arch in ARCHITECTURES}
 
 
+def test_products_and_sums_are_fused_where_the_source_says_so_alone(recorded):
+    for requests in recorded.values():
+        for request in requests:
+            assert request.options["enable_fp_fusion"] is False, request
+
+
 def test_every_block_size_that_ships_is_compiled(compiled):
     from fastrl.kernels import _row_states, sample_tokens, token_logprobs
 
