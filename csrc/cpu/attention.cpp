@@ -89,9 +89,9 @@ struct Forward {
   void run(bool alone) const {
     const std::vector<Task> all = tasks();
     const int64_t count = static_cast<int64_t>(all.size());
-    share(count, alone, [&](std::atomic<int64_t>& next, int64_t) {
+    share(count, alone, [&](Tickets& next, int64_t) {
       const Scratch<Wide<T>> scratch(attention_scratch_size(width));
-      for (int64_t i; (i = next++) < count;) attend(all[i], scratch.get());
+      for (int64_t i; (i = next.take()) < count;) attend(all[i], scratch.get());
     });
   }
 };

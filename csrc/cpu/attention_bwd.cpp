@@ -84,13 +84,13 @@ struct Backward {
 
   void run(const std::vector<Unit>& units) const {
     const int64_t count = static_cast<int64_t>(units.size());
-    share(count * group(), alone, [&](std::atomic<int64_t>& next, int64_t worker) {
-      for (int64_t i; (i = next++) < count * group();) {
+    share(count * group(), alone, [&](Tickets& next, int64_t worker) {
+      for (int64_t i; (i = next.take()) < count * group();) {
         attend(units[i / group()], i % group(), scratch + worker * scratch_size);
       }
     });
-    share(count, alone, [&](std::atomic<int64_t>& next, int64_t) {
-      for (int64_t i; (i = next++) < count;) add_up(units[i]);
+    share(count, alone, [&](Tickets& next, int64_t) {
+      for (int64_t i; (i = next.take()) < count;) add_up(units[i]);
     });
   }
 };

@@ -86,13 +86,13 @@ struct Engine {
   void run() const {
     const int64_t tasks = static_cast<int64_t>(call.tasks.size());
     const bool alone = call.products < kSmall;
-    share(tasks, alone, [&](std::atomic<int64_t>& next, int64_t) {
+    share(tasks, alone, [&](Tickets& next, int64_t) {
       const int64_t size = decode_scratch_size(call.width);
       const std::unique_ptr<Wide<T>[]> memory(new Wide<T>[size + 64 / sizeof(Wide<T>)]);
       void* aligned = memory.get();
       size_t space = (size + 64 / sizeof(Wide<T>)) * sizeof(Wide<T>);
       std::align(64, size * sizeof(Wide<T>), aligned, space);
-      for (int64_t i; (i = next++) < tasks;) {
+      for (int64_t i; (i = next.take()) < tasks;) {
         attend(call.tasks[i], static_cast<Wide<T>*>(aligned));
       }
     });
@@ -100,9 +100,9 @@ struct Engine {
     for (int64_t b = 0; b < call.batch; ++b) {
       most = std::max(most, call.first_partial[b + 1] - call.first_partial[b]);
     }
-    share(call.batch, alone, [&](std::atomic<int64_t>& next, int64_t) {
+    share(call.batch, alone, [&](Tickets& next, int64_t) {
       const std::unique_ptr<Wide<T>[]> weights(new Wide<T>[most]);
-      for (int64_t b; (b = next++) < call.batch;) merge(b, weights.get());
+      for (int64_t b; (b = next.take()) < call.batch;) merge(b, weights.get());
     });
   }
 };

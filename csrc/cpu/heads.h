@@ -32,11 +32,20 @@ inline int64_t threads_for(int64_t count, bool alone) {
   return alone ? 1 : std::min<int64_t>(count, torch::stable::get_num_threads());
 }
 
+// Hands out 0, 1, 2, ...; what is ordered by that alone is in no order.
+class Tickets {
+ public:
+  int64_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+
+ private:
+  std::atomic<int64_t> next_{0};
+};
+
 // body(next, worker): a worker takes what comes next until `count` is reached. Who takes what
 // changes no bit of it.
 template <class Body>
 void share(int64_t count, bool alone, Body body) {
-  std::atomic<int64_t> next{0};
+  Tickets next;
   torch::stable::parallel_for(0, threads_for(count, alone), 1,
                               [&](int64_t worker, int64_t) { body(next, worker); });
 }
