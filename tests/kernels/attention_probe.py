@@ -1,4 +1,4 @@
-"""attention's launchers as on a given chip, for the interpreter, which has none."""
+"""attention's launchers as on a given chip with a small L2, for the interpreter, which has none."""
 
 from unittest.mock import patch
 
@@ -11,6 +11,7 @@ def _on(chip, descriptors, launcher, arguments):
 
     with (
         patch.object(_attention_configs, "chip", lambda: chip),
+        patch.object(_attention_configs, "_L2_SHARE", 80_000),
         patch.object(_attention_operands, "chip", lambda: chip),
         patch.object(_attention_operands, "descriptors_fit", fit),
     ):

@@ -42,6 +42,74 @@ def _start() -> None:
     np.seterr(all="ignore")  # the kernels make infinities and NaN on purpose
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh tensors hold NaN
     _without_idle_work()
+    _watched()
+
+
+def _watched() -> None:
+    """An error where a program reads or writes beside the launch's tensors, or what another program
+    of the launch writes: on a GPU that is foreign memory, or a race, and here often nothing."""
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    init, memory = executor._init_args_hst, _Memory()
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def init_watched(self: Any, *arguments: Any) -> Any:
+        found = init(self, *arguments)
+        memory.of_launch([*found[0], *found[1].values()])
+        return found
+
+    def load_watched(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        memory.touch(self.grid_idx, pointers, mask, False)
+        return load(self, pointers, mask, *rest, **named)
+
+    def store_watched(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        memory.touch(self.grid_idx, pointers, mask, True)
+        return store(self, pointers, value, mask, *rest)
+
+    executor._init_args_hst = init_watched
+    builder.create_masked_load, builder.create_masked_store = load_watched, store_watched
+
+
+class _Memory:
+    """Of each byte of a launch's tensors: which program has read it, and which has written it."""
+
+    NOBODY, MANY = -1, -2
+
+    def of_launch(self, arguments: list[Any]) -> None:
+        spans: list[list[int]] = []
+        tensors = [getattr(x, "base", x) for x in arguments]  # of a descriptor
+        tensors = [x for x in tensors if isinstance(x, torch.Tensor) and x.numel() > 0]
+        for x in sorted(tensors, key=lambda x: x.data_ptr()):
+            last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+            begin, end = x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+            if spans and begin <= spans[-1][1]:
+                spans[-1][1] = max(spans[-1][1], end)
+            else:
+                spans.append([begin, end])
+        self.begin, self.end = np.array(spans or [[0, 0]], np.uint64).T
+        sizes = (self.end - self.begin).astype(np.int64)
+        self.first = sizes.cumsum() - sizes
+        self.reader = np.full(sizes.sum(), self.NOBODY)
+        self.writer = self.reader.copy()
+
+    def touch(self, program: tuple[int, ...], pointers: Any, mask: Any, writes: bool) -> None:
+        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        span = np.searchsorted(self.begin, at, side="right") - 1
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        if (span < 0).any() or (at + np.uint64(size) > self.end[span]).any():
+            raise IndexError(f"program {program} is beside the tensors of its launch")
+        byte = self.first[span] + (at - self.begin[span]).astype(np.int64)
+        others = [self.writer[byte], self.reader[byte]] if writes else [self.writer[byte]]
+        for other in others:
+            if ((other != self.NOBODY) & (other != program[0])).any():
+                raise IndexError(f"program {program} is where another one reads or writes")
+        if writes:
+            self.writer[byte] = program[0]
+        else:
+            reader = self.reader[byte]
+            alone = (reader == self.NOBODY) | (reader == program[0])
+            self.reader[byte] = np.where(alone, program[0], self.MANY)
 
 
 def _without_idle_work() -> None:

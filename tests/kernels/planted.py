@@ -23,6 +23,24 @@ def double(x: Tensor, skip_last: bool) -> Tensor:
     return out
 
 
+@triton.jit
+def _copy_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr, READS: tl.constexpr, WRITES: tl.constexpr):
+    n0 = tl.program_id(0) * BLOCK
+    offs = n0 + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < N + READS, other=0.0)
+    tl.store(out_ptr + offs, x, mask=offs < N)
+    if WRITES:  # at a row's end what is another program's
+        tl.store(out_ptr + (n0 + BLOCK) % N, 0.0)
+
+
+def copy(x: Tensor, reads: int, writes: int) -> Tensor:
+    out = torch.empty_like(x)
+    _copy_kernel[(triton.cdiv(x.numel(), 16),)](
+        x_ptr=x, out_ptr=out, N=x.numel(), BLOCK=16, READS=reads, WRITES=writes
+    )
+    return out
+
+
 def overwrite(x: Tensor) -> None:
     """All of the memory that x is a part of."""
     torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).fill_(7)

@@ -44,9 +44,11 @@ DENSE = {
     "a window over blocks": ((1, 2, 1, 300, 300, 32), HALF, {"window": 150}),
     "a window of one": ((1, 1, 1, 70, 70, 32), SINGLE, {"window": 1}),
     "a window beyond all": ((1, 1, 1, 70, 70, 32), SINGLE, {"window": 10**12}),
+    "a window that all but one key are in": ((1, 1, 1, 70, 70, 32), SINGLE, {"window": 69}),
     "a window in a cache": ((1, 1, 1, 70, 300, 32), HALF, {"window": 100}),
     "softcap": ((1, 2, 1, 150, 150, 32), HALF, {"softcap": 2.0}),
     "softcap, likely keys": ((1, 1, 1, 70, 70, 32), SINGLE, {"softcap": 5.0, "scale": 1.0}),
+    "a softcap far above": ((1, 1, 1, 70, 70, 32), SINGLE, {"softcap": 1e4}),
     "a negative scale": ((1, 2, 1, 100, 100, 32), HALF, {"scale": -0.2, "softcap": 3.0}),
     "scale 0": ((1, 1, 1, 50, 50, 32), SINGLE, {"scale": 0.0}),
     "a tiny scale": ((1, 1, 1, 50, 50, 32), SINGLE, {"scale": 1e-42}),
@@ -74,6 +76,24 @@ def test_keys_that_exist(interpreted, options):
     """From the start, on the left, on the right, none, one; T = 90 queries."""
     ends = {"key_start": i32(0, 60, 0, 70, 199), "key_end": i32(200, 200, 100, 70, 200)}
     check(interpreted, (5, 2, 1, 90, 200, 32), HALF, **ends, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 40}], ids=str)
+def test_bounds_beyond_the_keys(interpreted, options):
+    """Queries stand where the bounds say, and keys are read as far as there are any."""
+    ends = {"key_start": i32(-9, 0, 250, 3), "key_end": i32(200, 230, 300, -4)}
+    check(interpreted, (4, 2, 1, 90, 200, 32), HALF, **ends, **options)
+
+
+@pytest.mark.parametrize("off", [-2, -1, 0, 1, 2])
+def test_edges_beside_those_of_blocks(interpreted, off):
+    """In float32 a block holds 32 queries, or keys."""
+    check(interpreted, (1, 1, 1, 70, 102 + off, 32), SINGLE)
+    check(interpreted, (1, 1, 1, 130, 130, 32), SINGLE, window=64 + off)
+    layout = layout_of([64 + off, 32 + off, 40, 60 - off], [-1, -1, 1, 1])
+    shape = (1, 1, 1, layout.num_tokens, layout.num_tokens, 32)
+    check(interpreted, shape, SINGLE, layout=layout)
+    check(interpreted, shape, SINGLE, layout=layout, window=64 + off)
 
 
 # lengths and prefix of a layout, the shape's heads and D, dtype, options
@@ -130,9 +150,11 @@ def test_long_loops_over_queries_are_split_and_summed_in_order(interpreted, monk
     monkeypatch.setattr(_tiles, "SPLIT", 128)
     layout = layout_of([70, 60, 0, 50, 140, 30], [-1, 0, 0, 0, -1, 4])
     N = layout.num_tokens
-    check(interpreted, (1, 1, 1, N, N, 32), HALF, layout=layout, window=window)
+    check(interpreted, (1, 4, 2, N, N, 32), HALF, layout=layout, window=window)
+    pair = layout_of([70, 120], [-1, 0])  # one tile is cut, in two
+    check(interpreted, (1, 1, 1, 190, 190, 32), HALF, layout=pair, window=window)
     if window is None:
-        tensors = inputs((1, 1, 1, N, N, 32))
+        tensors = inputs((1, 2, 2, N, N, 32))
         cut = run(interpreted, tensors, layout=layout)
         monkeypatch.setattr(_tiles, "SPLIT", 8192)
         whole = run(interpreted, tensors, layout=layout)
@@ -153,6 +175,14 @@ def test_other_chips(interpreted, chip, D, packed):
     tensors = inputs(shape, HALF)
     pointers = run(interpreted, tensors, on[0], (chip, False), **options)
     assert_same_bits(run(interpreted, tensors, *on, **options), pointers)
+
+
+def test_heads_in_sections(interpreted):
+    """As where their keys do not fit into the L2 cache together: 8 of 10 lanes, then 2, and of the
+    5 of keys 2, 2 and 1."""
+    tensors = inputs((1, 10, 5, 150, 150, 32), HALF)
+    found = run(interpreted, tensors, "attention_probe", (80, False))
+    assert_same_bits(found, run(interpreted, tensors))
 
 
 @pytest.mark.parametrize("on", [(), ("attention_probe", (90, True))], ids=["80", "90"])

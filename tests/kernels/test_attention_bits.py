@@ -116,6 +116,15 @@ def test_strides(interpreted, name):
     assert all(x.transpose(1, 2).is_contiguous() for x in (found[0], *found[2:]))
 
 
+def test_tensors_that_lie_each_in_its_own_way(interpreted):
+    *tensors, grad_lse = inputs((2, 4, 2, 40, 40, 32), HALF)
+    expected = run(interpreted, [*tensors, grad_lse])
+    for i in (0, 1, 3):
+        tensors[i] = LAYOUTS["every other token" if i == 0 else "heads behind tokens"](tensors[i])
+    found = run(interpreted, [*tensors, grad_lse.mT.contiguous().mT])
+    assert_same_bits(found, expected)
+
+
 def test_broadcast_keys_and_gradients(interpreted):
     query, key, value, grad_output, grad_lse = inputs((2, 2, 2, 40, 40, 32), HALF)
     one = [x[:1, :1].expand(2, 2, 40, 32) for x in (key, value)]

@@ -88,7 +88,7 @@ def double(arguments):
 @pytest.mark.parametrize("case", CASES)
 def test_error_budget(ours, case):
     arguments = inputs(**CASES[case])
-    for options in ({}, {"window": 9, "softcap": 2.0}):
+    for options in ({}, {"window": 9, "softcap": 2.0}, {"softcap": 1e4}):
         eager = reference.decode_attention(**arguments, return_lse=True, **options)
         truth = reference.decode_attention(**double(arguments), return_lse=True, **options)
         for parts in zip(ours(arguments, **options), eager, truth, strict=True):
@@ -129,6 +129,9 @@ def test_strides(ours):
         for k, x in arguments.items()
     }
     assert all(torch.equal(a, b) for a, b in zip(ours(moved), expected, strict=True))
+    for name in ("value", "prefix_value", "query"):  # each in its own way
+        found = ours(arguments | {name: moved[name]})
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_bounds_out_of_range_are_moved_into_it(ours):
@@ -167,9 +170,10 @@ def test_neither_rows_nor_lengths_nor_groups_make_a_new_kernel():
 
     from fastrl.kernels.decode_attention import decode_attention
 
-    def keys(batch, queries, num_keys, prefixes, shared):
-        query = torch.empty(batch, 8, queries, 64)
-        key, prefix = torch.empty(batch, 2, num_keys, 64), torch.empty(prefixes, 2, shared, 64)
+    def keys(batch, queries, num_keys, prefixes, shared, dtype=torch.float32):
+        query = torch.empty(batch, 8, queries, 64, dtype=dtype)
+        key = torch.empty(batch, 2, num_keys, 64, dtype=dtype)
+        prefix = torch.empty(prefixes, 2, shared, 64, dtype=dtype)
         row = torch.empty(batch + 1, dtype=torch.int32)[1:]  # off 16-byte bounds
         bounds = (torch.empty(prefixes, dtype=torch.int32), torch.empty(prefixes + 1).int())
         call = (query, key, key, None, row, prefix, prefix, *bounds, 1.0, None, None)
@@ -177,6 +181,8 @@ def test_neither_rows_nor_lengths_nor_groups_make_a_new_kernel():
 
     sizes = itertools.product((1, 16, 17), (1, 3), (1, 256, 4097), (2, 16), (1, 4097))
     assert len({keys(*size) for size in sizes}) == 1
+    # Of 16 bits the block does follow from the queries a row.
+    assert len({keys(batch, 1, 256, 2, 512, torch.bfloat16) for batch in (1, 3, 40)}) == 1
 
 
 def test_keys_are_read_16_bytes_at_a_time_and_ahead_of_their_use(compiled):

@@ -26,6 +26,15 @@ def test_what_a_launcher_writes_is_seen_beside_its_tensor_too(interpreted):
     assert (base == 7).all()
 
 
+def test_a_program_beside_its_tensors_or_where_another_one_writes_is_caught(interpreted):
+    x = torch.randn(40)
+    assert torch.equal(interpreted("planted", "copy", x, 0, 0), x)
+    with pytest.raises(Exception, match="beside the tensors"):
+        interpreted("planted", "copy", x, 1, 0)
+    with pytest.raises(Exception, match="where another one"):
+        interpreted("planted", "copy", x, 0, 1)
+
+
 def test_a_launcher_that_fails_is_heard(interpreted):
     with pytest.raises(AttributeError, match="no attribute 'halve'"):
         interpreted("planted", "halve", torch.ones(3))

@@ -120,6 +120,18 @@ def test_tokens_outside_and_rows_without_a_set(ours):
     assert grad[2, ids[3:5]].isnan().all() and grad[2].isnan().sum() == 2
 
 
+def test_a_kept_token_without_probability(ours):
+    logits, kept = torch.randn(1, 20), (torch.arange(1, 9), torch.tensor([0, 8]).int())
+    logits[0, 7] = -math.inf
+    logprobs, entropy, grad = ours(logits, torch.tensor([7]), torch.ones(1), torch.ones(1), kept)
+    assert logprobs[0] == -math.inf
+    x = logits[:, 1:9].double()
+    p, log_p = x.softmax(1), x.log_softmax(1)
+    expected = -p - torch.where(p > 0, p * (log_p + entropy[:, None]), 0.0)
+    expected[0, 6] += 1.0
+    torch.testing.assert_close(grad[:, 1:9].double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_rows_with_nan_give_nan_where_it_is_kept(ours):
     logits, (ids, bounds) = torch.randn(3, 30), some(30, [5, 5, 5])
     logits[0, ids[0]], logits[1, ids[7]] = math.nan, math.inf

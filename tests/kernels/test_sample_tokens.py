@@ -176,6 +176,14 @@ def test_equal_weights_are_cut_exactly(draw, vocab, top_k):
     assert torch.equal(token_ids, (u * (top_k or vocab)).long())
 
 
+def test_the_low_bits_of_the_total_count(draw):
+    """u = 1 - 2^-24 falls on the last of many that weigh 2^-17 each."""
+    logits = torch.full((1, 1001), -17 * math.log(2.0))
+    logits[0, 0], logits[0, 1000] = 0.0, -30.0
+    token_ids, *_ = draw(logits, torch.tensor([1499961]), top_k=1000)
+    assert token_ids.tolist() == [999]
+
+
 def test_chi_square_against_the_exact_distribution(draw):
     """100 draws over 4 tokens; 3 degrees of freedom, p = 1e-4 at 21.1."""
     p, n = torch.tensor([0.4, 0.3, 0.2, 0.1]), 100
@@ -206,6 +214,16 @@ def test_where_rounding_leaves_nothing_beyond_u_the_last_id_is_drawn(draw):
     assert uniform(seeds, STEP, torch.float32) == 1 - 2.0**-24
     token_ids, *_ = draw(logits, seeds)
     assert token_ids.tolist() == [CHUNK - 1]
+    logits[:], logits[0, 0], logits[0, -5:] = -2.98212, 0.0, -1e4  # the last ones weigh nothing
+    token_ids, *_ = draw(logits, seeds)
+    assert token_ids.tolist() == [CHUNK - 6]
+
+
+def test_u_at_the_bound_of_two_stretches_falls_into_the_second(draw):
+    seeds = torch.tensor([574261])
+    assert uniform(seeds, STEP, torch.float32) == 0.5
+    token_ids, *_ = draw(torch.zeros(1, 2 * CHUNK), seeds)
+    assert token_ids.tolist() == [CHUNK]
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.5}])

@@ -195,6 +195,18 @@ def test_an_id_outside_the_vocabulary_gives_nan_and_is_not_read(ours):
     assert grad[:3].isnan().all() and grad[3].isfinite().all()
 
 
+def test_a_token_without_probability(ours):
+    """-inf, and the others are pushed down as by any other token."""
+    logits, token_ids = torch.randn(2, 50), torch.tensor([7, 7])
+    logits[0, 7] = -math.inf
+    logprobs, entropy, grad = ours(logits, token_ids, torch.ones(2), torch.ones(2))
+    assert logprobs[0] == -math.inf and entropy.isfinite().all()
+    p, log_p = logits.double().softmax(1), logits.double().log_softmax(1)
+    expected = -p - torch.where(p > 0, p * (log_p + entropy[:, None]), 0.0)
+    expected[:, 7] += 1.0
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_masks_at_both_ends_of_float32(ours):
     """A block of the most negative number, then one of ordinary logits: gaps overflow."""
     logits = torch.randn(2, 2 * 4096)
