@@ -24,7 +24,7 @@ PIP_FLAGS ?=
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 CONSTRAINED = $(PIP_INSTALL) --constraint $(VENV)/constraints.txt
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-  --benchmark-disable $(PYTEST_FLAGS)
+  --benchmark-disable
 MACHINE_PATH := $(PATH)
 GPU_FLAGS = $(if $(OUT),--out "$(OUT)") $(if $(ONLY),--only "$(ONLY)") \
   $(if $(COMMIT),--commit "$(COMMIT)") $(if $(WHEELS),--wheels "$(WHEELS)")
@@ -40,10 +40,10 @@ demo: $(VENV)/.built
 # Threads that spin while they wait would keep the other processes from the cores.
 test test-all: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 test-all: $(VENV)/.built
-	$(PYTEST)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 bench: $(VENV)/.peers
 	$(BIN)/fastrl bench $(BENCH_FLAGS)
