@@ -46,10 +46,21 @@ def find_toolkit() -> None:
             return
 
 
+def name_architectures() -> None:
+    """torch builds for the GPUs that it sees. Where it sees none, as in a docker build, it breaks
+    down; the binary then holds what the tests compile for, and newer GPUs translate the last."""
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and torch.cuda.device_count() == 0:
+        knows_blackwell = tuple(map(int, torch.version.cuda.split("."))) >= (12, 8)
+        known = "8.0;9.0;10.0+PTX" if knows_blackwell else "8.0;9.0+PTX"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = known
+
+
 def extension():
     find_toolkit()
     with_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     with_cuda &= os.environ.get("FASTRL_BUILD") != "cpu"
+    if with_cuda:
+        name_architectures()
     cxx = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
     cxx += ["-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     cxx += ["-g0"]  # Python's own flags have -g: nine tenths of the binary's 42 MB

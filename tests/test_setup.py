@@ -1,5 +1,6 @@
 """What setup.py asks the compilers for, on machines that lay CUDA out in different ways."""
 
+import os
 import runpy
 from distutils.core import run_setup  # setuptools brings it
 from pathlib import Path
@@ -23,6 +24,8 @@ def machine(tmp_path, monkeypatch):
     (tmp_path / "bin" / "nvcc").symlink_to(nvcc)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     monkeypatch.delenv("FASTRL_BUILD", raising=False)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.chdir(ROOT)
@@ -62,6 +65,26 @@ def test_the_cuda_sources_may_be_left_out(machine, extension, monkeypatch):
     built = extension()
     assert not [source for source in built.sources if source.endswith(".cu")]
     assert "torch_cuda" not in built.libraries and not built.define_macros
+
+
+@pytest.mark.parametrize(
+    "gpus, cuda, asked, built",
+    [
+        (0, "13.0", "", "8.0;9.0;10.0+PTX"),
+        (0, "12.6", "", "8.0;9.0+PTX"),  # its nvcc knows no Blackwell
+        (0, "13.0", "9.0a", "9.0a"),
+        (1, "13.0", "", ""),  # torch's own choice
+    ],
+)
+def test_without_a_gpu_in_sight_it_builds_for_several(
+    machine, extension, monkeypatch, gpus, cuda, asked, built
+):
+    """torch breaks down there: IndexError, and the package cannot be installed."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    extension()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == built
 
 
 def test_an_archive_of_the_sources_has_all_that_a_build_needs(tmp_path, monkeypatch):

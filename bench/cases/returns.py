@@ -75,11 +75,15 @@ LAMBDA_RETURNS = [
     ),
     Case(
         "lambda_returns", (64, 1024), "a batch of completions",
-        inputs=("bootstrap_value",), options=_DISCOUNTS, quick=True,
+        inputs=("bootstrap_value",), options=_DISCOUNTS, quick="cpu",
     ),
     Case(
         "lambda_returns", (262144,), "ragged completions of 1 to 2048 tokens, packed",
         inputs=("cu_seqlens", "bootstrap_value"), options=_DISCOUNTS,
+    ),
+    Case(
+        "lambda_returns", (8192, 2048), "fills a GPU",
+        inputs=("bootstrap_value", "terminated"), options=_DISCOUNTS, devices=("cuda",), quick=True,
     ),
 ]  # fmt: skip
 
@@ -90,18 +94,22 @@ DISCOUNTED_RETURNS = [
     ),
     Case(
         "discounted_returns", (64, 1024), "reward-to-go of a batch of completions",
-        options={"gamma": 0.99}, quick=True,
+        options={"gamma": 0.99}, quick="cpu",
     ),
     Case(
         "discounted_returns", (262144,), "ragged completions of 1 to 2048 tokens, packed",
         inputs=("cu_seqlens",), options={"gamma": 0.99},
+    ),
+    Case(
+        "discounted_returns", (8192, 2048), "fills a GPU",
+        options={"gamma": 0.99}, devices=("cuda",), quick=True,
     ),
 ]  # fmt: skip
 
 VTRACE = [
     Case(
         "vtrace", (64, 1024), "a batch of completions from a policy that is some updates older",
-        inputs=("bootstrap_value",), options={"gamma": 0.99}, quick=True,
+        inputs=("bootstrap_value",), options={"gamma": 0.99}, quick="cpu",
     ),
     Case(
         "vtrace", (512, 4096), "beside gae of that size: one input more, and an exp",
@@ -115,12 +123,20 @@ VTRACE = [
         "vtrace", (8, 16384), "long T, few rows",
         inputs=_EPISODES, options={"gamma": 0.99},
     ),
+    Case(
+        "vtrace", (8192, 2048), "fills a GPU",
+        inputs=_EPISODES, options={"gamma": 0.99}, devices=("cuda",), quick=True,
+    ),
 ]  # fmt: skip
 
 RETRACE_RETURNS = [
     Case(
         "retrace_returns", (64, 1024), "a batch of completions, action values",
-        inputs=("bootstrap_value",), options=_DISCOUNTS, quick=True,
+        inputs=("bootstrap_value",), options=_DISCOUNTS, quick="cpu",
+    ),
+    Case(
+        "retrace_returns", (8192, 2048), "fills a GPU",
+        inputs=_EPISODES, options=_DISCOUNTS, devices=("cuda",), quick=True,
     ),
 ]  # fmt: skip
 
@@ -131,7 +147,11 @@ N_STEP_RETURNS = [
     ),
     Case(
         "n_step_returns", (64, 1024), "a batch of completions, the next 8 rewards",
-        inputs=("bootstrap_value",), options={"gamma": 0.99, "n": 8}, quick=True,
+        inputs=("bootstrap_value",), options={"gamma": 0.99, "n": 8}, quick="cpu",
+    ),
+    Case(
+        "n_step_returns", (8192, 2048), "fills a GPU",
+        inputs=_EPISODES, options={"gamma": 0.99, "n": 8}, devices=("cuda",), quick=True,
     ),
 ]  # fmt: skip
 

@@ -77,10 +77,7 @@ def facts(device: str) -> dict[str, Any]:
         environment |= {"driver": _driver(), "nvcc": _nvcc_release(), "triton": _version("triton")}
     wanted = ("pytest", "pytest-xdist", "pytest-timeout", "matplotlib", "transformers")
     packages = {name: _version(name) is not None for name in wanted}
-    found = select([], quick=True, device=device)
-    # An op without a size that fills a GPU has nothing to show there yet.
-    ready = {case.op for case in found if case.devices == (device,)} if device == "cuda" else None
-    ops = Counter(case.op for case in found if ready is None or case.op in ready)
+    ops = Counter(case.op for case in select([], quick=True, device=device))
     return {
         "environment": environment, "capability": capability, "packages": packages, "ops": ops,
         "gpu_is_shared": device == "cuda" and _compute_mode() in ("Default", "unknown"),

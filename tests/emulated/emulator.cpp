@@ -7,6 +7,9 @@
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
+#ifdef FASTRL_WATCHED
+#include <sanitizer/tsan_interface.h>
+#endif
 
 #include <algorithm>
 #include <memory>
@@ -78,6 +81,28 @@ void prepare(Context& context, char* stack, void (*entry)()) {
 }
 #endif
 
+// What ThreadSanitizer is told, where the device code is compiled for it: a fiber is a thread to it,
+// which nothing orders but __syncthreads and __syncwarp. A shuffle orders no memory.
+#ifdef FASTRL_WATCHED
+constexpr bool kWatched = true;
+void* watched_now() { return __tsan_get_current_fiber(); }
+void* watch() { return __tsan_create_fiber(0); }
+void unwatch(void* fiber) { __tsan_destroy_fiber(fiber); }
+void watched_goes_to(void* fiber) {
+  __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync);
+}
+void arrives_at(char* meeting) { __tsan_release(meeting); }
+void leaves(char* meeting) { __tsan_acquire(meeting); }
+#else
+constexpr bool kWatched = false;
+void* watched_now() { return nullptr; }
+void* watch() { return nullptr; }
+void unwatch(void*) {}
+void watched_goes_to(void*) {}
+void arrives_at(char*) {}
+void leaves(char*) {}
+#endif
+
 struct Launch {
   unsigned blocks, threads;
   const std::function<void()>* kernel;
@@ -86,6 +111,7 @@ struct Launch {
   std::atomic<bool> failed{false};
   std::mutex mutex;
   std::string error;
+  char end;
 
   void fail(const std::string& what) {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -97,14 +123,16 @@ enum class State { ready, at_warp, at_block, done };
 
 struct Fiber {
   Context context;
+  void* watched;
   State state;
   int kind, line;
-  unsigned exchanges;  // so far: two buffers take turns
+  unsigned exchanges, meetings;  // so far: of each, two take turns
   size_t size;
 };
 
 struct Warp {
   char bytes[2][kLanes * kMost];
+  char meetings[2];
 };
 
 // One thread of the system, and the block that it runs.
@@ -112,8 +140,10 @@ struct Worker {
   Launch* launch;
   unsigned block, current;
   Context scheduler;
+  void* watched;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
+  char meetings[2];
   char* stacks;
   bool moved;  // a thread has done more than to look whether it may go on
   std::minstd_rand random;
@@ -124,12 +154,14 @@ thread_local Worker* worker = nullptr;
 void yield(State state) {
   Fiber& fiber = worker->fibers[worker->current];
   fiber.state = state;
+  watched_goes_to(worker->watched);
   change(fiber.context, worker->scheduler);
 }
 
 void run_thread() {
   (*worker->launch->kernel)();
   worker->moved = true;
+  arrives_at(&worker->launch->end);
   yield(State::done);
 }
 
@@ -162,7 +194,8 @@ void run_block() {
   const unsigned threads = w.launch->threads;
   for (unsigned i = 0; i < threads; ++i) {
     w.fibers[i].state = State::ready;
-    w.fibers[i].exchanges = 0;
+    w.fibers[i].exchanges = w.fibers[i].meetings = 0;
+    w.fibers[i].watched = watch();
     prepare(w.fibers[i].context, w.stacks + i * kStack, run_thread);
   }
   for (long waited = 0; !w.launch->failed; ++waited) {
@@ -178,6 +211,7 @@ void run_block() {
         for (unsigned i = first; i < end; ++i) {
           if (w.fibers[i].state != State::ready) continue;
           w.current = i;
+          watched_goes_to(w.fibers[i].watched);
           change(w.scheduler, w.fibers[i].context);
         }
       } while (!w.launch->failed && release(first, end, State::at_warp, "warp") &&
@@ -219,12 +253,15 @@ void work(Launch* launch, unsigned seed) {
   stack.ss_size = signal_stack.size();
   sigaltstack(&stack, &before);
   worker = own.get();
+  own->watched = watched_now();
   own->random.seed(seed + 1);
   if (sigsetjmp(own->on_fault, 1) == 0) {
     for (unsigned i; !launch->failed && (i = launch->next++) < launch->blocks;) {
       for (unsigned n = own->random() % 4; n > 0; --n) std::this_thread::yield();
       own->block = launch->order[i];
       run_block();
+      for (Fiber& fiber : own->fibers) unwatch(fiber.watched);
+      if (kWatched) break;
     }
   }
   worker = nullptr;
@@ -250,20 +287,29 @@ void meet_block(int line) {
   fiber.line = line;
   fiber.size = 0;
   worker->moved = true;
+  char* meeting = worker->meetings + fiber.meetings++ % 2;
+  arrives_at(meeting);
   yield(State::at_block);
+  leaves(meeting);
 }
 
 void sleep() { yield(State::ready); }
 
 const char* exchange(const void* bytes, size_t size, int kind, int line) {
   Fiber& fiber = worker->fibers[worker->current];
-  char* all = worker->warps[worker->current / kLanes].bytes[fiber.exchanges++ % 2];
-  if (size > 0) std::memcpy(all + worker->current % kLanes * kMost, bytes, size);
+  Warp& warp = worker->warps[worker->current / kLanes];
+  const unsigned turn = fiber.exchanges++ % 2;
+  char *all = warp.bytes[turn], *meeting = warp.meetings + turn;
+  const bool orders_memory = size == 0;
+  if (orders_memory) arrives_at(meeting);
+  char* own = all + worker->current % kLanes * kMost;
+  for (size_t i = 0; i < size; ++i) own[i] = static_cast<const char*>(bytes)[i];  // unwatched
   fiber.kind = kind;
   fiber.line = line;
   fiber.size = size;
   worker->moved = true;
   yield(State::at_warp);
+  if (orders_memory) leaves(meeting);
   return all;
 }
 
@@ -282,8 +328,14 @@ std::string launch(unsigned blocks, unsigned threads, int workers, unsigned seed
   const int signals[] = {SIGSEGV, SIGBUS, SIGILL};
   for (int i = 0; i < 3; ++i) sigaction(signals[i], &action, &before[i]);
   std::vector<std::thread> threads_of_system;
-  for (int i = 0; i < workers; ++i) threads_of_system.emplace_back(work, &launch, seed + i);
+  const auto run = [&launch](unsigned seed) {
+    if (!kWatched) return work(&launch, seed);
+    // No block has memory that was another's: or they would seem to meet there.
+    while (!launch.failed && launch.next < launch.blocks) std::thread(work, &launch, seed++).join();
+  };
+  for (int i = 0; i < workers; ++i) threads_of_system.emplace_back(run, seed + i);
   for (auto& thread : threads_of_system) thread.join();
+  leaves(&launch.end);
   for (int i = 0; i < 3; ++i) sigaction(signals[i], &before[i], nullptr);
   return launch.error;
 }
@@ -304,3 +356,14 @@ void free_guarded(void* memory, size_t bytes, bool at_end) {
 }
 
 }  // namespace emulator
+
+#ifdef FASTRL_WATCHED
+// volatile is to a GPU what relaxed atomics are to C++: never part of a race.
+#define VOLATILE(bytes)                                                                 \
+  extern "C" __attribute__((visibility("default"))) void __tsan_volatile_read##bytes(void*) {} \
+  extern "C" __attribute__((visibility("default"))) void __tsan_volatile_write##bytes(void*) {}
+VOLATILE(1)
+VOLATILE(2)
+VOLATILE(4)
+VOLATILE(8)
+#endif

@@ -5,6 +5,7 @@ ends, or begins, where the next byte may not be touched.
 """
 
 import ctypes
+import os
 import subprocess
 import weakref
 from ctypes import c_bool, c_size_t, c_void_p
@@ -29,9 +30,13 @@ FLAGS += [f"-isystem{TORCH / 'include'}"]
 # Of device code: each ends in a trap, which the emulator reports.
 CHECKS = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow"]
 CHECKS += ["-fsanitize-undefined-trap-on-error"]
+EMULATOR = []
+if "FASTRL_WATCHED" in os.environ:  # tests/threads/test_cuda_races.py
+    CHECKS += ["-fsanitize=thread", "-g1", "--param=tsan-distinguish-volatile=1"]
+    EMULATOR += ["-DFASTRL_WATCHED"]
 PARTS = [
     ("ops.cpp", []), ("kernels.cpp", ["-DPART=0", *CHECKS]), ("kernels.cpp", ["-DPART=1", *CHECKS]),
-    ("emulator.cpp", []),
+    ("emulator.cpp", EMULATOR),
 ]  # fmt: skip
 
 

@@ -68,6 +68,16 @@ __global__ void wants_a_barrier(float* x) {
   x[threadIdx.x] = own[0] + own[1];
 }
 
+// Right in every order that the emulator tries. Shuffles meet, but order no memory.
+__global__ void takes_a_shuffle_for_a_barrier(float* x) {
+  __shared__ float own[64];
+  own[threadIdx.x] = threadIdx.x;
+  __shfl_xor_sync(~0u, 0.0f, 1);
+  x[threadIdx.x] = own[threadIdx.x ^ 1];
+}
+
+__global__ void writes_where_other_blocks_write(float* x) { x[threadIdx.x] = 1; }
+
 // Each as it should be.
 __global__ void waits_for_an_earlier_block(float* x, unsigned* taken) {
   __shared__ unsigned own;
@@ -113,8 +123,10 @@ extern "C" __attribute__((visibility("default"))) const char* run(int kernel, in
       [&] { waits_for_an_earlier_block(x, &taken); },
       [&] { sums(x); },
       [&] { wants_a_barrier(x); },
+      [&] { takes_a_shuffle_for_a_barrier(x); },
+      [&] { writes_where_other_blocks_write(x); },
   };
-  const unsigned blocks = kernel == 8 || kernel == 9 ? 2 : 1;
+  const unsigned blocks = kernel == 8 || kernel == 9 || kernel == 13 ? 2 : 1;
   said = emulator::launch(blocks, 64, workers, seed, kernels[kernel]);
   *sum = kernel == 11 ? x[0] : x[63];
   emulator::free_guarded(x, bytes, kernel != 5);

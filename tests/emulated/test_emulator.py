@@ -3,7 +3,7 @@
 import ctypes
 
 import pytest
-from emulated.emulator import CHECKS, compile_parts
+from emulated.emulator import CHECKS, EMULATOR, compile_parts
 
 PARTED = "have parted"
 FAULTS = {
@@ -15,7 +15,7 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, compiler):
     folder = tmp_path_factory.mktemp("planted")
-    parts = [("planted.cpp", CHECKS), ("emulator.cpp", ["-DFASTRL_PATIENCE=2000"])]
+    parts = [("planted.cpp", CHECKS), ("emulator.cpp", [*EMULATOR, "-DFASTRL_PATIENCE=2000"])]
     library = ctypes.CDLL(str(compile_parts(compiler, folder, parts, [])))
     library.run.restype = ctypes.c_char_p
 
@@ -44,3 +44,9 @@ def test_a_missing_barrier_shows_in_the_numbers(run):
 def test_good_kernels(run, workers):
     assert run(9, workers) == ("", 0)
     assert run(10, workers) == ("", 63 * 64 / 2)
+
+
+@pytest.mark.parametrize("kernel, last", [(12, 62), (13, 1)])
+def test_what_a_sanitizer_alone_sees(run, kernel, last):
+    """tests/threads/test_cuda_races.py"""
+    assert run(kernel, 2) == ("", last)

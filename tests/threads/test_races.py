@@ -4,49 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
+from threads.conftest import FLAGS, HERE, ROOT, TORCH
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-TORCH = Path(torch.__file__).parent
 OPS = ["returns", "edges", "edges_behind_an_end", "strides", "token_logprobs", "kept_logprobs"]
 OPS += ["sample_tokens", "sample_tokens_kept", "attention", "decode_attention"]
 OPS += ["decode_attention_step", "linear_token_logprobs", "linear_token_loss", "frozen_head"]
 SUITES = [f"tests/ops/test_{op}.py" for op in OPS]
 
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-pthread", "-fsanitize=thread"]
-FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{TORCH / 'include'}"]
-
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    """watched(threads, *arguments, cwd): what Python prints, with exit status 66 for a race."""
-    compiler, setarch = shutil.which("g++"), shutil.which("setarch")
-    if compiler is None or setarch is None:
-        pytest.skip("g++ and setarch are not installed")
-    sanitizer = subprocess.check_output([compiler, "-print-file-name=libtsan.so"], text=True)
-    if not Path(sanitizer.strip()).is_absolute():
-        pytest.skip("g++ has no ThreadSanitizer")
-    threads = tmp_path_factory.mktemp("threads") / "threads.so"
-    subprocess.run([compiler, *FLAGS, HERE / "threads.cpp", "-o", threads], check=True)
-
-    def run(count, *arguments, cwd):
-        env = {"THREADS": str(count), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        env |= {"LD_PRELOAD": f"{sanitizer.strip()} {threads}", "PYTHONPATH": str(cwd)}
-        # The other: its interceptor meets thread-local memory that is older than itself.
-        env |= {"TSAN_OPTIONS": "exitcode=66 intercept_tls_get_addr=0"}
-        command = [setarch, os.uname().machine, "-R", sys.executable, *map(str, arguments)]
-        done = subprocess.run(
-            command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=3000
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    return run
 
 
 def test_a_planted_race_is_seen(watched, tmp_path):
