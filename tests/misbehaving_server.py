@@ -26,16 +26,23 @@ class Handler(BaseHTTPRequestHandler):
             behave = server.script.pop(0) if server.script else None
             server.active += 1
             server.most_active = max(server.most_active, server.active)
+        self.is_active = True
         try:
             if behave is None:
-                send(self, 200, json.dumps(server.answer(body)))
+                answer = json.dumps(server.answer(body))
+                self.leave()  # before the client has it, and asks again
+                send(self, 200, answer)
             else:
                 behave(self, body)
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client gave up, as it should
         finally:
-            with server.lock:
-                server.active -= 1
+            self.leave()
+
+    def leave(self):
+        with self.server.lock:
+            self.server.active -= self.is_active
+            self.is_active = False
 
     do_GET = do_POST
 

@@ -96,7 +96,7 @@ def counted_waits(monkeypatch, *on_the_device):
 
     for module in list(sys.modules.values()):
         # Of layouts, those that a batch is built from are on the host, and stay there.
-        if getattr(module, "on_device", None) is own and module is not layout:
+        if vars(module).get("on_device") is own and module is not layout:
             monkeypatch.setattr(module, "on_device", marked)
     waits.on_the_device(*on_the_device)
     with waits, _ToTheHost(waits):

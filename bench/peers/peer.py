@@ -53,8 +53,8 @@ def version_of(package: str) -> str | None:
 
 
 def pinned(package: str) -> str:
-    """The version in constraints.txt, or nothing."""
-    found = re.search(rf"^{re.escape(package)}==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE)
+    """The version in constraints.txt (of a newer Python, where it names two), or nothing."""
+    found = re.search(rf"^{re.escape(package)}==([^\s;]+)", CONSTRAINTS.read_text(), re.MULTILINE)
     return found[1] if found else ""
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 # Not measured on a GPU yet: large blocks that compile without spills, with no more than two
 # warpgroups. (By Triton 3.8: of the 336 kernels that the tests compile, two spill 8 bytes with 3.6,
-# one with 3.7, and five up to 40 with 3.9.)
+# one 88 with 3.7, and five up to 40 with 3.9.)
 # Per kernel and padded head size: BLOCK_M, BLOCK_N, num_warps, num_stages, and a second set where a
 # softcap, or a window in a layout, takes too many registers for the first. M counts queries and N
 # keys, whichever of the two a program holds. Both divide the TILE of a layout.

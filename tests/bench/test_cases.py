@@ -139,7 +139,8 @@ def test_the_other_attentions_compute_the_case_or_say_why_not(case, uncompiled):
     assert not wrong
     runs = {name for name, error in found.items() if isinstance(error, float)}
     assert "fastrl.reference" in runs
-    assert ("torch FlexAttention" in runs) is (case.mode == "forward")  # no gradient on a CPU
+    # Some releases of torch have no gradient of it on a CPU.
+    assert "torch FlexAttention" in (runs if case.mode == "forward" else found)
     softcap = "softcap" in case.options
     assert ("torch SDPA, math" in runs) is (not softcap)
     assert ("torch SDPA, flash" in runs) is (not softcap)

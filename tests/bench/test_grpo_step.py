@@ -17,7 +17,7 @@ TARGETS = {  # as the issue has them, for the case "long"
 
 def test_a_tiny_run_has_every_contestant_do_all_the_work(capsys, tmp_path, monkeypatch):
     pytest.importorskip(
-        "trl", reason="TRL is not installed: `make peers` or `make test-all` does it"
+        "trl", reason="TRL is not installed: `make test` does it, from Python 3.11 on"
     )
     # A process for each costs seconds; here they are measured one by one in this one.
     monkeypatch.setattr(grpo_step, "peak_in_a_process", grpo_step.peak_of)

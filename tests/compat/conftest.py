@@ -5,7 +5,7 @@ import pytest
 def trl_utils():
     """The module of TRL that holds the originals."""
     return pytest.importorskip(
-        "trl.trainer.utils", reason="TRL is not installed: `make peers` or `make test-all` does it"
+        "trl.trainer.utils", reason="TRL is not installed: `make test` does it, from Python 3.11 on"
     )
 
 

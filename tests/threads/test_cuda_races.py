@@ -35,5 +35,8 @@ def test_kernels_without_one_pass(emulate):
 
 
 def test_no_two_threads_meet(emulate):
-    status, printed = emulate("tests/emulated/test_returns.py")
+    """Rows that share a warp, fill a block, and wait for others' chunks. The longest rows, with
+    50,000 threads a launch, would take an hour."""
+    rows = "packed_rows_of_all_lengths or dense_rows or gaps_longer"
+    status, printed = emulate("tests/emulated/test_returns.py", "-k", rows)
     assert status == 0 and "passed" in printed, printed[-20_000:]

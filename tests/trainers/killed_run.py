@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from replaced_os import replace
 
 from fastrl.models import ActorCritic, LSTMLanguageModel
 from fastrl.trainers import (
@@ -156,7 +157,7 @@ def kill_at_operation(number):
         return call
 
     for name in ("mkdir", "rename", "open", "fsync", "unlink", "rmdir"):
-        setattr(os, name, counted(getattr(os, name)))
+        replace(name, counted(getattr(os, name)))
     io.open = counted(io.open)
 
 

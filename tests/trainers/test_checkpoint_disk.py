@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from replaced_os import replace
 
 from fastrl.models import tensor_file
 from fastrl.trainers import _random_state, _tree, checkpoint
@@ -102,7 +103,7 @@ def test_an_operation_that_fails_leaves_what_was_before(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return works(*arguments, **options)
 
-    monkeypatch.setattr(os, name, fails)
+    replace(name, fails, monkeypatch.setattr)
     while True:
         calls, number = 0, number + 1
         try:

@@ -11,6 +11,7 @@ import pytest
 import fastrl
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def killed(tmp_path_factory):
     """The folders of all runs, and the report of what happened in them."""
     root = tmp_path_factory.mktemp("killed")
     package = Path(fastrl.__file__).parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{package}:{TESTS}"}
     command = [sys.executable, str(SCRIPT), str(root)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -44,15 +44,19 @@ def tokenizer(plain_tokenizer):
     )  # fmt: skip
 
 
+def trl():
+    return pytest.importorskip(
+        "trl", reason="TRL is not installed: `make test` does it, from Python 3.11 on"
+    )
+
+
 def trl_prompt_ids(tokenizer, prompts):
     """What TRL 1.16 tokenises them to."""
-    from trl import GRPOTrainer
-
     trainer = SimpleNamespace(
         _is_vlm=False, environment_factories=None, processing_class=tokenizer, tools=None,
         chat_template=None, chat_template_kwargs={},
     )  # fmt: skip
-    return GRPOTrainer._tokenize_prompts(trainer, prompts)[0]
+    return trl().GRPOTrainer._tokenize_prompts(trainer, prompts)[0]
 
 
 @pytest.mark.parametrize("kind", ["plain_tokenizer", "tokenizer"])
@@ -107,8 +111,6 @@ def test_prompts_become_the_ids_that_trl_gives_them(tokenizer):
 
 def trl_reward_arguments(function, inputs, completions, completion_ids):
     """TRL 1.16's own call of a reward function; returns the rewards that it reads from it."""
-    from trl import GRPOTrainer
-
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(device="cpu", is_main_process=False),
         args=SimpleNamespace(report_to=[]),
@@ -117,7 +119,9 @@ def trl_reward_arguments(function, inputs, completions, completion_ids):
         _log_completion_extra=None, _log_metric=None,
     )  # fmt: skip
     prompts = [row["prompt"] for row in inputs]
-    return GRPOTrainer._calculate_rewards(trainer, inputs, prompts, completions, completion_ids)
+    return trl().GRPOTrainer._calculate_rewards(
+        trainer, inputs, prompts, completions, completion_ids
+    )
 
 
 def test_reward_functions_see_chats_as_in_trl(tokenizer):

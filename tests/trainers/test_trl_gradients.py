@@ -69,7 +69,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     pytest.importorskip(
-        "trl", reason="TRL is not installed: `make peers` or `make test-all` does it"
+        "trl", reason="TRL is not installed: `make test` does it, from Python 3.11 on"
     )
     return tmp_path_factory.mktemp("trl")
 
