@@ -16,7 +16,8 @@ RACES = {
 @pytest.fixture(scope="module")
 def emulate(watched):
     def run(*tests):
-        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+        # -s: pytest would keep what the sanitizer says of a test that passes.
+        command = ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
         return watched(1, *command, FASTRL_WATCHED="1")
 
     return run
