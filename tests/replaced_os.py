@@ -1,12 +1,11 @@
-"""Functions of os for tests to replace."""
+"""Functions of os and io for tests to replace."""
 
-import os
 import pathlib
 
 
-def replace(name, function, setattr=setattr):
-    """os.<name>, and what pathlib of Python 3.10 took it for when it was imported."""
-    setattr(os, name, function)
+def replace(module, name, function, setattr=setattr):
+    """module.<name>, also where pathlib of Python 3.10 took it over when it was imported."""
     taken = getattr(pathlib, "_NormalAccessor", None)
-    if hasattr(taken, name):
+    if taken is not None and vars(taken).get(name) is getattr(module, name):
         setattr(taken, name, staticmethod(function))
+    setattr(module, name, function)

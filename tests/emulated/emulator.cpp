@@ -359,9 +359,10 @@ void free_guarded(void* memory, size_t bytes, bool at_end) {
 
 #ifdef FASTRL_WATCHED
 // volatile is to a GPU what relaxed atomics are to C++: never part of a race.
-#define VOLATILE(bytes)                                                                 \
-  extern "C" __attribute__((visibility("default"))) void __tsan_volatile_read##bytes(void*) {} \
-  extern "C" __attribute__((visibility("default"))) void __tsan_volatile_write##bytes(void*) {}
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+#define VOLATILE(bytes)                                  \
+  EXPORTED void __tsan_volatile_read##bytes(void*) {}    \
+  EXPORTED void __tsan_volatile_write##bytes(void*) {}
 VOLATILE(1)
 VOLATILE(2)
 VOLATILE(4)

@@ -157,8 +157,8 @@ def kill_at_operation(number):
         return call
 
     for name in ("mkdir", "rename", "open", "fsync", "unlink", "rmdir"):
-        replace(name, counted(getattr(os, name)))
-    io.open = counted(io.open)
+        replace(os, name, counted(getattr(os, name)))
+    replace(io, "open", counted(io.open))
 
 
 def save_and_die(kind, folder, number, step):

@@ -103,7 +103,7 @@ def test_an_operation_that_fails_leaves_what_was_before(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return works(*arguments, **options)
 
-    replace(name, fails, monkeypatch.setattr)
+    replace(os, name, fails, monkeypatch.setattr)
     while True:
         calls, number = 0, number + 1
         try:
