@@ -43,6 +43,7 @@ def _start() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh tensors hold NaN
     _without_idle_work()
     _watched()
+    importlib.import_module("bfloat16").install()
 
 
 def _watched() -> None:

@@ -1,7 +1,7 @@
 """The launchers in Triton's interpreter against the definition.
 
-Not in bfloat16, which the interpreter gets wrong; the kernels differ in what they load and store
-alone, and test_attention_compiled.py compiles it.
+Of 16 bits mostly float16, of which fewer digits are lost; bfloat16 where what is loaded or stored
+could make a difference.
 """
 
 import math
@@ -13,7 +13,7 @@ from budget import assert_within_budget
 from eager_attention import assert_no_worse_than_eager
 from forests import random_forest
 
-HALF, SINGLE = torch.float16, torch.float32
+HALF, SINGLE, BF16 = torch.float16, torch.float32, torch.bfloat16
 
 
 def i32(*numbers):
@@ -65,9 +65,15 @@ DENSE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DENSE)
-def test_dense(interpreted, name):
-    shape, dtype, options = DENSE[name]
+IN_BF16 = ["blocks and what is left of one", "a cache before the queries", "a window over blocks"]
+IN_BF16 += ["softcap", "a negative scale", "a great scale", "head size 80", "head size 256"]
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [(name, DENSE[name][1]) for name in DENSE] + [(name, BF16) for name in IN_BF16]
+)
+def test_dense(interpreted, name, dtype):
+    shape, _, options = DENSE[name]
     check(interpreted, shape, dtype, **options)
 
 
@@ -114,9 +120,14 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("name", PACKED)
-def test_packed(interpreted, name):
-    forest, (heads, key_heads, D), dtype, options = PACKED[name]
+IN_BF16 = ["shared prompts", "trees", "softcap and window"]
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [(name, PACKED[name][2]) for name in PACKED] + [(name, BF16) for name in IN_BF16]
+)
+def test_packed(interpreted, name, dtype):
+    forest, (heads, key_heads, D), _, options = PACKED[name]
     layout = layout_of(*forest)
     N = layout.num_tokens
     check(interpreted, (1, heads, key_heads, N, N, D), dtype, layout=layout, **options)
@@ -164,15 +175,18 @@ def test_long_loops_over_queries_are_split_and_summed_in_order(interpreted, monk
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("chip, D, packed", [(90, 128, True), (90, 80, False), (100, 32, True)])
-def test_other_chips(interpreted, chip, D, packed):
+@pytest.mark.parametrize(
+    "chip, D, packed, dtype",
+    [(90, 128, True, HALF), (90, 64, True, BF16), (90, 80, False, HALF), (100, 32, True, BF16)],
+)
+def test_other_chips(interpreted, chip, D, packed, dtype):
     """Their blocks, and descriptors in the place of pointers, which change no bit."""
     layout = layout_of([90, 30, 50], [-1, 0, 0])
     options = {"layout": layout, "window": 80} if packed else {"key_start": i32(0, 100)}
     shape = (1, 2, 1, 170, 170, D) if packed else (2, 1, 1, 90, 130, D)
     on = "attention_probe", (chip, True)
-    check(interpreted, shape, HALF, *on, **options)
-    tensors = inputs(shape, HALF)
+    check(interpreted, shape, dtype, *on, **options)
+    tensors = inputs(shape, dtype)
     pointers = run(interpreted, tensors, on[0], (chip, False), **options)
     assert_same_bits(run(interpreted, tensors, *on, **options), pointers)
 

@@ -1,7 +1,4 @@
-"""The launcher in Triton's interpreter against the definition, and what it makes Triton compile.
-
-Not in bfloat16, which the interpreter gets wrong.
-"""
+"""The launcher in Triton's interpreter against the definition, and what it makes Triton compile."""
 
 import itertools
 
@@ -95,13 +92,14 @@ def test_error_budget(ours, case):
             assert_within_budget(*parts, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 80, 130])
-def test_sixteen_bits_and_widths(ours, width):
-    arguments = inputs([8, 2], lengths=[20], shared=20, width=width, dtype=torch.float16)
+def test_sixteen_bits_and_widths(ours, width, dtype):
+    arguments = inputs([8, 2], lengths=[20], shared=20, width=width, dtype=dtype)
     eager = reference.decode_attention(**arguments, return_lse=True, scale=0.2)
     truth = reference.decode_attention(**double(arguments), return_lse=True, scale=0.2)
     found = ours(arguments, scale=0.2)
-    assert_within_budget(found[0], eager[0], truth[0], torch.float16)
+    assert_within_budget(found[0], eager[0], truth[0], dtype)
     assert_within_budget(found[1], eager[1], truth[1], torch.float32)
 
 

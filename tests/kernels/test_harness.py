@@ -1,6 +1,7 @@
 """The checks themselves: each planted error is caught, and its healthy twin passes."""
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -33,6 +34,18 @@ def test_a_program_beside_its_tensors_or_where_another_one_writes_is_caught(inte
         interpreted("planted", "copy", x, 1, 0)
     with pytest.raises(Exception, match="where another one"):
         interpreted("planted", "copy", x, 0, 1)
+
+
+def test_bfloat16_is_as_torch_has_it(interpreted):
+    """Also halfway between two of them, at both ends of its range, and in a matrix product."""
+    x, y = torch.randn(2, 64)
+    x[:5] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, -1e-40, -math.inf])
+    found = interpreted("planted", "add_in_bfloat16", x, y)
+    assert torch.equal(found, x.bfloat16() + y.bfloat16())
+    assert torch.equal(interpreted("planted", "double", found, False), 2 * found)
+    a, b = torch.randn(16, 64).bfloat16(), torch.randn(64, 16).bfloat16()
+    product = interpreted("planted", "matmul", a, b, 16, 1, "ieee")
+    torch.testing.assert_close(product, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_launcher_that_fails_is_heard(interpreted):

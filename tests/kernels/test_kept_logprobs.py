@@ -45,7 +45,7 @@ def some(vocab, sizes):
     return torch.cat(ids), bounds
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("most", [1, 33, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 500])
 def test_error_budget(ours, dtype, most):
     vocab = 4097

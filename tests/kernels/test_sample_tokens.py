@@ -10,7 +10,7 @@ from fastrl.reference.sample_tokens import draw_tokens
 from fastrl.reference.sample_tokens import kept_ids as kept_ids_of
 
 MODULE = "fastrl.kernels.sample_tokens"
-FLOATS = [torch.float32, torch.float16]
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 CHUNK = 32768  # columns of a stretch; a test below holds it against the kernel's own
 # One column; two; a warp and its neighbour; the block that truncates and its neighbours; more of
 # either block; two stretches, the second of less than a block.
@@ -73,7 +73,7 @@ def rows_of(vocab, dtype):
 # Passes over a row take the interpreter a second, and in float32 there are twice as many.
 WHOLE, CUT = {"temperature": 0.7}, {"temperature": 1.3, "top_k": 23, "top_p": 0.9}
 CASES = [(WHOLE, dtype, vocab) for dtype in FLOATS for vocab in VOCABULARIES]
-CASES += [(CUT, torch.float16, vocab) for vocab in VOCABULARIES]
+CASES += [(CUT, dtype, vocab) for dtype in FLOATS[1:] for vocab in VOCABULARIES]
 CASES += [(CUT, torch.float32, 33), (CUT, torch.float32, 1025)]
 
 
@@ -115,7 +115,7 @@ def test_ties_at_the_bound_go_to_the_lowest_ids(draw, cut, dtype):
 
 def test_zeros_of_both_signs_are_equals(draw):
     logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0, 1.0], [0.0, -0.0, 0.0, -0.0, 1.0]])
-    for dtype in (torch.float32, torch.float16):
+    for dtype in FLOATS:
         _, _, lowest, last_id = draw(logits.to(dtype), torch.arange(2), top_k=3)
         assert kept_of(logits, lowest, last_id).int().tolist() == [[1, 1, 0, 0, 1]] * 2
         _, _, lowest, last_id = draw(logits[:, :4].to(dtype), torch.arange(2), top_p=0.7)

@@ -1,8 +1,4 @@
-"""The launchers in Triton's interpreter against the definition.
-
-Not in bfloat16, which the interpreter gets wrong; the kernels differ in what they load and store
-alone, and test_compiled.py compiles all three.
-"""
+"""The launchers in Triton's interpreter against the definition."""
 
 import math
 
@@ -13,7 +9,7 @@ from budget import assert_within_budget
 from fastrl import _vocabulary, reference
 
 MODULE = "fastrl.kernels.token_logprobs"
-FLOATS = [torch.float32, torch.float16]
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 CHUNK = 32768  # columns a program walks; a test below holds it against the kernel's own
 # One column; odd; a warp and its neighbour; the small block and its neighbours; the large blocks
 # and their neighbours; two stretches of the vocabulary, the second of more than a block.
