@@ -18,7 +18,7 @@ State = tuple[Tensor, Tensor]  # hidden and cell, [layers, B, D] each
 class LSTMLanguageModel(nn.Module):
     """Embedding, LSTM and a linear layer to the vocabulary.
 
-    There is no dropout, so training mode and evaluation mode compute the same.
+    There is no dropout, so training mode and evaluation mode compute the same, gradients included.
 
     Args:
         vocab_size: number of token ids, V.
@@ -90,7 +90,7 @@ class LSTMLanguageModel(nn.Module):
             )
         if state is not None:
             self._check_state(state, token_ids.shape[0])
-        return self.lstm(self._embed(token_ids), state)
+        return self._run(self._embed(token_ids), state)
 
     def packed_hidden_states(
         self, token_ids: Tensor, cu_seqlens: Tensor, state: State | None = None
@@ -126,7 +126,7 @@ class LSTMLanguageModel(nn.Module):
         state = _selected(state, by_length)
         running = int(batch_sizes[0])  # empty sequences stand last and never run
         inputs = PackedSequence(self._embed(token_ids[time_major]), batch_sizes)
-        output, final = self.lstm(inputs, tuple(x[:, :running].contiguous() for x in state))
+        output, final = self._run(inputs, tuple(x[:, :running].contiguous() for x in state))
         final = tuple(
             torch.cat([f, x[:, running:]], dim=1) for f, x in zip(final, state, strict=True)
         )
@@ -167,6 +167,11 @@ class LSTMLanguageModel(nn.Module):
     def decoder(self, max_rows: int, max_new_tokens: int) -> "LSTMDecoder":
         """See `fastrl.models.PolicyModel`; nothing here is as large as the limits allow."""
         return LSTMDecoder(self)
+
+    def _run(self, inputs: Any, state: tuple[Tensor, ...] | None) -> Any:
+        # cuDNN's backward pass refuses what ran in evaluation mode.
+        self.lstm.training = torch.is_grad_enabled()
+        return self.lstm(inputs, state)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if token_ids.dtype != torch.int64:
@@ -221,7 +226,7 @@ class LSTMDecoder:
 
     def step(self, token_ids: Tensor) -> Tensor:
         embedded = self.model._embed(token_ids.unsqueeze(1))
-        hidden, self._rows = self.model.lstm(embedded, self._rows)
+        hidden, self._rows = self.model._run(embedded, self._rows)
         return hidden.squeeze(1)
 
     def keep(self, rows: Tensor) -> None:

@@ -61,6 +61,7 @@ def build(compiler: str, folder: Path) -> Path:
 
 class Emulator:
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._schemas = library.Library("fastrl_emulated", "DEF")
         for name in OPS:
             schema = str(getattr(torch.ops.fastrl, name).default._schema)

@@ -234,3 +234,18 @@ def test_a_state_of_other_rows_is_an_error(model):
 def test_a_config_of_something_else_is_an_error(config, message):
     with pytest.raises(ValueError, match=message):
         model_from_config(config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [True, False])
+def test_either_mode_has_gradients_on_a_gpu(model, training):
+    """cuDNN's backward pass knows training mode alone."""
+    batch = pack_groups(sequences([3, 2]), [sequences([4, 1]), sequences([2])])
+    found = []
+    for device in ("cpu", "cuda"):
+        model.to(device).train(training)
+        ids = batch.token_ids.to(device)
+        loss = model.packed_hidden(batch.to(device)).square().sum() + model(ids[None])[0].sum()
+        found.append([x.cpu() for x in (loss, *gradients(model, loss))])
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(there, here)
