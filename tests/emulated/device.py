@@ -66,7 +66,7 @@ def _patch_torch() -> None:
         "set_device": nothing, "is_available": lambda: True, "device_count": lambda: 1,
         "current_device": lambda: 0, "is_initialized": lambda: False,
         "is_bf16_supported": lambda *_, **__: True, "mem_get_info": lambda *_: (0, 0),
-        "get_device_capability": lambda *_: (8, 0),
+        "get_device_capability": lambda *_: (8, 0), "get_device_name": lambda *_: "emulated",
         "set_sync_debug_mode": lambda mode: setattr(Gpu, "debug_mode", mode),
         "device": type("device", (contextlib.nullcontext,), {}),
         "Stream": _Stream, "current_stream": _Stream, "stream": contextlib.nullcontext,
