@@ -29,6 +29,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401 - it lists torch's functions, each once, as they are
 from emulated.on_gpu import GPU, KERNELS, Gpu, Numbered, on_gpu, with_inner  # noqa: E402
+from torch import library  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
 
 
@@ -79,7 +80,7 @@ def _patch_torch() -> None:
     cuda.CUDAGraph = type("CUDAGraph", (), {"__init__": _lacking("graphs")})
     for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
         setattr(cuda, name, _lacking("memory of its own"))
-    torch.compile, torch.library.opcheck = _lacking("compiler"), _lacking("compiler")
+    torch.compile, library.opcheck = _lacking("compiler"), _lacking("compiler")
     torch.Generator = _Generator
     # Else a module would keep its parameter, and give it the data of another kind of tensor.
     torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -87,7 +88,7 @@ def _patch_torch() -> None:
 
 def _record_kernels() -> None:
     """Before fastrl is imported."""
-    register = torch.library.register_kernel
+    register = library.register_kernel
 
     def recorded(op: str, devices: Any, function: Any, **rest: Any) -> Any:
         for_both = not isinstance(devices, str)
@@ -95,7 +96,7 @@ def _record_kernels() -> None:
             KERNELS[op] = function, for_both
         return register(op, devices, function, **rest)
 
-    torch.library.register_kernel = recorded
+    library.register_kernel = recorded
 
 
 def _patch_fastrl() -> None:
