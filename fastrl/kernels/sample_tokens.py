@@ -92,7 +92,8 @@ def _stretch_of(state_ptr, num_chunks, m, scale, row_total, u, greedy):
         at = state_ptr + chunk * 4
         chunk_max = tl.load(at)
         total = _stretch_total(at, m, scale)
-        eligible = tl.where(greedy != 0, chunk_max == m, total > 0)
+        # Subnormal numbers are nothing here: u = 0, one draw in 2^24, would find the first of them.
+        eligible = tl.where(greedy != 0, chunk_max == m, total >= 1.1754943508222875e-38)
         if eligible & (reached == 0):
             found, reference = chunk, chunk_max  # the last one where rounding leaves none beyond
             rest = (aim - before) * tl.exp2((m - chunk_max) * scale).to(tl.float64)

@@ -122,6 +122,15 @@ def test_zeros_of_both_signs_are_equals(draw):
         assert kept_of(logits[:, :4], lowest, last_id).int().tolist() == [[1, 1, 1, 0]] * 2
 
 
+def test_a_stretch_of_next_to_no_weight_is_not_drawn(draw):
+    """u = 0 and u = 1 - 2^-24; e^-100 is subnormal in float32, on a GPU as well."""
+    logits, seeds = torch.full((2, CHUNK + 500), -100.0), torch.tensor([12121362, 16390493])
+    logits[:, CHUNK + 3 : CHUNK + 9] = 0.0
+    assert uniform(seeds, 0, torch.float32).tolist() == [0.0, 1 - 2.0**-24]
+    token_ids, *_ = draw(logits, seeds, step=0)
+    assert token_ids.tolist() == [CHUNK + 3, CHUNK + 8]
+
+
 def test_cuts_that_keep_all_or_one(draw):
     logits, seeds = torch.randn(3, 70).half(), torch.arange(3)
     logits[1, 3:] = -math.inf  # fewer than top_k
