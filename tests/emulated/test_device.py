@@ -25,6 +25,7 @@ OTHERS += [f"ops/test_{name}.py" for name in ("returns_cuda", "attention", "atte
 OTHERS += ["ops/test_sample_tokens.py::test_the_ends_of_u", "trainers/test_checkpoint.py"]
 OTHERS += ["hf/test_hf_cuda.py", STEPS]
 TOO_LARGE = ["many_blocks_wait", "every_number_of_sixteen_bits", "too_large_for_the_caches"]
+TOO_LARGE += ["many_rows_are_as_each", "blocks_on_every_side", "depend_on_those_beside_it"]
 
 
 @pytest.fixture(scope="session")
