@@ -73,9 +73,10 @@ struct Forward {
       if (run.query_end <= task.first || run.query_start >= task.first + task.tokens) continue;
       std::vector<int32_t> from(block.rows, 0), to(block.rows, 0);
       for (int64_t r = 0; r < block.rows; ++r) {
-        const int64_t i = task.first + r % task.tokens - run.query_start;
-        if (i < 0 || i >= run.query_end - run.query_start) continue;
-        from[r] = run.from[i], to[r] = run.to[i];
+        const int64_t i = task.first + r % task.tokens;
+        if (i < run.query_start || i >= run.query_end) continue;
+        const KeyRun::Seen keys = run.seen_by(i);
+        from[r] = static_cast<int32_t>(keys.from), to[r] = static_cast<int32_t>(keys.to);
       }
       seen.push_back(std::move(from));
       seen.push_back(std::move(to));

@@ -57,12 +57,13 @@ struct Backward {
     h.needs_scores = needs.query || needs.key;
     const int64_t wide = padded_width(width);
     int64_t part = unit.start + g * unit.keys * wide;
+    std::vector<int32_t> from(tree.queries()), to(tree.queries());  // of one run at a time
     std::vector<AttentionRun<T>> runs;
     for (const KeyRun& run : tree.runs) {
       runs.push_back({key.at(row, unit.head, run.key_start),
                       value.at(row, unit.head, run.key_start), key.stride, value.stride, run.keys(),
-                      run.from.data(), run.to.data(), run.query_start - first,
-                      run.query_end - run.query_start, parts[0] + part, parts[1] + part});
+                      from.data(), to.data(), run.query_start - first,
+                      run.query_end - run.query_start, parts[0] + part, parts[1] + part, &run});
       part += run.keys() * wide;
     }
     k.backward(h, runs.data(), static_cast<int64_t>(runs.size()), memory);
@@ -214,6 +215,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd_cpu(
 }
 
 }  // namespace
+
+void list_seen(const KeyRun& run, int32_t* from, int32_t* to) {
+  for (int64_t i = run.query_start; i < run.query_end; ++i) {
+    const KeyRun::Seen seen = run.seen_by(i);
+    *from++ = static_cast<int32_t>(seen.from), *to++ = static_cast<int32_t>(seen.to);
+  }
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastrl, CPU, m) {
   m.impl("attention_bwd", TORCH_BOX(&attention_bwd_cpu));

@@ -271,9 +271,15 @@ void attend_backward(const AttentionHead<T>& head, const AttentionRun<T>* runs, 
                      Wide<T>* scratch) {
   const HeadGrads<T> grads(head, scratch);
   if (HeadGrads<T>::kCoarse && head.needs_scores && head.grad_output) {
-    for (int64_t i = 0; i < num_runs; ++i) grads.add_deltas(runs[i]);
+    for (int64_t i = 0; i < num_runs; ++i) {
+      list_seen(*runs[i].run, runs[i].from, runs[i].to);
+      grads.add_deltas(runs[i]);
+    }
   }
-  for (int64_t i = 0; i < num_runs; ++i) grads.add_run(runs[i]);
+  for (int64_t i = 0; i < num_runs; ++i) {
+    list_seen(*runs[i].run, runs[i].from, runs[i].to);
+    grads.add_run(runs[i]);
+  }
   grads.finish();
 }
 

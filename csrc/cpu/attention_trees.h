@@ -13,13 +13,29 @@
 
 namespace fastrl {
 
-// The keys [key_start, key_end), of which query_start + i sees [from[i], to[i]), counted from
-// key_start.
+// The keys [key_start, key_end) and the queries that see some of them. An interval follows from its
+// query, and none is kept: a deep tree has as many as pairs of tokens.
 struct KeyRun {
   int64_t key_start, key_end, query_start, query_end;
-  std::vector<int32_t> from, to;
+  // Where the keys of query_start end, and by how much later those of the next one do.
+  int64_t first_end, step;
+  std::optional<int64_t> window = std::nullopt;
+  const int64_t* positions = nullptr;  // of a layout's tokens, where there is a window
 
   int64_t keys() const { return key_end - key_start; }
+
+  struct Seen {
+    int64_t from, to;
+  };
+  // Of query i, counted from key_start.
+  Seen seen_by(int64_t i) const {
+    const int64_t end = first_end + step * (i - query_start);
+    const int64_t to = std::clamp<int64_t>(end, 0, keys());
+    if (!window) return {0, to};
+    // Along a path positions count up by one.
+    const int64_t place = positions ? positions[i] - positions[key_start] + 1 : end;
+    return {place > *window ? std::min(place - *window, to) : 0, to};
+  }
 };
 
 struct Tree {
@@ -30,7 +46,10 @@ struct Tree {
   int64_t pairs() const {
     int64_t sum = 0;
     for (const KeyRun& run : runs) {
-      for (size_t i = 0; i < run.from.size(); ++i) sum += std::max(0, run.to[i] - run.from[i]);
+      for (int64_t i = run.query_start; i < run.query_end; ++i) {
+        const KeyRun::Seen seen = run.seen_by(i);
+        sum += seen.to - seen.from;
+      }
     }
     return sum;
   }
@@ -47,19 +66,6 @@ struct Visible {
   std::optional<int64_t> window;
 };
 
-// Of one row, the last query at the last key.
-inline KeyRun run_of_row(int64_t start, int64_t end, int64_t queries, const Visible& v) {
-  KeyRun run{start, end, 0, queries, {}, {}};
-  run.from.reserve(queries), run.to.reserve(queries);
-  for (int64_t i = 0; i < queries; ++i) {
-    const int64_t count = run.keys(), last = v.causal ? count - queries + i + 1 : count;
-    const int64_t first = v.window && *v.window < last ? last - *v.window : 0;
-    run.from.push_back(static_cast<int32_t>(first));
-    run.to.push_back(static_cast<int32_t>(std::clamp<int64_t>(last, 0, count)));
-  }
-  return run;
-}
-
 inline std::vector<Tree> trees_of_rows(const Sizes& sizes, const Visible& v) {
   const auto bounds = [&](const std::optional<Tensor>& x) {
     STD_TORCH_CHECK(!x || (x->scalar_type() == ScalarType::Int && x->is_contiguous() &&
@@ -73,26 +79,12 @@ inline std::vector<Tree> trees_of_rows(const Sizes& sizes, const Visible& v) {
     const int64_t start = starts ? std::clamp<int64_t>(starts[b], 0, sizes.keys) : 0;
     const int64_t end = ends ? std::clamp<int64_t>(ends[b], 0, sizes.keys) : sizes.keys;
     trees.push_back({b, 0, sizes.queries, {}});
-    if (start < end) trees.back().runs.push_back(run_of_row(start, end, sizes.queries, v));
+    if (start >= end) continue;
+    // The last query is at the last key.
+    const int64_t count = end - start, first_end = v.causal ? count - sizes.queries + 1 : count;
+    trees.back().runs.push_back({start, end, 0, sizes.queries, first_end, v.causal, v.window});
   }
   return trees;
-}
-
-// Queries from key_start on see the keys up to their own place: all, where they continue them.
-inline void see_segment(KeyRun* run, const int64_t* positions, const Visible& v) {
-  run->from.reserve(run->query_end - run->query_start);
-  run->to.reserve(run->query_end - run->query_start);
-  for (int64_t i = run->query_start; i < run->query_end; ++i) {
-    const int64_t last = std::min(i + 1 - run->key_start, run->keys());
-    int64_t first = 0;
-    if (v.window) {
-      // Along a path positions count up by one.
-      const int64_t distance = positions[i] - positions[run->key_start];
-      first = std::clamp<int64_t>(distance + 1 - std::min(*v.window, distance + 1), 0, last);
-    }
-    run->from.push_back(static_cast<int32_t>(first));
-    run->to.push_back(static_cast<int32_t>(last));
-  }
 }
 
 // A segment's triangle stands in the schedule before the rectangle of what continues it.
@@ -123,7 +115,10 @@ inline std::vector<Tree> trees_of_layout(const Sizes& sizes, const Visible& v) {
     if (goes_on) {
       runs.back().query_end = part[1];
     } else {
-      runs.push_back({part[2], part[3], part[0], part[1], {}, {}});
+      // Queries from key_start on see the keys up to their own place: all, where they continue
+      // them.
+      runs.push_back(
+          {part[2], part[3], part[0], part[1], part[0] + 1 - part[2], 1, v.window, positions});
     }
     covered = std::max<int64_t>(covered, part[1]);
     trees.back().query_end = covered;
@@ -132,9 +127,6 @@ inline std::vector<Tree> trees_of_layout(const Sizes& sizes, const Visible& v) {
                     "attention: a schedule's keys stand before its queries");
   }
   STD_TORCH_CHECK(covered == sizes.queries, "attention: a schedule leaves no query out");
-  for (Tree& tree : trees) {
-    for (KeyRun& run : tree.runs) see_segment(&run, positions, v);
-  }
   return trees;
 }
 

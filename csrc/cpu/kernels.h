@@ -146,15 +146,20 @@ struct AttentionSpan {
   int64_t first, last;
 };
 
-// A run of keys, and of each query the keys that it sees: [from, to), counted from the run's first.
-// The last four are for the backward pass.
+struct KeyRun;
+// Of each query of a run the keys that it sees: [from, to), counted from the run's first.
+void list_seen(const KeyRun& run, int32_t* from, int32_t* to);
+
+// A run of keys. The last five are for the backward pass, in which all runs of a tree have the same
+// room for from and to: they are listed for one at a time.
 template <class T>
 struct AttentionRun {
   const T *keys, *values;
   int64_t key_stride, value_stride, count;
-  const int32_t *from, *to;
+  int32_t *from, *to;
   int64_t first_row = 0, rows = 0;                    // those that see the run
   Wide<T>*grad_key = nullptr, *grad_value = nullptr;  // [count, padded_width]
+  const KeyRun* run = nullptr;
 };
 
 // Queries that share a head of keys.

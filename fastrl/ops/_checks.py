@@ -18,6 +18,7 @@ from fastrl.ops._binary import IMPLEMENTATIONS
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FLOATS_TO_32 = (torch.float32, torch.bfloat16, torch.float16)  # of ops without float64
+MOST_HEAD_SIZE = 256
 
 
 def fail(op: str, expected: str, got: object, remedy: str) -> ValueError:
@@ -178,6 +179,17 @@ def cu_seqlens(
         if falls:
             at = int((x[1:] < x[:-1]).nonzero()[0])
             raise fail(op, "cu_seqlens that rise", f"{x[at : at + 2].tolist()} at {at}", remedy)
+
+
+def head_size(op: str, query: Tensor) -> None:
+    """On a GPU a head has to fit into a program's registers and shared memory."""
+    if query.device.type == "cuda" and query.shape[-1] > MOST_HEAD_SIZE:
+        raise fail(
+            op,
+            f"a head size of at most {MOST_HEAD_SIZE} on a GPU",
+            query.shape[-1],
+            f"Use fastrl.reference.{op}, or a CPU.",
+        )
 
 
 def implemented(op: str, x: Tensor) -> None:

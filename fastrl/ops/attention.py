@@ -50,7 +50,9 @@ def attention(
     A query that sees no key gives 0. Keys outside [key_start, key_end) are not used: NaN there
     reaches neither the output nor a gradient. A row's result depends on its own keys, bit for bit:
     neither on the other rows of the batch nor on the other trees of a layout, and a completion's
-    not on those beside it.
+    not on those beside it. That is for finite inputs on a GPU, where an infinity or NaN makes NaN
+    of what lies with it in a tile of 128 tokens of a layout; on a CPU it reaches those alone that
+    see it.
 
     Without a gradient, up to eight queries against more keys go the way of `decode_attention`.
 
@@ -60,7 +62,8 @@ def attention(
     attention.
 
     Args:
-        query: [B, Hq, T, D] float32, bfloat16 or float16, on a CPU also float64; any strides.
+        query: [B, Hq, T, D] float32, bfloat16 or float16, on a CPU also float64; any strides. On
+            a GPU D <= 256.
         key, value: [B, Hkv, S, D]; query head h reads head h // (Hq / Hkv).
         layout: of N tokens, B = 1, T = S = N; excludes key_start and key_end.
         causal: see above.
@@ -155,6 +158,7 @@ def _check(query: Any, key: Any, value: Any) -> None:
             f"query {_checks.shape(query)} and key {_checks.shape(key)}",
             "Each head of keys serves as many heads of queries.",
         )
+    _checks.head_size(op, query)
 
 
 def _check_visible(

@@ -144,6 +144,7 @@ def _check(
     _checks.implemented(_OP, query)
     if query.dim() != 4 or query.shape[-1] == 0:
         raise _checks.fail(_OP, "query [B, Hq, T, D]", _checks.shape(query), "Pass four axes.")
+    _checks.head_size(_OP, query)
     if (prefix_key is None) != (prefix_value is None):
         got = "prefix_key alone" if prefix_value is None else "prefix_value alone"
         raise _checks.fail(_OP, "prefix_key and prefix_value together", got, "Pass both.")

@@ -272,6 +272,16 @@ def test_bad_arguments(tensors, options, error, message):
     assert str(caught.value).startswith("attention: expected ")
 
 
+@pytest.mark.gpu
+def test_heads_too_wide_for_a_gpu_are_refused():
+    """Not by a KeyError of the blocks' table, or by the compiler."""
+    x = torch.randn(1, 1, 20, 257, device="cuda")
+    with pytest.raises(ValueError, match="attention: expected a head size of at most 256 on a GPU"):
+        fastrl.attention(x, x, x)
+    with pytest.raises(ValueError, match="decode_attention: expected a head size of at most 256"):
+        fastrl.decode_attention(x[:, :, :1], x, x)
+
+
 def test_a_few_queries_without_gradient_go_the_way_of_decoding(device):
     """With the results of the usual way, which calls with a gradient take."""
     end = torch.tensor([40, 33, 5], dtype=torch.int32, device=device)
