@@ -124,12 +124,16 @@ constexpr int kLast = E::kForwardInTime ? kDoubles - 1 : 0;  // lane of the scan
 // finite, and then carry is as before.
 template <class E, bool kGuarded>
 FASTRL_INLINE bool solve_lanes(VecD a, VecD b, Carry& carry, VecD& x, VecD& x_before) {
+  const VecD factors = a;
   compose_lanes<E, kGuarded>(a, b);
   const VecD before = carry.before<kGuarded>();
   x = apply<kGuarded>(a, b, before);
   if (!kGuarded && !all_finite(x)) return false;
   x_before = neighbour<kStepBack<E>>(x, before);
-  carry.add<kGuarded>(splat_double(a[kLast<E>]), splat_double(b[kLast<E>]));
+  // Of many factors, none of them 0, it may be too small for a double: that does not cut.
+  VecD product = splat_double(a[kLast<E>]);
+  if (!kGuarded && product[0] == 0.0 && !any(factors == 0.0)) product = VecD{} + kLeastFactor;
+  carry.add<kGuarded>(product, splat_double(b[kLast<E>]));
   return true;
 }
 
@@ -176,7 +180,13 @@ __attribute__((noinline)) bool solve_vectors(const VecD (&given_a)[kDoubles],
     all += x[i] - x[i];  // 0, or NaN where one is not finite
   }
   if (!kGuarded && !all_finite(all)) return false;
-  carry.add<kGuarded>(a[kLast<E>], b[kLast<E>]);
+  VecD product = a[kLast<E>];
+  if (!kGuarded && any(product == 0.0)) {
+    VecL cut = {};
+    for (int i = 0; i < kDoubles; ++i) cut |= given_a[i] == 0.0;
+    product = (product == 0.0) & ~cut ? VecD{} + kLeastFactor : product;
+  }
+  carry.add<kGuarded>(product, b[kLast<E>]);
   return true;
 }
 

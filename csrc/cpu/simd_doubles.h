@@ -102,6 +102,9 @@ FASTRL_INLINE bool all_finite(VecD v) {
 #endif
 }
 
+// All bits of a lane set are a NaN.
+FASTRL_INLINE bool any(VecL lanes) { return !all_finite(bit_cast<VecD>(lanes)); }
+
 // Lane i of the result is lane i + S of v, S of either sign; what moves in comes from `beyond`:
 // from its first lanes at the end, from its last lanes at the beginning.
 template <int S, class V, int... I>

@@ -101,10 +101,14 @@ class Trajectories:
         x = offset.new_zeros(offset.shape[0]) if after_last is None else after_last
         steps = []
         for t in reversed(range(offset.shape[1])):
-            carried = factor[:, t] * x.where(self._goes_on[:, t], 0)
+            carried = self.through(factor[:, t], x.where(self._goes_on[:, t], 0))
             x = torch.where(self._rows.valid[:, t], offset[:, t] + carried, x)
             steps.append(x)
         return torch.stack(steps[::-1], dim=1) if steps else offset
+
+    def through(self, factor: Tensor, x: Tensor) -> Tensor:
+        """factor * x; where the factor is 0 nothing is handed on, be it NaN."""
+        return factor * x.where(factor != 0, 0)
 
     def _unless(self, ended: Tensor | None) -> Tensor:
         if ended is None:

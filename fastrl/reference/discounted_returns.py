@@ -56,7 +56,7 @@ def discounted_returns(
     )
     truncation = steps.values_after(None).masked_fill(steps.unbroken == 1, 0)
     returns = steps.scan(
-        steps.rewards + steps.continues * truncation,
+        steps.rewards + steps.through(steps.continues, truncation),
         steps.continues * steps.unbroken,
         steps.value_after_last(),
     )

@@ -61,7 +61,7 @@ def lambda_returns(
         cu_seqlens=cu_seqlens,
     )
     v = steps.rows_of(values)
-    delta = steps.rewards + steps.continues * steps.values_after(v) - v
+    delta = steps.rewards + steps.through(steps.continues, steps.values_after(v)) - v
     decay = steps.continues * steps.rows_of(gae_lambda) * steps.unbroken
     advantages = steps.scan(delta, decay)
     return steps.restore(advantages + v)

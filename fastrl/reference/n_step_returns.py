@@ -62,9 +62,9 @@ def n_step_returns(
     )
     next_v = steps.values_after(steps.rows_of(values))
     after_last = steps.value_after_last()
-    returns = steps.rewards + steps.continues * next_v
+    returns = steps.rewards + steps.through(steps.continues, next_v)
     for _ in range(min(n, returns.shape[1]) - 1):
         later = steps.following(returns, after_last)
         mixed = torch.where(steps.unbroken == 1, later, next_v)
-        returns = steps.rewards + steps.continues * mixed
+        returns = steps.rewards + steps.through(steps.continues, mixed)
     return steps.restore(returns)

@@ -71,7 +71,7 @@ def retrace_returns(
     )
     v, q = steps.rows_of(values), steps.rows_of(q_values)
     weight = steps.rows_of(gae_lambda) * clipped_ratio(steps.rows_of(log_ratio), c_clip)
-    one_step = steps.rewards + steps.continues * steps.values_after(v)
+    one_step = steps.rewards + steps.through(steps.continues, steps.values_after(v))
     decay = steps.continues * steps.unbroken
     correction = steps.scan(weight * (one_step - q), weight * decay)  # w (G - q)
-    return steps.restore(one_step + decay * steps.following(correction))
+    return steps.restore(one_step + steps.through(decay, steps.following(correction)))

@@ -75,7 +75,7 @@ def vtrace(
     v, log_weight = steps.rows_of(values), steps.rows_of(log_ratio)
     trace = steps.continues * steps.unbroken * steps.rows_of(gae_lambda)
     rho = clipped_ratio(log_weight, rho_clip)
-    delta = steps.rewards + steps.continues * steps.values_after(v) - v
+    delta = steps.rewards + steps.through(steps.continues, steps.values_after(v)) - v
     correction = steps.scan(rho * delta, trace * clipped_ratio(log_weight, c_clip))  # vs - v
-    advantages = rho * (delta + trace * steps.following(correction))
+    advantages = rho * (delta + steps.through(trace, steps.following(correction)))
     return steps.restore(advantages), steps.restore(v + correction)
