@@ -49,6 +49,9 @@ def logits(guarded: Guarded, dtype: torch.dtype) -> None:
         x = guarded.normal(3, vocab, dtype=dtype)
         ids, kept = guarded(torch.tensor([0, vocab - 1, 0])), guarded(torch.arange(vocab))
         guarded.backward(*fastrl.token_logprobs(x, ids, return_entropy=True))
+        torch.ops.fastrl.token_logprobs_state(x.detach(), ids, 1.0, -100, 0, True)
+        written = guarded.normal(3, vocab, dtype=dtype)
+        guarded.backward(fastrl.token_logprobs(written, ids, inplace_backward=True))
         bounds = guarded(torch.tensor([0, 0, vocab - 1, vocab], dtype=torch.int32))
         guarded.backward(*fastrl.token_logprobs(x, ids, kept=(kept, bounds), return_entropy=True))
         for k, p in ((None, None), (1, None), (vocab // 2 + 1, 0.9), (None, 0.9)):

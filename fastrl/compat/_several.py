@@ -49,5 +49,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logits: Tensor, grad_chosen: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (ids,) = ctx.saved_tensors
+        # One of the K at a time: a GPU would add ids that a row has twice in any order.
         # In place: the gradient is fresh, and nobody but the op's backward pass has made it.
-        return grad_logits.scatter_add_(-1, ids, grad_chosen), None
+        for k in range(ids.shape[-1]):
+            grad_logits.scatter_add_(-1, ids[..., k : k + 1], grad_chosen[..., k : k + 1])
+        return grad_logits, None

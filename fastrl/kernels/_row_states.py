@@ -1,11 +1,11 @@
 """The sums of rows of logits that make their log-probabilities, on a GPU: in one pass over them.
 
 A row is cut into stretches of CHUNK columns, one program each, and a second small kernel merges
-their partial states in order: a single row fills the GPU as a million rows do, and a row's result
-depends on the vocabulary's size alone, never on its batch. Nor on its address: what a thread holds
-of a block follows from the row's alignment, so columns SUMS apart are summed, and at a stretch's
-end these sums, in a fixed order. The maximum stays out of every sum (log1p of the rest), so that
-p -> 1 keeps its digits.
+their partial states in order: a few rows are shared out, too, and a row's result depends on the
+vocabulary's size alone, never on its batch. Nor on its address: what a thread holds of a block
+follows from the row's alignment, so columns SUMS apart are summed, and at a stretch's end these
+sums, in a fixed order. The maximum stays out of every sum (log1p of the rest), so that p -> 1 keeps
+its digits.
 
 Bytes: N V b, with b bytes a logit; the partial states are 16 bytes for each CHUNK columns. While a
 multiprocessor of an H200 reads a column of bfloat16 it has some 15 instructions of a thread for it.

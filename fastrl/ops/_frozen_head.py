@@ -26,6 +26,8 @@ _bwd = _binary.op("linear_token_logprobs_bwd")
 
 # float16 keeps few digits of a share of 1e-6, and all of a thousand times that.
 _HALF_SCALE = 1024.0
+# 1 / T in float32 factors: of T = 1e-40 it would be infinite, and NaN where the sum is 0.
+_LARGE, _LEAST = 2.0**60, 2.0**-1000
 
 
 def linear_token_logprobs_frozen(
@@ -108,10 +110,15 @@ class _Others:
         total = whole[:, 0] / self._temperature + log_total
         of_others = torch.exp(self._used - total) / self._scale
         of_target = -torch.expm1(logprobs) * self._target_slope
-        factors = torch.stack([of_others, of_target]) / self._temperature
-        factors = factors.float().masked_fill(self._ids == self._ignore_index, 0)
+        factors, rest = torch.stack([of_others, of_target]), 1 / max(self._temperature, _LEAST)
+        first = min(rest, _LARGE)
+        factors = (factors * first).float().masked_fill(self._ids == self._ignore_index, 0)
         rows = self._head.weight[self._ids.clamp(0, len(self._head.weight) - 1)].float()
-        return self._sum.mul_(factors[0][:, None]).addcmul_(factors[1][:, None], rows)
+        slope = self._sum.mul_(factors[0][:, None]).addcmul_(factors[1][:, None], rows)
+        while (rest := rest / first) > 1:
+            first = min(rest, _LARGE)
+            slope *= first
+        return slope
 
     def _see(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Row max and log total of what was seen so far, with this slice; 0 where all is -inf."""

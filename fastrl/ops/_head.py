@@ -89,11 +89,10 @@ class Head:
         if self.bias is not None:
             out += self.bias[columns].float()
         if self.softcap is not None:
-            out.div_(self.softcap).tanh_()
-            if for_backward:  # d softcap tanh(x / softcap) / dx = 1 - tanh^2
-                slope = self.buffer("slope", *out.shape)
-                torch.mul(out, out, out=slope).neg_().add_(1.0)
-            out.mul_(self.softcap)
+            out.div_(self.softcap)
+            if for_backward:  # d softcap tanh(x / softcap) / dx: 1 - tanh^2 would cancel
+                torch.cosh(out, out=self.buffer("slope", *out.shape)).pow_(-2)
+            out.tanh_().mul_(self.softcap)
         return out
 
     def gradient(
@@ -123,7 +122,8 @@ class Head:
     def product(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
         """out = a b, or out += a b; sums are float32, and so is out unless it is 16-bit."""
         if out.dtype != torch.float32:
-            return out.copy_(self.product(a, b, self.buffer("product", *out.shape)))
+            product = self.product(a, b, self.buffer("product", *out.shape))
+            return out.add_(product) if add else out.copy_(product)
         if a.stride(-1) == 1 and is_quick(a, b.t()):  # rows with a weight, not a weight's gradient
             product = quick_product(a, b.t())
             return out.add_(product) if add else out.copy_(product)

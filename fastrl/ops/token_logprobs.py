@@ -42,7 +42,8 @@ def token_logprobs(
 
     Args:
         logits: [..., V] float32, bfloat16 or float16; -inf excludes a token. Leading axes may have
-            any strides; the vocabulary axis is copied if it is not dense.
+            any strides; the vocabulary axis is copied if it is not dense, and on a GPU leading axes
+            that do not fold into two.
         token_ids: [...] int64.
         temperature: T > 0, at most 1e37.
         ignore_index: the id of rows that do not count.

@@ -22,7 +22,11 @@ QUICK += [f"{STEPS}::test_steps_are_those_of_the_cpu[{name}]" for name in ("grpo
 OTHERS = [f"ops/test_{name}.py" for name in ("decode_attention", "token_logprobs", "frozen_head")]
 OTHERS += [f"ops/test_{name}.py" for name in ("linear_token_logprobs", "kept_logprobs")]
 OTHERS += [f"ops/test_{name}.py" for name in ("returns_cuda", "attention", "attention_calls")]
-OTHERS += ["ops/test_sample_tokens.py::test_the_ends_of_u", "trainers/test_checkpoint.py"]
+OTHERS += [
+    "ops/test_digits_of_heads.py",
+    "ops/test_sample_tokens.py::test_the_ends_of_u",
+    "trainers/test_checkpoint.py",
+]
 OTHERS += ["hf/test_hf_cuda.py", STEPS]
 TOO_LARGE = ["many_blocks_wait", "every_number_of_sixteen_bits", "too_large_for_the_caches"]
 TOO_LARGE += ["many_rows_are_as_each", "blocks_on_every_side", "depend_on_those_beside_it"]

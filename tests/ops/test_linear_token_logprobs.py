@@ -211,11 +211,13 @@ def test_autocast_is_respected(device):
     with torch.autocast(device, torch.bfloat16):
         x, w = hidden.requires_grad_(), weight.requires_grad_()
         out = fastrl.linear_token_logprobs(x, w, token_ids, bias=bias)
-    cast = [t.detach().bfloat16() for t in (hidden, weight, bias)]
+    cast = [t.detach().bfloat16().requires_grad_() for t in (hidden, weight, bias)]
     expected = fastrl.linear_token_logprobs(cast[0], cast[1], token_ids, bias=cast[2])
     assert out.dtype == torch.float32 and torch.equal(out, expected)
     out.sum().backward()
-    assert x.grad.dtype == w.grad.dtype == torch.float32
+    expected.sum().backward()
+    for leaf, own in zip((x, w), cast, strict=False):
+        assert leaf.grad.dtype == torch.float32 and torch.equal(leaf.grad, own.grad.float())
 
 
 def test_mixed_dtypes_are_promoted(device):

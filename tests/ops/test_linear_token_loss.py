@@ -94,6 +94,26 @@ def test_it_takes_three_products(device, monkeypatch):
     calls.clear()
     fastrl.linear_token_loss(hidden.clone().requires_grad_(), weight, token_ids, loss_fn)
     assert len(calls) == 2
+    calls.clear()
+    fastrl.linear_token_loss(hidden, parameter, token_ids, loss_fn)
+    assert len(calls) == 2
+
+
+def test_runs_are_equal_bit_for_bit(device):
+    arguments = (*problem(65, torch.float32, device), ClippedLoss(65, device))
+    first, second = (run(fastrl.linear_token_loss, *arguments) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_is_respected(device):
+    hidden, weight, token_ids, bias = problem(20, torch.float32, device)
+    loss_fn = ClippedLoss(20, device)
+    cast = [x.bfloat16() for x in (hidden, weight, bias)]
+    expected = run(fastrl.linear_token_loss, *cast[:2], token_ids, cast[2], loss_fn)
+    with torch.autocast(device, torch.bfloat16):
+        found = run(fastrl.linear_token_loss, hidden, weight, token_ids, bias, loss_fn)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b.float())
 
 
 class Launches(TorchDispatchMode):

@@ -61,25 +61,28 @@ def test_likely_and_unlikely_tokens_keep_their_digits(any_kernel, log10_rest, of
             assert error.max() <= 1e-5
 
 
-def test_a_row_alone_is_bitwise_the_row_in_a_batch(any_kernel):
-    logits = torch.randn(9, 40001, device=any_kernel)
-    token_ids = torch.randint(40001, (9,), device=any_kernel)
-    options = {"return_entropy": True, "temperature": 0.9}
-    together = fastrl.token_logprobs(logits, token_ids, **options)
-    for row in range(9):
-        alone = fastrl.token_logprobs(logits[row].clone(), token_ids[row], **options)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("rows", [2, 9, 70])  # rows that are shared out, and threads that are
+def test_a_row_alone_is_bitwise_the_row_in_a_batch(any_kernel, rows, dtype):
+    logits = torch.randn(rows, 40001, device=any_kernel).to(dtype)
+    token_ids = torch.randint(40001, (rows,), device=any_kernel)
+    together = run(fastrl.token_logprobs, logits, token_ids, 1.0, 0.5, temperature=0.9)
+    for row in range(0, rows, 8):
+        own = logits[row].clone(), token_ids[row]
+        alone = run(fastrl.token_logprobs, *own, 1.0, 0.5, temperature=0.9)
         assert all(torch.equal(a, t[row]) for a, t in zip(alone, together, strict=True))
 
 
-def test_threads_and_alignment_do_not_change_a_bit():
-    logits, token_ids = torch.randn(3, 50001), torch.randint(50001, (3,))
+@pytest.mark.parametrize("rows", [3, 70])
+def test_threads_and_alignment_do_not_change_a_bit(rows):
+    logits, token_ids = torch.randn(rows, 50001), torch.randint(50001, (rows,))
     results = []
     threads = torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         results.append(run(fastrl.token_logprobs, logits, token_ids, 1.0, 0.5))
     torch.set_num_threads(threads)
-    shifted = torch.empty(3 * 50001 + 1)[1:].view(3, 50001).copy_(logits)
+    shifted = torch.empty(rows * 50001 + 1)[1:].view(rows, 50001).copy_(logits)
     results.append(run(fastrl.token_logprobs, shifted, token_ids, 1.0, 0.5))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
@@ -313,7 +316,7 @@ def test_opcheck(device, return_entropy):
 def test_compiles_without_a_break_or_a_recompile(device, inplace, backend):
     def loss(x, token_ids):
         logprobs, entropy = fastrl.token_logprobs(
-            x * 2.0, token_ids, return_entropy=True, inplace_backward=inplace
+            x * 2.0, token_ids, temperature=0.7, return_entropy=True, inplace_backward=inplace
         )
         return (logprobs - 0.1 * entropy).sum()
 

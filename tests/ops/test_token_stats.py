@@ -43,6 +43,16 @@ def test_error_budget(device, dtype, softcap):
     assert not any(x[7] for x in actual)
 
 
+def test_runs_are_equal_bit_for_bit_and_autocast_is_respected(device):
+    hidden, weight = torch.randn(20, 8, device=device), torch.randn(999, 8, device=device)
+    ids = torch.randint(999, (20,), device=device)
+    cast = fastrl.token_stats(hidden.bfloat16(), weight.bfloat16(), ids)
+    for _ in range(2):
+        with torch.autocast(device, torch.bfloat16):
+            found = fastrl.token_stats(hidden, weight, ids)
+        assert all(torch.equal(a, b) for a, b in zip(found, cast, strict=True))
+
+
 def test_the_first_of_equals_is_top_1(device):
     """Equals in one slice and in two."""
     weight = torch.zeros(700, 1, device=device)
