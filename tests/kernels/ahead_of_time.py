@@ -182,6 +182,7 @@ def over_budget(kernel: Compiled) -> list[str]:
         f"{registers} registers a block": registers > REGISTERS_OF_A_BLOCK,
         f"{kernel.shared} bytes of shared memory, of {limit}": kernel.shared > limit,
         "rounds float32 to tf32": ".tf32" in kernel.ptx,
+        "adds in whatever order": re.search(r"\b(atom|red)\.", kernel.ptx) is not None,
     }
     return [f"{kernel.request}: {fault}" for fault, found in faults.items() if found]
 

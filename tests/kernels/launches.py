@@ -120,7 +120,13 @@ def _attention() -> Iterator[Launch]:
         for head_size in (32, 64, 128, 256):
             yield from attention_calls(dtype, head_size)
             yield from attention_calls(dtype, head_size, packed=True, window=77, softcap=3.0)
+    for head_size in (64, 128):  # prompts once for their completions
+        yield from attention_calls(torch.bfloat16, head_size, packed=True)
     yield from attention_calls(torch.float16, 80, packed=True)
+    for head_size in (96, 192):  # less than their blocks are wide
+        yield from attention_calls(torch.bfloat16, head_size)
+    yield from attention_calls(torch.bfloat16, 128, window=77)
+    yield from attention_calls(torch.bfloat16, 128, softcap=3.0)
     yield from attention_calls(torch.bfloat16, 128, padded=True, causal=False)
 
 

@@ -58,6 +58,7 @@ DENSE = {
     "head size 112": ((1, 1, 1, 100, 100, 112), HALF, {}),
     "head size 128": ((1, 1, 1, 150, 150, 128), HALF, {}),
     "head size 128, float32": ((1, 1, 1, 70, 70, 128), SINGLE, {}),
+    "head size 192": ((1, 1, 1, 70, 70, 192), HALF, {}),
     "head size 256": ((1, 1, 1, 70, 70, 256), HALF, {}),
     "head size 256, float32": ((1, 1, 1, 20, 20, 256), SINGLE, {}),
     "an odd head size": ((1, 1, 1, 70, 70, 33), HALF, {"softcap": 2.0}),
@@ -176,14 +177,17 @@ def test_long_loops_over_queries_are_split_and_summed_in_order(interpreted, monk
 
 
 @pytest.mark.parametrize(
-    "chip, D, packed, dtype",
-    [(90, 128, True, HALF), (90, 64, True, BF16), (90, 80, False, HALF), (100, 32, True, BF16)],
-)
-def test_other_chips(interpreted, chip, D, packed, dtype):
+    "chip, D, dtype, packed",
+    [
+        (90, 128, BF16, {}), (90, 128, HALF, {"window": 80}), (90, 64, BF16, {"window": 80}),
+        (90, 80, HALF, None), (100, 32, BF16, {"window": 80}), (100, 64, HALF, {}),
+    ],
+)  # fmt: skip
+def test_other_chips(interpreted, chip, D, dtype, packed):
     """Their blocks, and descriptors in the place of pointers, which change no bit."""
     layout = layout_of([90, 30, 50], [-1, 0, 0])
-    options = {"layout": layout, "window": 80} if packed else {"key_start": i32(0, 100)}
-    shape = (1, 2, 1, 170, 170, D) if packed else (2, 1, 1, 90, 130, D)
+    options = {"key_start": i32(0, 100)} if packed is None else {"layout": layout, **packed}
+    shape = (2, 1, 1, 90, 130, D) if packed is None else (1, 2, 1, 170, 170, D)
     on = "attention_probe", (chip, True)
     check(interpreted, shape, dtype, *on, **options)
     tensors = inputs(shape, dtype)

@@ -82,6 +82,11 @@ def test_a_float32_product_in_tf32_is_caught(planted, arch):
     assert not faults(arch, planted.matmul, a, b, 16, 1, "ieee")
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_sums_in_the_order_in_which_programs_come_by_are_caught(planted, arch):
+    assert "in whatever order" in " ".join(faults(arch, planted.sum_of_blocks, torch.empty(256)))
+
+
 @pytest.mark.parametrize("arch, most", [(80, 5), (90, 6), (100, 6)])
 def test_a_kernel_with_too_much_shared_memory_is_caught(planted, arch, most):
     """A stage takes 32 KiB; Triton uses one less than it is asked for, or all."""
