@@ -11,7 +11,7 @@
 # make gpu takes less than nine minutes, needs no network and uses no .venv. It writes report.md,
 # results.json, logs.txt, pictures, and failures.txt if tests fail.
 # OUT=         the folder for them (default: bench/results/<gpu>)
-# ONLY=        parts of it, with commas between them: build, tests, or ops, e.g. ONLY=token_logprobs
+# ONLY=        parts of it, with commas between them: build, tests, ops or update, e.g. ONLY=gae
 # COMMIT=      what the report is stamped with (default: git's own)
 # WHEELS=      a folder of wheels that this machine lacks, such as peers; it is not installed into
 

@@ -4,19 +4,20 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from bench import cases, memory, results, table
 from bench.compare import compare
-from bench.environment import describe
-from bench.results import ResultFileError, Results
+from bench.environment import describe, process_age
+from bench.results import CaseResult, ResultFileError, Results
 from bench.run import Bench
 from bench.timing import budget_for
 
 USAGE_ERROR = 2
-_START_SECONDS = 8.0  # Python, torch and the GPU, before the first case
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,7 +117,7 @@ def _main(options: argparse.Namespace) -> int:
     if plot is not None:
         for path in plot.draw(found, options.plot):
             print(f"Wrote {path}")
-    status = 1 if found.wrong else 0
+    status = 1 if found.wrong or "lost" in found.environment else 0
     if old is not None:
         status = max(status, _compare(old, found, options.threshold))
     return status
@@ -135,7 +136,7 @@ def measure(
     Args:
         seconds: for all of them together, this process's start included.
     """
-    end = None if seconds is None else time.monotonic() + seconds - _START_SECONDS
+    end = None if seconds is None else time.monotonic() + seconds - process_age()
     device = _device(device_name)
     chosen = cases.select(ops, quick=quick, device=device.type)
     if not chosen:
@@ -152,11 +153,23 @@ def measure(
         share = None
         if end is not None:
             share = max(0.0, end - time.monotonic()) / (len(chosen) - i + 1)
-        found.cases.append(bench.run(case, seconds=share))
+        keep = None
+        if path is not None and (share is not None or device.type == "cuda"):
+            keep = _keeper(found, path)  # there a peer can cost us the process
+        found.cases.append(bench.run(case, seconds=share, keep=keep))
+        if bench.lost is not None:
+            found.environment["lost"] = bench.lost
+            print(f"bench: {bench.lost}; the cases behind it are not run", file=sys.stderr)
         if path is not None:
             results.save(found, path)
+        if bench.lost is not None:
+            break
         memory.release(device)
     return found
+
+
+def _keeper(found: Results, path: Path) -> Callable[[CaseResult], None]:
+    return lambda case: results.save(replace(found, cases=[*found.cases, case]), path)
 
 
 def _device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from bench.peers import pinned, version_of
 from fastrl.ops import _binary
 
 ROOT = Path(__file__).parents[1]
+_TYPICAL_AGE, _MOST_AGE = 8.0, 600.0  # seconds
 PACKAGES = (
     "triton", "numba", "torchrl", "tensordict", "trl", "transformers", "liger-kernel",
     "cut-cross-entropy",
@@ -61,8 +63,20 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def process_age() -> float:
+    """Seconds since this process was started: what the imports took is gone of its time. Where the
+    system does not tell, a typical figure."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return _TYPICAL_AGE
+    return age if 0 <= age <= _MOST_AGE else _TYPICAL_AGE
+
+
 def commit() -> str:
-    """Hash of the checkout, with "+changes" where it has any; "unknown" without git."""
+    """Hash of the checkout, with "+changes" where it has any beside results; "unknown" without
+    git."""
     if shutil.which("git") is None:
         return "unknown"
 
@@ -72,7 +86,8 @@ def commit() -> str:
         )
         return done.stdout.strip() if done.returncode == 0 else None
 
-    head, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain")
+    head = git("rev-parse", "--short=12", "HEAD")
+    changes = git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
     if head is None:
         return "unknown"
     return head + ("+changes" if changes else "")

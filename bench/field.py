@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +59,28 @@ class Field:
     @property
     def contestants(self) -> dict[str, Contestant]:
         return {name: entered.contestant for name, entered in self._entered.items()}
+
+    def failed(self) -> list[dict[str, str]]:
+        """Those that raised while being timed."""
+        return [
+            {"name": name, "version": entered.version, "reason": f"while being timed, {why}"}
+            for name, entered in self._entered.items()
+            if (why := entered.contestant.failed) is not None
+        ]
+
+    @contextmanager
+    def for_itself(self, result: CaseResult, rounds: int) -> Iterator[None]:
+        """What is recorded inside goes to `result`, of at most so many rounds, and the contestants
+        are afterwards as they were."""
+        before, entered = self._result, self._entered
+        self._result = result
+        self._entered = {
+            name: replace(e, contestant=e.contestant.fresh(rounds)) for name, e in entered.items()
+        }
+        try:
+            yield
+        finally:
+            self._result, self._entered = before, entered
 
     def enter_ours(self) -> None:
         """Raises WrongResult, or NotImplementedError where this device has no kernel."""
@@ -181,10 +204,9 @@ class Field:
         """floor_seconds: what the ceiling that binds this case needs for it."""
         ours = self._entered.get("fastrl")
         our_p50 = None if ours is None else statistics.median(ours.contestant.kept)
+        self._result.missing += self.failed()
         for name, entered in self._entered.items():
             if entered.contestant.failed is not None:
-                reason = f"while being timed, {entered.contestant.failed}"
-                self.miss(name, entered.version, reason)
                 continue
             times = sorted(entered.contestant.kept)
             p50 = statistics.median(times)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import fastrl
 from bench import memory, update_table
-from bench.environment import cpu_name
+from bench.environment import cpu_name, process_age
 from bench.llama_updates import PADDED, language_model, packed, padded, padded_rows, tokens
 from bench.peers import version_of
 from bench.update_table import PACKED
@@ -45,8 +45,8 @@ class Run:
 
     seconds: list[float] = field(default_factory=list)
     peak_mib: float | None = None
-    loss: float = math.nan
-    grad_difference: float = math.nan
+    loss: float | None = None
+    grad_difference: float | None = None
     reason: str = ""
 
 
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    start = time.monotonic()
+    start = time.monotonic() - process_age()
     p = parser()
     if p.parse_args(argv).one_billion:
         p.set_defaults(**ONE_BILLION)

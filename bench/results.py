@@ -1,6 +1,7 @@
 """The figures of a run: what is recorded, in which units, and its JSON form."""
 
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,7 +84,8 @@ class Results:
 
 
 def save(results: Results, path: Path) -> None:
-    text = json.dumps({"format": FORMAT, **asdict(results)}, indent=1)
+    """As strict JSON: what is no number is null."""
+    text = json.dumps({"format": FORMAT, **_strict(asdict(results))}, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
         path.write_text(text + "\n")
@@ -92,6 +94,14 @@ def save(results: Results, path: Path) -> None:
     half = path.with_name(path.name + ".part")
     half.write_text(text + "\n")
     half.replace(path)  # at once: a run that is stopped leaves the cases before, or these
+
+
+def _strict(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {k: _strict(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_strict(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def load(path: Path) -> Results:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,11 @@ class Contestant:
     def fail(self, reason: str) -> None:
         """Without what its calls hold: the others need the memory."""
         self.failed, self.call, self.before = reason, lambda: None, None
+
+    def fresh(self, rounds: int) -> "Contestant":
+        """With as many rounds at most, and with none taken yet; one too slow for any, as it is."""
+        taken: dict[str, Any] = {"times": {}, "probes": {}} if self.rounds else {}
+        return replace(self, rounds=min(rounds, self.rounds), kept=[], **taken)
 
     @property
     def wanted(self) -> int:

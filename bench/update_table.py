@@ -34,7 +34,10 @@ def _line(name: str, run: dict[str, Any], ours: dict[str, Any]) -> str:
         own, of_packed = figure(run), figure(ours)
         cells.append(f"{'?':>{form.partition('.')[0]}}" if own is None else f"{own:{form}}")
         cells.append(f"{own / max(of_packed, 1e-9):9.2f}x" if own and of_packed else f"{'?':>10}")
-    return "".join([*cells, f"{run['loss']:12.7f}{run['grad_difference']:9.1e}"])
+    for figure, form in (("loss", "12.7f"), ("grad_difference", "9.1e")):
+        own = run[figure]
+        cells.append(f"{'?':>{form.partition('.')[0]}}" if own is None else f"{own:{form}}")
+    return "".join(cells)
 
 
 def _seconds_of(run: dict[str, Any]) -> float | None:

@@ -21,6 +21,9 @@ from bench.results import ResultFileError, Results
 
 USAGE_ERROR = 2
 _MOST_PICTURES = 4
+_WRITTEN = (
+    "report.md", "results.json", "logs.txt", "failures.txt", "roofline.png", "speedup.png",
+)  # fmt: skip
 _MOST_OF_A_LOG = 500_000  # bytes, from its end
 _MOST_OF_A_LINE = 300  # characters; a compiler's command has thousands
 
@@ -93,6 +96,9 @@ def run(
 
     digest: str | None = None
     out.mkdir(parents=True, exist_ok=True)
+    # Of an earlier run nothing is left to be taken for this one's.
+    for name in _WRITTEN:
+        (out / name).unlink(missing_ok=True)
     try:
         runner.run_all(parts, gather)
     except KeyboardInterrupt:

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 OK, FAILED, LATE = "ok", "failed", "over its limit"
 SKIPPED, NOT_REACHED, INTERRUPTED = "skipped", "not reached", "interrupted"
 
-SECONDS = "{seconds}"  # in a command: its limit
+SECONDS = "{seconds}"  # in a command: how long it should take, so as to end by itself
+
+_OWN = 0.8  # of a part's share; the rest is for what cannot be cut short, such as a compilation
 
 _DEATH_S = 10.0  # what a killed process has to end
 _LEAST_S = 1.0  # with less time left a part is not begun
@@ -22,8 +24,10 @@ _TAIL_LINES, _TAIL_BYTES = 60, 20_000
 
 @dataclass
 class Part:
-    """A command. limit_s None: its share of the time that the parts with a limit leave.
+    """A command. limit_s None: its start, and a share of the time that the parts with a limit and
+    the starts of the others leave.
 
+    start_s: what it needs before it begins with its work.
     weight: how large a share, beside those of the others.
     verdict: status and reason of a part that is known not to run.
     meanings: status and reason for exit statuses that say more than "failed".
@@ -32,6 +36,7 @@ class Part:
     name: str
     command: list[str]
     limit_s: float | None = None
+    start_s: float = 0.0
     weight: float = 1.0
     verdict: tuple[str, str] | None = None
     meanings: Mapping[int, tuple[str, str]] = field(default_factory=dict)
@@ -111,15 +116,19 @@ class Runner:
         if part.limit_s is not None:
             return min(part.limit_s, left)
         waiting = [p for p in later if p.verdict is None]
-        reserved = sum(p.limit_s for p in waiting if p.limit_s is not None)
-        others = sum(p.weight for p in waiting if p.limit_s is None)
-        return (left - reserved) * part.weight / (part.weight + others)
+        left -= sum(p.limit_s for p in waiting if p.limit_s is not None)
+        sharing = [part, *(p for p in waiting if p.limit_s is None)]
+        starts = sum(p.start_s for p in sharing)
+        # Where not even the starts have time, each has as much less.
+        begins = part.start_s * min(1.0, left / starts) if starts else 0.0
+        return begins + max(0.0, left - starts) * part.weight / sum(p.weight for p in sharing)
 
     def _run(self, part: Part, limit: float, log: Path) -> tuple[str, str]:
         """Status and reason."""
         with log.open("wb") as output:
             try:
-                command = [f"{limit:.0f}" if word == SECONDS else word for word in part.command]
+                own = part.start_s + _OWN * max(0.0, limit - part.start_s)
+                command = [f"{own:.0f}" if word == SECONDS else word for word in part.command]
                 process = subprocess.Popen(
                     command, env=self._env, stdin=subprocess.DEVNULL, stdout=output,
                     stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,

@@ -122,7 +122,7 @@ def _parts(outcomes: list[Outcome]) -> list[str]:
     rows = [(o.name, o.status, f"{o.seconds:.0f}", f"{o.limit_s:.0f}", o.reason) for o in outcomes]
     lines = ["## Parts", "", *_grid(header, rows)]
     if any(o.name == "build" and o.status != OK for o in outcomes):
-        lines += ["", "The build is not ok: what follows is of the binary that was there before."]
+        lines += ["", "The build is not ok: what follows is of what its log says was built."]
     return lines
 
 
@@ -171,11 +171,13 @@ def _table(found: Results, op: str) -> list[str]:
 
 def _update(found: Results) -> list[str]:
     record = found.environment.get("update")
-    return (
-        []
-        if record is None
-        else ["## An update of a model", "", *_fenced(update_table.lines(record))]
-    )
+    if record is None:
+        return []
+    try:
+        lines = _fenced(update_table.lines(record))
+    except Exception as error:  # as with the tables
+        lines = [f"Its table could not be made: {error!r}. See results.json."]
+    return ["## An update of a model", "", *lines]
 
 
 def _fenced(lines: Iterable[str]) -> list[str]:

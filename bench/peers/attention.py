@@ -45,19 +45,25 @@ def _sdpa(back_end: str) -> Implementation:
     return build
 
 
-class _Setting(torch.autograd.Function):
-    """What lets tensors through, and in the backward pass says how what comes next has to be."""
+class _DeterministicInBackward(torch.autograd.Function):
+    """attend(*inputs). Whatever its backward pass raises, what comes later is not deterministic."""
 
     @staticmethod
-    def forward(ctx: Any, deterministic: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.deterministic = deterministic
-        return tuple(x.view_as(x) for x in tensors)
+    def forward(ctx: Any, attend: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        torch.use_deterministic_algorithms(False)
+        with torch.enable_grad():
+            ctx.inputs = [x.detach().requires_grad_() for x in inputs]
+            ctx.output = attend(*ctx.inputs)
+        return ctx.output.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        torch.use_deterministic_algorithms(ctx.deterministic)
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # which nobody asks for here
-        return None, *grads
+        try:
+            return None, *torch.autograd.grad(ctx.output, ctx.inputs, grad, allow_unused=True)
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 def _deterministic_flash(case: Case, arguments: Arguments) -> Callable[[], Outputs]:
@@ -70,13 +76,11 @@ def _deterministic_flash(case: Case, arguments: Arguments) -> Callable[[], Outpu
     names, plain = ("query", "key", "value"), _sdpa("flash")
     plain(case, arguments)  # says what else it cannot do
 
-    def run() -> Outputs:
-        torch.use_deterministic_algorithms(False)
-        inputs = _Setting.apply(False, *(arguments[name] for name in names))
-        outputs = plain(case, arguments | dict(zip(names, inputs, strict=True)))()
-        return _Setting.apply(True, *outputs)
+    def attend(*inputs: Tensor) -> Tensor:
+        return plain(case, arguments | dict(zip(names, inputs, strict=True)))()[0]
 
-    return run
+    given = [arguments[name] for name in names]
+    return lambda: (_DeterministicInBackward.apply(attend, *given),)
 
 
 def _is_plainly_causal(case: Case, arguments: Arguments) -> bool:

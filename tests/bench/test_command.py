@@ -2,12 +2,14 @@ import copy
 import importlib
 import json
 import os
+import subprocess
 import sys
+import time
 
 import pytest
 
 import fastrl
-from bench import command, results, table
+from bench import command, environment, results, table
 from bench.compare import compare
 from bench.results import CaseResult, Entry, Results
 from fastrl.cli.bench import main
@@ -223,6 +225,37 @@ def test_peers_without_time_are_listed_and_we_are_measured(tmp_path, monkeypatch
             assert [each["reason"] for each in case["missing"]] == missing * [
                 "the time was used up before it had its turn"
             ]
+
+
+def test_a_process_knows_how_old_it_is():
+    ages = []
+    for _ in range(2):
+        ages.append(environment.process_age())
+        time.sleep(0.1)
+    assert 0 < ages[0] < 600 and 0.08 < ages[1] - ages[0] < 10
+    code = "from bench.environment import process_age; print(process_age())"
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=environment.ROOT, capture_output=True, check=True
+    )
+    assert 0 < float(done.stdout) <= time.monotonic() - start + 0.1  # the import of torch is in it
+
+
+def test_results_do_not_change_the_stamp(tmp_path, monkeypatch):
+    def git(*args):
+        names = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", tmp_path, *names, *args], check=True, capture_output=True)
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "one")
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    head = environment.commit()
+    assert len(head) == 12
+    (tmp_path / "bench" / "results" / "gpu").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "gpu" / "report.md").write_text("new")
+    assert environment.commit() == head
+    (tmp_path / "bench" / "run.py").write_text("new")
+    assert environment.commit() == f"{head}+changes"
 
 
 def _quick_bench(device, budget):

@@ -1,5 +1,6 @@
 """The gate: a planted error is caught before anything is timed."""
 
+import copy
 import types
 import weakref
 from dataclasses import replace
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import fastrl
-from bench import gate, memory
+from bench import gate, memory, run
 from bench.case import Case, Unavailable
 from bench.peers import REFERENCE, Peer
 from bench.run import Bench
@@ -160,6 +161,40 @@ def test_a_peer_that_breaks_while_timed_is_missing_and_the_others_are_timed():
 def test_an_op_that_breaks_while_timed_costs_its_case_alone(capsys):
     result = bench(types.SimpleNamespace(gae=tired(6)), [REFERENCE]).run(GAE)
     assert result.wrong == "gae: while being timed, MemoryError: no more" and not result.entries
+    capsys.readouterr()
+
+
+def test_our_figures_are_kept_before_a_peer_enters():
+    kept = []
+
+    def build(case, arguments):
+        assert [[e.name for e in result.entries] for result in kept] == [["fastrl"]]
+        assert kept[0].copy_gb_s
+        assert kept[0].missing[-1]["reason"] == "the run ended before they were timed"
+        raise Unavailable("has seen enough")
+
+    found = bench(peers=[Peer("witness", "torch", build), REFERENCE])
+    result = found.run(GAE, keep=lambda case: kept.append(copy.deepcopy(case)))
+    assert [e.name for e in result.entries] == ["fastrl", "fastrl.reference"]
+    assert [m["reason"] for m in result.missing] == ["has seen enough"] and found.lost is None
+
+
+@pytest.mark.parametrize("when", ["entering", "timed"])
+def test_who_breaks_the_device_costs_the_other_peers_and_not_us(monkeypatch, capsys, when):
+    def release(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(memory, "release", release)
+    monkeypatch.setattr(run, "unusable", lambda device: "raised RuntimeError: CUDA error")
+    gae = tired({"entering": 0, "timed": 4}[when])
+    peers = [Peer("faulty", "torch", lambda case, a: lambda: gae(**a, **case.options)), REFERENCE]
+    found = bench(peers=peers)
+    result = found.run(GAE, keep=lambda case: None)
+    assert result.wrong is None and [e.name for e in result.entries] == ["fastrl"]
+    assert [m["name"] for m in result.missing] == ["faulty", "the other peers"]
+    assert "raised MemoryError: no more" in result.missing[0]["reason"]
+    assert "lost to this process: raised RuntimeError" in found.lost
+    assert result.missing[1]["reason"] == found.lost
     capsys.readouterr()
 
 
