@@ -31,8 +31,7 @@ def token_logprobs(
     logits: Tensor, *options: Any, group: dist.ProcessGroup, vocab_start: int | None
 ) -> tuple[Tensor, Tensor]:
     """logprobs and entropy [N] from logits [N, V of this rank]; options: as `_TokenLogprobs`."""
-    start = _start(logits.shape[-1], group, logits.device) if vocab_start is None else vocab_start
-    return _TokenLogprobs.apply(logits, *options, group, start)
+    return _apply(_TokenLogprobs, logits.shape[-1], logits, *options, group, vocab_start)
 
 
 def linear_token_logprobs(
@@ -44,8 +43,23 @@ def linear_token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """logprobs and entropy [N] from hidden [N, D] and this rank's weight; options: as
     `_LinearTokenLogprobs`."""
-    start = _start(weight.shape[0], group, hidden.device) if vocab_start is None else vocab_start
-    return _LinearTokenLogprobs.apply(hidden, weight, *options, group, start)
+    width = weight.shape[0]
+    return _apply(_LinearTokenLogprobs, width, hidden, weight, *options, group, vocab_start)
+
+
+def _apply(function: Any, width: int, *inputs: Any) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        from fastrl.ops import _out_of_graphs
+
+        return _out_of_graphs.call(_apply_here, function, width, *inputs)
+    return _apply_here(function, width, *inputs)
+
+
+def _apply_here(function: Any, width: int, *inputs: Any) -> tuple[Tensor, Tensor]:
+    *rest, group, start = inputs
+    if start is None:
+        start = _start(width, group, rest[0].device)
+    return function.apply(*rest, group, start)
 
 
 class _TokenLogprobs(torch.autograd.Function):

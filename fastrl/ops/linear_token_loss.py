@@ -87,7 +87,7 @@ def _apply(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if "torch._dynamo" in sys.modules:  # who has not imported it need not wait for it
         from fastrl.ops import _out_of_graphs
 
-        return _out_of_graphs.linear_token_loss(*arguments)
+        return _out_of_graphs.call(_LinearTokenLoss.apply, *arguments)
     return _LinearTokenLoss.apply(*arguments)
 
 

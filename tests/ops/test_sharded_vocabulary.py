@@ -159,3 +159,32 @@ def test_a_distributed_tensor_is_no_slice(ranks):
     for message, (op, name, remedy) in zip(ranks[0][-1], expected, strict=True):
         start = f"{op}: expected {name} as a plain tensor, got DTensor. {remedy.format(name)}"
         assert re.match(start, message), message
+
+
+@pytest.fixture
+def group():
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("vocab_start", [0, None])
+def test_graphs_break_at_a_group(group, vocab_start):
+    """Dynamo, which would otherwise look for hours into the functions of torch.distributed."""
+    torch._dynamo.reset()
+    logits, hidden, weight, _, ids = problem()
+    parallel = {"group": group, "vocab_start": vocab_start}
+
+    def losses(hidden, weight, logits):
+        of_head = fastrl.linear_token_logprobs(hidden * 2, weight, ids, **parallel)
+        return (of_head * 3).sum() + fastrl.token_logprobs(logits * 2, ids, **parallel).sum()
+
+    leaves = [x.requires_grad_() for x in (hidden, weight, logits)]
+    expected = torch.autograd.grad(losses(*leaves), leaves)
+    found = torch.autograd.grad(torch.compile(losses, backend="aot_eager")(*leaves), leaves)
+    for actual, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, exact)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="group= .* break the graph here"):
+        torch.compile(losses, backend="aot_eager", fullgraph=True)(*leaves)
