@@ -169,6 +169,6 @@ def test_the_same_binary_loads_under_other_torch_versions(version, tmp_path):
     )
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith(version) and str(tmp_path) in out.stdout
-    # Attention asks most of an older torch's compiler and checkpoints: its tests stand for the rest.
+    # Attention asks most of a torch's compiler and checkpoints: its tests stand for the rest.
     files = [ROOT / "tests" / "ops" / f"test_attention{part}.py" for part in ("", "_calls")]
     subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], check=True)

@@ -2,8 +2,8 @@
 
 Argument names, order, defaults, shapes and result dtypes are those of TorchRL 0.14. `fastrl.gae`
 and `fastrl.vtrace` do the work in one pass, over views: nothing is transposed in memory here. They
-sum in double and are rounded once, to float32 (float64 where an input is). Where a discount requires grad,
-`fastrl.reference` does it, which is the definition and not fast.
+sum in double and are rounded once, to float32 (float64 where an input is). Where a discount
+requires grad, `fastrl.reference` does it, which is the definition and not fast.
 """
 
 from types import ModuleType
@@ -53,8 +53,8 @@ def generalized_advantage_estimate(
         NotImplementedError: a device without a kernel.
     Differentiable in: state_value, next_state_value, reward; gamma and lmbda (fastrl.reference).
     Unlike TorchRL's: float64 inputs meet the discount in float64 (there in float32); 16-bit inputs
-    are not summed in 16 bits; a terminated step ends its trajectory even where done forgets it; NaN in
-    next_state_value at a terminated step is not looked at; the result for [T] with time_dim=0 is
+    are not summed in 16 bits; a terminated step ends its trajectory even where done forgets it; NaN
+    in next_state_value at a terminated step is not looked at; the result for [T] with time_dim=0 is
     [T], not [T, 1].
     """
     both = _gae(

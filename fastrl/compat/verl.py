@@ -70,7 +70,7 @@ def compute_gae_advantage_return(
         TypeError: values are not floating-point.  NotImplementedError: a device without a kernel.
     Differentiable in: nothing.
     Unlike verl's: NaN and infinities where the mask is 0 reach no other token (there: every token
-    before them, and so the whole batch); a bool mask works; 16-bit inputs are not summed in 16 bits.
+    before them, and so the whole batch); a bool mask works; 16-bit inputs are summed in double.
     """
     op = "compute_gae_advantage_return"
     _checks.float_tensor(op, "values", values)
