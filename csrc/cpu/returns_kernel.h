@@ -42,6 +42,7 @@ struct Carry {
   VecD a = VecD{} + 1.0, b = {};  // of the chunk so far
   VecD x = {};                    // before the chunk
   VecD later = {};                // values of the steps before these in the scan
+  VecD least = VecD{} + 1.0;      // of the factors, where they are noted
 
   template <bool kGuarded>
   FASTRL_INLINE VecD before() const {
@@ -52,6 +53,9 @@ struct Carry {
     b = apply<kGuarded>(last_a, last_b, b);
     a = further<true>(last_a, a);  // over a whole chunk: many factors
   }
+  // The product of factors of which none is 0 may be too small for a double. While x is not known,
+  // which may be infinite, that is no cut.
+  FASTRL_INLINE void note(VecD factors) { least = factors < least ? factors : least; }
   void next_chunk() {
     x = before<true>();
     a = VecD{} + 1.0;
@@ -124,16 +128,12 @@ constexpr int kLast = E::kForwardInTime ? kDoubles - 1 : 0;  // lane of the scan
 // finite, and then carry is as before.
 template <class E, bool kGuarded>
 FASTRL_INLINE bool solve_lanes(VecD a, VecD b, Carry& carry, VecD& x, VecD& x_before) {
-  const VecD factors = a;
   compose_lanes<E, kGuarded>(a, b);
   const VecD before = carry.before<kGuarded>();
   x = apply<kGuarded>(a, b, before);
   if (!kGuarded && !all_finite(x)) return false;
   x_before = neighbour<kStepBack<E>>(x, before);
-  // Of many factors, none of them 0, it may be too small for a double: that does not cut.
-  VecD product = splat_double(a[kLast<E>]);
-  if (!kGuarded && product[0] == 0.0 && !any(factors == 0.0)) product = VecD{} + kLeastFactor;
-  carry.add<kGuarded>(product, splat_double(b[kLast<E>]));
+  carry.add<kGuarded>(splat_double(a[kLast<E>]), splat_double(b[kLast<E>]));
   return true;
 }
 
@@ -158,6 +158,7 @@ FASTRL_INLINE void scan_lanes(const Trajectories& row, int64_t t, const Present&
     a = exists ? a : 1.0;
     b = exists ? b : 0.0;
   }
+  if constexpr (!kWrite) carry.note(a);
   if (__builtin_expect(!solve_lanes<E, false>(a, b, carry, x, x_before), false)) {
     solve_lanes<E, true>(a, b, carry, x, x_before);
   }
@@ -180,13 +181,7 @@ __attribute__((noinline)) bool solve_vectors(const VecD (&given_a)[kDoubles],
     all += x[i] - x[i];  // 0, or NaN where one is not finite
   }
   if (!kGuarded && !all_finite(all)) return false;
-  VecD product = a[kLast<E>];
-  if (!kGuarded && any(product == 0.0)) {
-    VecL cut = {};
-    for (int i = 0; i < kDoubles; ++i) cut |= given_a[i] == 0.0;
-    product = (product == 0.0) & ~cut ? VecD{} + kLeastFactor : product;
-  }
-  carry.add<kGuarded>(product, b[kLast<E>]);
+  carry.add<kGuarded>(a[kLast<E>], b[kLast<E>]);
   return true;
 }
 
@@ -219,6 +214,9 @@ FASTRL_INLINE void scan_vectors(const Trajectories& rows, int64_t t, int64_t lan
     formed[i] = E::form(s, clips);
     a[i] = exists[i] ? formed[i].a : a[i];
     b[i] = exists[i] ? formed[i].b : b[i];
+  }
+  if constexpr (!kWrite) {
+    for (const VecD& factors : a) carry.note(factors);
   }
   if (__builtin_expect(!solve_vectors<E, false>(a, b, carry, x, before), false)) {
     solve_vectors<E, true>(a, b, carry, x, before);

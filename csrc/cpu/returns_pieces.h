@@ -113,7 +113,13 @@ inline void scan_chunks(const Trajectories& x, const Piece& p, Carry* carries, B
   }
   for (int lane = 0; lane < p.count; ++lane) {
     const Carry& carry = carries[lane / kDoubles];
-    end(lane, carry.a[lane % kDoubles], carry.b[lane % kDoubles]);
+    double a = carry.a[lane % kDoubles];
+    if (!kWrite && a == 0.0) {
+      const VecL zero = carry.least == 0.0;
+      const bool cut = x.time_major ? zero[lane % kDoubles] != 0 : any(zero);
+      a = cut ? 0.0 : kLeastFactor;
+    }
+    end(lane, a, carry.b[lane % kDoubles]);
   }
 }
 

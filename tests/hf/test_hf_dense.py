@@ -68,7 +68,7 @@ def test_generate_gives_the_same_tokens(name, cache):
     assert results[0].sequences.shape == (2, 15)
     assert torch.equal(results[0].sequences, results[1].sequences)
     ours, theirs = (torch.stack(result.logits) for result in results)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
@@ -84,7 +84,7 @@ def test_a_prompt_may_be_read_in_two_parts(name):
         kept = {"cache" if takes_cache else "past_key_values": cache}
         model(token_ids[:, :5], attention_mask=mask[:, :5], **kept)
         second = model(token_ids[:, 5:], attention_mask=mask, **kept).logits
-        torch.testing.assert_close(second, whole[:, 5:], rtol=0, atol=2e-5)
+        torch.testing.assert_close(second, whole[:, 5:], rtol=0, atol=1e-5)
 
 
 def test_the_attention_is_ours(monkeypatch):
