@@ -159,10 +159,10 @@ def measure(
         found.cases.append(bench.run(case, seconds=share, keep=keep))
         if bench.lost is not None:
             found.environment["lost"] = bench.lost
-            print(f"bench: {bench.lost}; the cases behind it are not run", file=sys.stderr)
         if path is not None:
             results.save(found, path)
         if bench.lost is not None:
+            print(f"bench: {bench.lost}; the cases behind it are not run", file=sys.stderr)
             break
         memory.release(device)
     return found

@@ -91,6 +91,10 @@ TOKEN_LOGPROBS = [
         ),
     ),
     Case(
+        "token_logprobs", (8192, 151936), "a training step without entropy, as Liger has it",
+        dtype=BF16, mode="both", devices=CUDA, quick=True, targets=(_TRL, _LIGER, _COMPILED),
+    ),
+    Case(
         "token_logprobs", (8191, 50257), "odd rows and vocabulary: nothing is aligned",
         dtype=BF16, mode="both", devices=CUDA,
     ),

@@ -50,6 +50,12 @@ def test_every_op_with_kernels_or_without_has_cases_a_workload_and_peers():
     assert {case.op for case in select([], quick=True)} == set(CASES)
 
 
+def test_every_peer_is_pinned():
+    found = {peer.package for op in CASES for peer in peers.of(op)}
+    assert found >= {"torch", "trl", "torchrl", "numba", "liger-kernel", "cut-cross-entropy"}
+    assert [package for package in found if not peers.pinned(package)] == []
+
+
 def test_the_sizes_that_people_ask_about_are_there():
     vocabularies = {case.shape[1] for case in CASES["token_logprobs"]}
     assert {32000, 128256, 151936, 256000, 50257} <= vocabularies

@@ -90,7 +90,31 @@ def test_an_op_that_breaks_is_wrong_and_the_run_goes_on(capsys):
     assert "in breaks" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", [GAE, LOGPROBS, SAMPLE], ids=lambda case: case.op)
+def forwards_and_backwards(case):
+    """How often the op is called, and how often its backward pass."""
+    counts = {"forward": 0, "backward": 0}
+
+    def counted(**arguments):
+        counts["forward"] += 1
+        outputs = getattr(fastrl, case.op)(**arguments)
+        if outputs.requires_grad:
+            outputs.register_hook(lambda _: counts.update(backward=counts["backward"] + 1))
+        return outputs
+
+    assert bench(types.SimpleNamespace(**{case.op: counted})).run(case).wrong is None
+    return counts
+
+
+def test_a_backward_pass_alone_has_a_forward_pass_before_each():
+    counts = forwards_and_backwards(replace(LOGPROBS, mode="backward"))
+    assert 0 < counts["backward"] <= counts["forward"]
+    assert forwards_and_backwards(replace(LOGPROBS, mode="forward"))["backward"] == 0
+
+
+@pytest.mark.parametrize(
+    "case", [GAE, LOGPROBS, replace(LOGPROBS, mode="backward"), SAMPLE],
+    ids=lambda case: f"{case.op} {case.mode}",
+)  # fmt: skip
 def test_the_right_op_passes_and_is_timed(case):
     result = bench().run(case)
     assert result.wrong is None
