@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 
-_MOST_SECONDS = 85.0  # of the build for a GPU; the one for a CPU has to fit in behind it
+_MOST_SECONDS = 110.0  # of the build for a GPU; the one for a CPU has to fit in behind it
 
 
 def main(argv: list[str]) -> int:

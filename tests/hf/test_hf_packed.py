@@ -86,7 +86,8 @@ def test_codegen_is_exact_or_its_lost_layout_is_noticed():
         ours = build("codegen", **OTHERS)
         packed_log_probs(ours, two_groups())
     except ValueError as error:
-        assert re.match(r"hf: expected (each layer|the layout|attn_implementation)", str(error))
+        lost = "a model that hands its arguments on|position_ids in each layer|attn_implementation="
+        assert re.match(f"hf: expected ({lost})", str(error))
         return
     check_packed(ours, build("codegen", "sdpa", **OTHERS), two_groups())
 
